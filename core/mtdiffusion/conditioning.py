@@ -1,0 +1,162 @@
+"""Which modalities are observed, and how much of each: what the backbone is told beside z_t.
+
+The *observed aggregate* (docs/mathematics.md, section 5): the network receives c = Σ_k (code of what is seen of k) and
+a visibility map per modality. In training a random part is observed, none included, so one network serves every
+conditional and classifier-free guidance needs nothing more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from attrs import field, frozen
+from attrs.validators import and_, ge, le
+from torch import Tensor
+from torch.nn import functional as F
+
+_probability = and_(ge(0.0), le(1.0))
+
+
+@frozen(eq=False)
+class Observation:
+    """What is seen of each modality.
+
+    Attributes:
+        codes: ``[B, N, C, H, W]``, zero where nothing is seen.
+        visible: ``[B, N, H, W]``, 1 where seen and 0 where not.
+    """
+
+    codes: Tensor
+    visible: Tensor
+
+    @property
+    def aggregate(self) -> Tensor:
+        """c = Σ_k codes_k: ``[B, C, H, W]``."""
+        return self.codes.sum(1)
+
+    @property
+    def flags(self) -> Tensor:
+        """Share of each modality that is seen, in [0, 1]: ``[B, N]``."""
+        return self.visible.mean((-2, -1))
+
+    @property
+    def complete(self) -> Tensor:
+        """Whether the whole of each modality is seen: ``[B, N]`` bool."""
+        return self.visible.amin((-2, -1)) > 0.5
+
+    def merge(self, codes: Tensor) -> Tensor:
+        """Predicted codes ``[B, N, C, H, W]`` with the true ones where they are seen."""
+        seen = self.visible.unsqueeze(2)
+        return self.codes * seen + codes * (1 - seen)
+
+    def without(self) -> Observation:
+        """The same batch with nothing observed."""
+        return Observation(torch.zeros_like(self.codes), torch.zeros_like(self.visible))
+
+
+def pool_visibility(visible: Tensor, height: int, width: int) -> Tensor:
+    """A visibility map ``[B, h, w]`` of the data at the latent's resolution: ``[B, 1, H, W]``.
+
+    A place of the latent is seen only if all of the data under it is.
+
+    Raises:
+        ValueError: if it is not ``[B, h, w]``, or h, w are not multiples of H, W.
+    """
+    if visible.ndim != 3 or visible.shape[1] % height or visible.shape[2] % width:
+        raise ValueError(
+            f"visibility: expected [batch, h, w] with h and w multiples of {height} and {width}, "
+            f"found {list(visible.shape)}"
+        )
+    kernel = (visible.shape[1] // height, visible.shape[2] // width)
+    return -F.max_pool2d(-visible.float().unsqueeze(1), kernel)
+
+
+def merge_visible(observed: Tensor, generated: Tensor, visible: Tensor) -> Tensor:
+    """Data x ``[B, ..., h, w]``: as observed where ``visible [B, h', w']`` is 1, as generated elsewhere."""
+    seen = F.interpolate(visible.float().unsqueeze(1), size=generated.shape[-2:], mode="nearest") > 0.5
+    seen = seen.reshape(len(seen), *[1] * (generated.ndim - 3), *generated.shape[-2:])
+    return torch.where(seen, observed, generated)
+
+
+@frozen
+class SubsetDistribution:
+    """Which modalities a training sample shows to the network. What is drawn here decides what the model can do.
+
+    Attributes:
+        observed: probability that anything is observed at all.
+        singleton: of those, the probability that it is one modality alone (independent coins hardly ever draw "only
+            the label", and conditionals on one modality suffer for it).
+        partial: probability that one spatial modality is, in addition, seen with holes.
+        hidden_share: range of the share that holes hide.
+        subsets: explicit subsets and their relative weights; when given, they are drawn instead of singletons and
+            coins ({("label",): 2.0, ("image", "mask"): 1.0}).
+    """
+
+    observed: float = field(default=0.7, validator=_probability)
+    singleton: float = field(default=0.5, validator=_probability)
+    partial: float = field(default=0.15, validator=_probability)
+    hidden_share: tuple[float, float] = (0.1, 0.75)
+    subsets: Mapping[tuple[str, ...], float] | None = None
+
+    def draw(
+        self,
+        names: Sequence[str],
+        spatial: Sequence[bool],
+        batch: int,
+        size: tuple[int, int],
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Visibility maps ``[batch, N, H, W]`` of 0 and 1, on the CPU.
+
+        Raises:
+            ValueError: if ``subsets`` names a modality that is not there.
+        """
+        n = len(names)
+
+        def rand(*shape: int) -> Tensor:
+            return torch.rand(*shape, generator=generator)
+
+        if self.subsets is not None:
+            whole = self._explicit(names, batch, generator)
+        else:
+            coins = rand(batch, n) < 0.5
+            single = F.one_hot((rand(batch) * n).long(), n).bool()
+            whole = torch.where(rand(batch, 1) < self.singleton, single, coins)
+        whole &= rand(batch, 1) < self.observed
+        visible = whole.float()[:, :, None, None].expand(batch, n, *size).clone()
+        places = [i for i, s in enumerate(spatial) if s]
+        if places and self.partial > 0:
+            chosen = torch.tensor(places)[(rand(batch) * len(places)).long()]
+            rows = (rand(batch) < self.partial).nonzero()[:, 0]
+            low, high = self.hidden_share
+            share = low + (high - low) * rand(len(rows))
+            visible[rows, chosen[rows]] = random_holes(share, size, generator)
+        return visible
+
+    def _explicit(self, names: Sequence[str], batch: int, generator: torch.Generator | None) -> Tensor:
+        assert self.subsets is not None
+        unknown = sorted({name for subset in self.subsets for name in subset} - set(names))
+        if unknown:
+            raise ValueError(f"subsets: expected names among {', '.join(names)}, found {', '.join(unknown)}")
+        table = torch.tensor([[name in subset for name in names] for subset in self.subsets])
+        weights = torch.tensor(list(self.subsets.values()), dtype=torch.float64)
+        return table[torch.multinomial(weights, batch, replacement=True, generator=generator)]
+
+
+def random_holes(share: Tensor, size: tuple[int, int], generator: torch.Generator | None = None) -> Tensor:
+    """Visibility maps ``[B, H, W]`` that hide a share ``[B]`` of the places, half as one box, half scattered."""
+    height, width = size
+    batch = len(share)
+    draws = torch.rand(batch, 3, generator=generator)
+    box_h = (height * share.sqrt()).round().clamp(1, height)
+    box_w = (width * share.sqrt()).round().clamp(1, width)
+    top = (draws[:, 0] * (height - box_h + 1)).floor()
+    left = (draws[:, 1] * (width - box_w + 1)).floor()
+    y = torch.arange(height)[None, :, None]
+    x = torch.arange(width)[None, None, :]
+    in_rows = (y >= top[:, None, None]) & (y < (top + box_h)[:, None, None])
+    in_columns = (x >= left[:, None, None]) & (x < (left + box_w)[:, None, None])
+    scattered = torch.rand(batch, height, width, generator=generator) < share[:, None, None]
+    hidden = torch.where((draws[:, 2] < 0.5)[:, None, None], in_rows & in_columns, scattered)
+    return (~hidden).float()

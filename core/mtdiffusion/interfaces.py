@@ -1,0 +1,238 @@
+"""What the core asks of the parts it is wired from: encoders, decoders, modalities, backbones and weight schedules.
+
+Shape legend, used throughout the core::
+
+    B  batch                 C, H, W  channels, height, width of the shared diffusion space
+    N  modality instances    F, G     channels of the backbone's feature map, width of its feature vector
+    T  diffusion steps       c        channels of one modality's own share of the diffusion space
+
+Time: ``t = 0`` is data and ``t = T`` is noise, everywhere.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from attrs import field, frozen
+from attrs.validators import ge
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from mtdiffusion.schedules import Retention
+
+Params = Mapping[str, Tensor]
+"""Parameters of p(x_i | .), each tensor with the batch first. Classifier-free guidance extrapolates them linearly, so
+they must be unconstrained (a mean, logits, a log scale): never a probability or a variance."""
+
+
+@frozen
+class LatentSpec:
+    """A diffusion space, or one modality's share of it: tensors of shape ``[B, channels, height, width]``."""
+
+    channels: int = field(validator=ge(1))
+    height: int = field(validator=ge(1))
+    width: int = field(validator=ge(1))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (self.channels, self.height, self.width)
+
+    @property
+    def numel(self) -> int:
+        return self.channels * self.height * self.width
+
+
+@frozen
+class FeatureSpec:
+    """The shapes of what a backbone returns: a map ``[B, channels, height, width]`` and a vector ``[B, vector]``."""
+
+    channels: int
+    height: int
+    width: int
+    vector: int
+
+
+@frozen(eq=False)
+class Features:
+    """The shared features h that every decoder head reads.
+
+    Attributes:
+        map: ``[B, F, H, W]``, aligned with the diffusion space; spatial heads read it.
+        vector: ``[B, G]``, a summary that keeps where things are (not a mean over places); vector heads read it.
+    """
+
+    map: Tensor
+    vector: Tensor
+
+
+class Encoder(nn.Module, ABC):
+    """E_i: maps a modality to its code e_i in its share of the diffusion space.
+
+    Codes should have a root mean square of about 1 and must not shrink under training (L1 rewards it): a fixed or a
+    normalised encoder is safe.
+
+    Attributes:
+        latent: the share of the diffusion space that the code fills.
+        spatial: whether place (h, w) of the code shows place (h, w) of x, so that x may be observed in part.
+        readout_dim: width of :meth:`readout`; 0 if there is none.
+    """
+
+    spatial: bool = False
+    readout_dim: int = 0
+
+    def __init__(self, latent: LatentSpec) -> None:
+        super().__init__()
+        self.latent = latent
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """Encode x ``[B, ...]`` to e ``[B, c, H, W]``."""
+
+    def observe(self, x: Tensor, visible: Tensor) -> Tensor:
+        """Encode what can be seen of x: ``[B, c, H, W]``, zero where ``visible [B, 1, H, W]`` (0 or 1) is 0.
+
+        Override it when a place of the code depends on more of x than its own patch: nothing of what is hidden may
+        pass.
+        """
+        return self(x) * visible
+
+    def readout(self, z: Tensor) -> Tensor:
+        """Matched-filter responses ``[B, readout_dim]`` of a noisy ``z [B, c, H, W]`` to this encoder's codes.
+
+        A code spread over the whole space (a label's, say) is found by inner products with its codebook, which a
+        convolution cannot compute; the backbone receives them beside z.
+        """
+        return z.new_zeros(z.shape[0], 0)
+
+
+class Decoder(nn.Module, ABC):
+    """D_i: a head that maps the shared features to the parameters of p(x_i | z_t, observed).
+
+    Attributes:
+        dims: number of scalar dimensions of one x, for bits per dimension.
+    """
+
+    dims: int = 1
+
+    @abstractmethod
+    def forward(self, features: Features) -> Params:
+        """Parameters of p(x_i | .), unconstrained, with the batch first."""
+
+    @abstractmethod
+    def nll(self, params: Params, x: Tensor) -> Tensor:
+        """Exact −log p(x | params) in nats, summed over the dimensions of x: ``[B]``."""
+
+    def objective(self, params: Params, x: Tensor) -> Tensor:
+        """The training objective of L2, per dimension: ``[B]``. By default :meth:`nll` over :attr:`dims`."""
+        return self.nll(params, x) / self.dims
+
+    @abstractmethod
+    def expected_encoding(self, params: Params, encoder: Encoder) -> Tensor:
+        """ê = E[encoder(x) | params]: ``[B, c, H, W]``. Not the code of the most likely x (MATH.md, section 3)."""
+
+    @abstractmethod
+    def mode(self, params: Params) -> Tensor:
+        """The most likely x: ``[B, ...]``."""
+
+    @abstractmethod
+    def sample(self, params: Params, generator: torch.Generator | None = None) -> Tensor:
+        """A draw x ~ p(x | params): ``[B, ...]``."""
+
+
+class Modality(nn.Module, ABC):
+    """One modality instance: its encoder and decoder, and what it takes to check, show, judge, read and write its data.
+
+    Attributes:
+        loss_weight: λ_i, the scale of this modality's part of L2.
+        snr_clamp: its weight over t is clamp(SNR_t, low, high): (1, 1) is uniform, (0, γ) min-SNR-γ (Hang et al. 2023).
+        field: the data set's field that x comes from; None means the instance's own name.
+    """
+
+    loss_weight: float = 1.0
+    snr_clamp: tuple[float, float] = (1.0, 1.0)
+    field: str | None = None
+    derived: bool = False
+    """Whether x is computed from another field by :meth:`derive` (an embedding of an image, say)."""
+
+    def __init__(self, encoder: Encoder, decoder: Decoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+
+    @abstractmethod
+    def check(self, x: Tensor) -> None:
+        """Raise ``ValueError`` if the batch x has a wrong shape, dtype or range: what was found, what is expected."""
+
+    @abstractmethod
+    def placeholder(self, batch: int) -> Tensor:
+        """A valid x ``[batch, ...]`` to stand in for samples without this modality; its values are never used."""
+
+    @abstractmethod
+    def render(self, x: Tensor) -> Tensor:
+        """Pictures of x for a person: ``[B, 3, h, w]`` in [0, 1]."""
+
+    @abstractmethod
+    def metrics(self, generated: Tensor, truth: Tensor) -> dict[str, float]:
+        """Means over a batch of pairs, such as ``{"accuracy": 0.97}``: how close generated is to the truth."""
+
+    def derive(self, source: Tensor) -> Tensor:
+        """x from its source field, a batch at a time. Called once for a data set and kept."""
+        return source
+
+    @abstractmethod
+    def parse(self, text: str) -> Tensor:
+        """One x (no batch axis) from a value or a file's path, as given on the command line.
+
+        Raises:
+            ValueError: if it is neither; the message says what was found and what is expected.
+        """
+
+    @abstractmethod
+    def write(self, x: Tensor, folder: Path, stem: str) -> Path:
+        """Write one x (no batch axis) to ``folder/stem.<suffix that suits it>``; returns the path."""
+
+
+class Backbone(nn.Module, ABC):
+    """The shared denoiser. Knows nothing of modalities.
+
+    Attributes:
+        features: the shapes of what :meth:`forward` returns.
+    """
+
+    features: FeatureSpec
+
+    @abstractmethod
+    def forward(self, z: Tensor, noise: Tensor, vector: Tensor) -> Features:
+        """Features of a noisy latent.
+
+        Args:
+            z: ``[B, in_channels, H, W]``: the scaled z_t, the observed aggregate and the visibility maps.
+            noise: ``[B]`` in [0, 1]: the noise level (0 is data, 1 is noise).
+            vector: ``[B, in_vector]``: flags and read-outs.
+        """
+
+
+class WeightSchedule(ABC):
+    """The weights w_t^(i) with which modalities enter the process, given from either end (MATH.md, section 2)."""
+
+    @abstractmethod
+    def signal(self, retention: Retention, modalities: int) -> Tensor:
+        """Signal coefficients m ``[T + 1, N]`` (float64), m_0 first."""
+
+
+class Dataset(ABC):
+    """A map-style data set: sample i is a dict of fields; a field that a sample lacks is missing from its dict.
+
+    Field conventions: an image is float32 ``[channels, h, w]`` in [−1, 1]; a mask int64 ``[h, w]`` of class indices; a
+    label an int64 scalar ``[]``; an embedding float32 ``[D]`` of unit norm; a caption a ``str``.
+    """
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> dict[str, Tensor | str]: ...

@@ -1,0 +1,162 @@
+"""Run folders and checkpoints: safetensors and JSON, written whole or not at all.
+
+::
+
+    RUN/config.toml                      the resolved experiment
+    RUN/checkpoints/step-00005000/       model, ema, optimizer (.safetensors) and state.json
+    RUN/tensorboard/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mtdiffusion_registry import UserError
+
+PREFIX = "step-"
+
+
+def require_free(folder: Path) -> None:
+    """Raise ``UserError`` if an output folder holds anything already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: already exists; nothing was written. Give another folder, or remove it first.")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    *,
+    model: dict[str, Tensor],
+    ema: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write a checkpoint under a temporary name, then rename it; only then are older ones removed."""
+    folder = run / "checkpoints"
+    for stale in folder.glob(f".{PREFIX}*"):  # of a process that was killed as it wrote
+        shutil.rmtree(stale, ignore_errors=True)
+    final = folder / f"{PREFIX}{step:08d}"
+    partial = folder / f".{final.name}.{os.getpid()}"
+    partial.mkdir(parents=True)
+    save_file(_contiguous(model), partial / "model.safetensors")
+    save_file(_contiguous(ema), partial / "ema.safetensors")
+    moments = {
+        f"{index}.{key}": value if isinstance(value, Tensor) else torch.tensor(value)
+        for index, entry in optimizer.state_dict()["state"].items()
+        for key, value in entry.items()
+    }
+    save_file(_contiguous(moments), partial / "optimizer.safetensors")
+    write_json(partial / "state.json", {**state, "step": step})
+    shutil.rmtree(final, ignore_errors=True)
+    partial.replace(final)
+    for old in list_checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted((run / "checkpoints").glob(f"{PREFIX}[0-9]*"))
+
+
+def require_run(run: Path) -> Path:
+    """The run's newest checkpoint.
+
+    Raises:
+        UserError: if the folder is missing, is no run, or has no checkpoint yet.
+    """
+    if not run.is_dir():
+        raise UserError(f"{run}: expected the folder of a run, found {'a file' if run.exists() else 'nothing'}")
+    if not (run / "config.toml").is_file():
+        raise UserError(f"{run}: not the folder of a run (it has no config.toml); `mtdiffusion train --out` makes one")
+    checkpoints = list_checkpoints(run)
+    if not checkpoints:
+        raise UserError(f"{run}: this run has no checkpoint yet; train it with `mtdiffusion train --resume`")
+    return checkpoints[-1]
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint's file.
+
+    Raises:
+        UserError: if it is missing or damaged.
+    """
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: missing from the checkpoint; remove that checkpoint to fall back on the one before"
+        ) from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path}: damaged ({error}); remove that checkpoint to fall back on the one before, or train again"
+        ) from None
+
+
+def load_weights(module: torch.nn.Module, path: Path) -> None:
+    """Load a module's weights.
+
+    Raises:
+        UserError: if they are missing, damaged, or not this module's.
+    """
+    tensors = load_tensors(path)
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())[:400]
+        raise UserError(
+            f"{path}: these weights belong to another model than config.toml describes ({detail})"
+        ) from None
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Restore an optimizer's state, over the same parameters in the same order."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in load_tensors(path).items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    """state.json of a checkpoint.
+
+    Raises:
+        UserError: if it is missing or damaged.
+    """
+    return read_json(checkpoint / "state.json", "remove that checkpoint to fall back on the one before")
+
+
+def read_json(path: Path, remedy: str = "remove it and make it again") -> dict[str, Any]:
+    """An object that :func:`write_json` wrote.
+
+    Raises:
+        UserError: if it is missing or damaged; the message ends with the remedy.
+    """
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {remedy}") from None
+    return value

@@ -1,0 +1,217 @@
+"""What the subcommands do. Importing this module imports torch; :mod:`mtdiffusion_engine.cli` does so when it must."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from attrs import asdict, evolve
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from mtdiffusion_engine import checkpoint as ckpt
+from mtdiffusion_engine.experiment import Experiment, load_experiment
+from mtdiffusion_engine.monitor import Monitor
+from mtdiffusion_engine.pictures import read_visibility, sample_sheet, save_png
+from mtdiffusion_engine.run import Run, load_run
+from mtdiffusion_engine.trainer import Trainer
+from mtdiffusion_registry import Registry, UserError
+
+METRICS = "metrics.json"
+GALLERY = "gallery.png"
+
+
+def _console() -> Console:
+    """Where progress and messages go; results go to the standard output."""
+    return Console(stderr=True, highlight=False)
+
+
+def train(args: Namespace) -> None:
+    """Train a configuration into a run folder, or resume the run there."""
+    if args.config is None and not args.resume:
+        raise UserError("train: which configuration? Give CONFIG (only --resume can do without)")
+    if args.config is None and not (args.out / "config.toml").is_file():
+        raise UserError(f"{args.out}: nothing to resume here (it has no config.toml)")
+    registry = Registry.discover()
+    config = args.out / "config.toml" if args.config is None else args.config
+    _train(load_experiment(config, args.set, registry), args.out, registry, args.resume, args.device)
+
+
+def _train(experiment: Experiment, out: Path, registry: Registry, resume: bool, device: str | None) -> None:
+    console = _console()
+
+    def say(message: str) -> None:
+        console.print(message, markup=False, soft_wrap=True)
+
+    trainer = Trainer(experiment, out, registry, resume=resume, device=device, on_message=say)
+    if not trainer.main:
+        trainer.train()
+        return
+    if trainer.step:
+        say(f"resuming at step {trainer.step} of {trainer.config.steps}")
+    try:
+        with Monitor(trainer, console) as monitor:
+            trainer.train(monitor.progress, monitor.samples)
+    except KeyboardInterrupt:
+        if not ckpt.list_checkpoints(out):
+            raise
+        raise KeyboardInterrupt(
+            f"stopped at step {trainer.step}; its checkpoint is saved. Continue with: "
+            f"mtdiffusion train --resume --out {out}"
+        ) from None
+    print(f"trained: {out}")
+
+
+def sample(args: Namespace) -> None:
+    """Sample from a run, given any subset, into a new folder."""
+    ckpt.require_free(args.out)
+    run = load_run(args.run, device=args.device)
+    observed = {name: _parse(run, name, text) for name, text in _pairs("--observe", args.observe).items()}
+    visible = {name: read_visibility(Path(text)) for name, text in _pairs("--visible", args.visible).items()}
+    changes = {name: getattr(args, name) for name in ("steps", "solver", "eta", "guidance", "draw")}
+    samples = run.sample(args.n, observed=observed, visible=visible, generate=args.generate, seed=args.seed, **changes)
+    request = {
+        "run": str(run.path),
+        "checkpoint": run.checkpoint.name,
+        "version": version("mtdiffusion"),
+        "n": args.n,
+        "observed": _pairs("--observe", args.observe),
+        "visible": _pairs("--visible", args.visible),
+        "generated": [name for name in samples if name not in observed or name in visible],
+        "settings": asdict(run.settings(**changes)),
+        "seed": args.seed,
+    }
+    with _new_folder(args.out) as folder:
+        _write_samples(run, samples, folder)
+        ckpt.write_json(folder / "request.json", request)
+    print(f"{args.n} samples of {', '.join(samples)}: {args.out} (at a glance: {args.out / 'samples.png'})")
+
+
+def _pairs(option: str, arguments: list[str]) -> dict[str, str]:
+    """NAME=VALUE arguments as a dict."""
+    pairs: dict[str, str] = {}
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if not (name and equals and value):
+            raise UserError(f'{option} {argument}: expected NAME=VALUE, such as "label=3" or "image=picture.png"')
+        if name in pairs:
+            raise UserError(f"{option} {argument}: {name} is given twice")
+        pairs[name] = value
+    return pairs
+
+
+def _parse(run: Run, name: str, text: str) -> Tensor:
+    modality = run.modality(name)
+    try:
+        return modality.parse(text)
+    except (UserError, ValueError) as error:
+        raise UserError(f"--observe {name}={text}: {error}") from error
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write in that becomes ``out`` if all goes well, and leaves nothing if not."""
+    partial = out.absolute().parent / f".{out.absolute().name}.{os.getpid()}"
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        ckpt.require_free(out)
+        partial.replace(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_samples(run: Run, samples: Mapping[str, Tensor], folder: Path) -> None:
+    for name, x in samples.items():
+        (folder / name).mkdir()
+        for i, one in enumerate(x):
+            run.modality(name).write(one, folder / name, f"{i:04d}")
+    save_png(sample_sheet(run.model, samples), folder / "samples.png")
+
+
+def evaluate(args: Namespace) -> None:
+    """Measure a run on its held-out data; writes metrics.json and prints a table."""
+    run = load_run(args.run, device=args.device)
+    changes = {name: getattr(args, name) for name in ("samples", "steps", "seed") if getattr(args, name) is not None}
+    evaluation = evolve(run.experiment.evaluation, **changes)
+    print_metrics(_evaluate(evolve(run, experiment=evolve(run.experiment, evaluation=evaluation))))
+    print(f"metrics: {args.run / METRICS}")
+
+
+def _evaluate(run: Run) -> dict[str, Any]:
+    from mtdiffusion_engine.evaluation import evaluate_run
+
+    console = _console()
+    with console.status("evaluating") as status:  # which shows on a terminal only
+
+        def say(what: str) -> None:
+            status.update(f"evaluating: {what}")
+            if not console.is_terminal:
+                console.print(f"evaluating: {what}", markup=False, soft_wrap=True)
+
+        metrics = dict(evaluate_run(run, say))
+    ckpt.write_json(run.path / METRICS, metrics)
+    return metrics
+
+
+def print_metrics(metrics: Mapping[str, Any]) -> None:
+    """A table of metrics ``target|observed/metric``, a block for each ``target|observed``."""
+    table = Table("target | given", "metric", "value")
+    last = ""
+    for key, value in sorted(metrics.items()):
+        group, _, metric = key.rpartition("/")
+        if group != last and last:
+            table.add_section()
+        shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+        table.add_row(group.replace("|", " | ") if group != last else "", metric, shown)
+        last = group
+    Console(highlight=False).print(table)
+
+
+def gallery(args: Namespace) -> None:
+    """Draw the gallery of a run."""
+    print(
+        f"gallery: {_gallery(load_run(args.run, device=args.device), args.out or args.run / 'gallery.png', args.seed)}"
+    )
+
+
+def _gallery(run: Run, out: Path, seed: int) -> Path:
+    from mtdiffusion_engine.gallery import draw_gallery
+
+    return draw_gallery(run, out, seed)
+
+
+def demo(args: Namespace) -> None:
+    """Train, evaluate and draw; what is done already is not done again."""
+    if not args.config.is_file():
+        raise UserError(f"{args.config}: no such file; run the demo from a clone of the repository, or give --config")
+    registry = Registry.discover()
+    experiment = load_experiment(args.config, args.set, registry)
+    out: Path = args.out
+    if _trained_steps(out) < experiment.training.steps:
+        _train(experiment, out, registry, (out / "config.toml").is_file(), args.device)
+    run = load_run(out, device=args.device)
+    metrics, picture = out / METRICS, out / GALLERY
+    if _is_older(metrics, run.checkpoint):
+        _evaluate(run)
+    if _is_older(picture, run.checkpoint):
+        _gallery(run, picture, seed=0)
+    print_metrics(ckpt.read_json(metrics))
+    print(f"metrics: {metrics}")
+    print(f"gallery: {picture}")
+
+
+def _trained_steps(run: Path) -> int:
+    checkpoints = ckpt.list_checkpoints(run)
+    return int(ckpt.load_state(checkpoints[-1])["step"]) if checkpoints else 0
+
+
+def _is_older(path: Path, checkpoint: Path) -> bool:
+    return not path.exists() or path.stat().st_mtime < (checkpoint / "state.json").stat().st_mtime

@@ -1,0 +1,326 @@
+"""The experiment: everything that a run's configuration says, and how it becomes a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from attrs import Factory, field, frozen
+from attrs.validators import and_, deep_mapping, ge, gt, in_, le, min_len
+
+from mtdiffusion import (
+    DiffusionProcess,
+    FeatureSpec,
+    LatentLayout,
+    LatentSpec,
+    LossWeights,
+    Modality,
+    MultimodalDiffusion,
+    Retention,
+    SamplerSettings,
+    SNRMatched,
+    SubsetDistribution,
+)
+from mtdiffusion.schedules import CURVES, RETENTIONS
+from mtdiffusion_registry import (
+    BackboneConfig,
+    ConfigError,
+    DatasetConfig,
+    EvaluatorConfig,
+    ModalityConfig,
+    Registry,
+    UserError,
+    WeightScheduleConfig,
+)
+from mtdiffusion_registry.config import apply_overrides, load_toml, structure, unstructure
+
+_share = and_(ge(0.0), le(1.0))
+
+
+@frozen
+class LatentConfig:
+    """The shared diffusion space.
+
+    Attributes:
+        height, width: its sides.
+        layout: "own": each modality has channels of its own; "shared": all add up in the same ones.
+        channels: of a shared layout; None: as many as the modality that wants most.
+    """
+
+    height: int = field(validator=ge(1))
+    width: int = field(validator=ge(1))
+    layout: Literal["own", "shared"] = field(default="own", validator=in_(("own", "shared")))
+    channels: int | None = None
+
+
+@frozen
+class ProcessConfig:
+    """The forward process.
+
+    Attributes:
+        steps: T.
+        curve: α_t: cosine, linear or rectified_flow.
+        retention: "compensated", "literal" (a_t = α_t/(N + 1)) or "rectified_flow" (σ_t = t/T).
+        weights: the weight schedule; None: SNR-matched to the curve, gains 1.
+    """
+
+    steps: int = field(default=500, validator=ge(2))
+    curve: str = field(default="cosine", validator=in_(tuple(CURVES)))
+    retention: str = field(default="compensated", validator=in_(RETENTIONS))
+    weights: WeightScheduleConfig | None = None
+
+
+@frozen
+class ModelConfig:
+    """How the network states its prediction and what it is shown.
+
+    Attributes:
+        parameterisation: "derived": ε follows from the modalities' heads; "epsilon_head": the paper's own head.
+        own_channels: in an own layout, show the clean code of what is observed in place of its noisy channels.
+    """
+
+    parameterisation: Literal["derived", "epsilon_head"] = field(
+        default="derived", validator=in_(("derived", "epsilon_head"))
+    )
+    own_channels: bool = True
+
+
+@frozen
+class ConditioningConfig:
+    """Which modalities a training sample shows; see :class:`mtdiffusion.SubsetDistribution`.
+
+    Attributes:
+        subsets: explicit subsets with weights, names joined by "+": {"label" = 2.0, "image+mask" = 1.0}. Empty: drawn.
+    """
+
+    observed: float = field(default=0.7, validator=_share)
+    singleton: float = field(default=0.5, validator=_share)
+    partial: float = field(default=0.15, validator=_share)
+    hidden_share: tuple[float, float] = (0.1, 0.75)
+    subsets: dict[str, float] = field(factory=dict, validator=deep_mapping(value_validator=gt(0.0)))
+
+    def build(self) -> SubsetDistribution:
+        subsets = {tuple(key.split("+")): weight for key, weight in self.subsets.items()}
+        return SubsetDistribution(self.observed, self.singleton, self.partial, self.hidden_share, subsets or None)
+
+
+@frozen
+class TrainingConfig:
+    """The optimisation.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: samples a step and process (before accumulation).
+        accumulate: micro-batches a step.
+        learning_rate: peak; reached after ``warmup`` steps, then down a half cosine to 0.
+        weight_decay, beta2: of AdamW.
+        clip: largest norm of the gradient.
+        ema: decay of the averaged weights, which sampling uses.
+        precision: "float32" or "bfloat16" (autocast).
+        seed: of initialisation, data order and noise.
+        workers: processes that load data; 0 loads in the training process.
+        log_every, checkpoint_every, sample_every: in steps; 0 turns it off.
+        keep: how many checkpoints are kept.
+    """
+
+    steps: int = field(default=5000, validator=ge(1))
+    batch_size: int = field(default=64, validator=ge(1))
+    accumulate: int = field(default=1, validator=ge(1))
+    learning_rate: float = field(default=2e-3, validator=gt(0.0))
+    warmup: int = field(default=200, validator=ge(0))
+    weight_decay: float = field(default=0.01, validator=ge(0.0))
+    beta2: float = field(default=0.99, validator=and_(gt(0.0), le(1.0)))
+    clip: float = field(default=1.0, validator=gt(0.0))
+    ema: float = field(default=0.998, validator=_share)
+    precision: Literal["float32", "bfloat16"] = field(default="float32", validator=in_(("float32", "bfloat16")))
+    seed: int = field(default=0, validator=ge(0))
+    workers: int = field(default=0, validator=ge(0))
+    log_every: int = field(default=50, validator=ge(1))
+    checkpoint_every: int = field(default=1000, validator=ge(0))
+    sample_every: int = field(default=1000, validator=ge(0))
+    keep: int = field(default=2, validator=ge(1))
+
+
+@frozen
+class EvaluationConfig:
+    """What ``mtdiffusion evaluate`` does.
+
+    Attributes:
+        samples: held-out samples conditioned on, and as many joint ones; None: all.
+        batch_size: of sampling.
+        steps: solver steps of the conditionals; joint samples take ``sampling.steps``.
+        hidden_share: share of a spatial modality that is hidden when it is observed in part.
+        bound_times: terms of L1 per sample in the bound; 0 leaves the bound out.
+        seed: of the sampling.
+        evaluators: judges of whole samples.
+    """
+
+    samples: int | None = None
+    batch_size: int = field(default=256, validator=ge(1))
+    steps: int = field(default=12, validator=ge(1))
+    hidden_share: float = field(default=0.25, validator=_share)
+    bound_times: int = field(default=20, validator=ge(0))
+    seed: int = field(default=0, validator=ge(0))
+    evaluators: tuple[EvaluatorConfig, ...] = ()
+
+
+@frozen
+class Experiment:
+    """One configuration file. Stored, resolved, with every checkpoint and every result."""
+
+    data: DatasetConfig
+    modalities: dict[str, ModalityConfig] = field(validator=min_len(1))
+    latent: LatentConfig
+    backbone: BackboneConfig
+    process: ProcessConfig = Factory(ProcessConfig)
+    model: ModelConfig = Factory(ModelConfig)
+    conditioning: ConditioningConfig = Factory(ConditioningConfig)
+    loss: LossWeights = Factory(LossWeights)
+    training: TrainingConfig = Factory(TrainingConfig)
+    sampling: SamplerSettings = Factory(SamplerSettings)
+    evaluation: EvaluationConfig = Factory(EvaluationConfig)
+
+    def __attrs_post_init__(self) -> None:
+        for name in self.modalities:
+            if not name.isidentifier():
+                raise ValueError(f"modalities: {name!r} cannot name a modality; use letters, digits and underscores")
+        unknown = {part for key in self.conditioning.subsets for part in key.split("+")} - set(self.modalities)
+        if unknown:
+            raise ValueError(
+                f"conditioning.subsets: no modality named {', '.join(sorted(unknown))}; "
+                f"this experiment has {', '.join(self.modalities)}"
+            )
+
+
+def load_experiment(path: Path, overrides: list[str], registry: Registry) -> Experiment:
+    """Read a configuration file.
+
+    Args:
+        overrides: ``table.key=value`` arguments that change it.
+
+    Raises:
+        UserError: for whatever is wrong with it.
+    """
+    return structure(registry, apply_overrides(load_toml(path), overrides), Experiment, str(path))
+
+
+def resolved(experiment: Experiment, registry: Registry) -> dict[str, Any]:
+    """The experiment as tables for TOML or JSON, every default written out."""
+    return unstructure(registry, experiment)
+
+
+_FREE = (
+    "sampling.",
+    "evaluation.",
+    *(f"training.{key}." for key in ("workers", "log_every", "checkpoint_every", "sample_every", "keep")),
+)
+"""What may change when a run is resumed: nothing that its weights depend on."""
+
+
+def require_same(experiment: Experiment, run: Path, registry: Registry) -> None:
+    """Check that a run's folder holds this experiment, up to what its weights do not depend on.
+
+    Raises:
+        UserError: if it holds another one; the message says what differs.
+    """
+    stored, asked = (
+        _flat(resolved(each, registry)) | {"the order of modalities": list(each.modalities)}
+        for each in (load_experiment(run / "config.toml", [], registry), experiment)
+    )
+    differ = [
+        f"{key} is {stored.get(key, 'not set')}, asked for {asked.get(key, 'not set')}"
+        for key in sorted(stored.keys() | asked.keys())
+        if stored.get(key) != asked.get(key) and not f"{key}.".startswith(_FREE)
+    ]
+    if differ:
+        raise UserError(
+            f"{run}: holds another experiment ({'; '.join(differ)}). Give another folder, or the same configuration"
+        )
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of a name, "cpu" or "cuda"; None: CUDA if there is one.
+
+    Raises:
+        UserError: for another name, or if there is no CUDA.
+    """
+    if name not in (None, "cpu", "cuda"):
+        raise UserError(f'device: expected "cpu" or "cuda", found "{name}"')
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "device: there is no CUDA device here that this PyTorch can use; leave the device out, or say cpu"
+        )
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def build_layout(experiment: Experiment) -> LatentLayout:
+    """Where each modality lives in the latent."""
+    latent = experiment.latent
+    wanted = {
+        name: config.latent_channels(latent.height, latent.width) for name, config in experiment.modalities.items()
+    }
+    if latent.layout == "own":
+        return LatentLayout.own(wanted, latent.height, latent.width)
+    channels = latent.channels or max(wanted.values())
+    return LatentLayout.shared(list(wanted), LatentSpec(channels, latent.height, latent.width))
+
+
+def build_model(experiment: Experiment) -> MultimodalDiffusion:
+    """The model, freshly initialised from ``training.seed``.
+
+    Raises:
+        ConfigError: if its parts do not fit together.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(experiment.training.seed)
+            return _build_model(experiment)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _build_model(experiment: Experiment) -> MultimodalDiffusion:
+    layout = build_layout(experiment)
+    names = list(experiment.modalities)
+    settings = experiment.process
+    retention = Retention.from_curve(settings.curve, settings.steps, len(names), settings.retention)
+    schedule = settings.weights.build(names) if settings.weights is not None else SNRMatched(settings.curve)
+    process = DiffusionProcess.build(retention, schedule, len(names))
+    # A backbone's inputs depend on the encoders' read-outs, and heads on the backbone's features; encoders on neither.
+    readout = sum(_probe(experiment, layout)[name].encoder.readout_dim for name in names)
+    in_channels, in_vector = MultimodalDiffusion.backbone_inputs(layout, readout)
+    latent = experiment.latent
+    backbone = experiment.backbone.build(in_channels, latent.height, latent.width, in_vector)
+    modalities = _build_modalities(experiment, layout, backbone.features)
+    return MultimodalDiffusion(
+        modalities,
+        backbone,
+        process,
+        layout,
+        epsilon_head=experiment.model.parameterisation == "epsilon_head",
+        own_channels=experiment.model.own_channels,
+    )
+
+
+def _build_modalities(experiment: Experiment, layout: LatentLayout, features: FeatureSpec) -> dict[str, Modality]:
+    built = {}
+    for name, config in experiment.modalities.items():
+        try:
+            built[name] = config.build(layout.share(name), features)
+        except ValueError as error:
+            raise ConfigError(f"modalities.{name}: {error}") from error
+    return built
+
+
+def _probe(experiment: Experiment, layout: LatentLayout) -> Mapping[str, Modality]:
+    latent = experiment.latent
+    return _build_modalities(experiment, layout, FeatureSpec(1, latent.height, latent.width, 1))

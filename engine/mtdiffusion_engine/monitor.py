@@ -1,0 +1,92 @@
+"""What a training tells: a progress bar or lines for a person, scalars and sample grids for TensorBoard."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Self
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from mtdiffusion import LossWeights, sample
+from mtdiffusion_engine.pictures import sample_sheet
+from mtdiffusion_engine.trainer import Progress, Trainer
+
+
+class Monitor:
+    """Shows a training while it is entered: pass :meth:`progress` and :meth:`samples` to :meth:`Trainer.train`.
+
+    Args:
+        trainer: the training to show.
+        console: where to; a terminal gets a bar, anything else lines.
+        every: seconds between lines.
+        grid: samples in a grid.
+    """
+
+    def __init__(self, trainer: Trainer, console: Console, every: float = 10.0, grid: int = 16) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        self._trainer = trainer
+        self._console = console
+        self._every = every
+        self._grid = grid
+        self._start = trainer.step
+        self._last_line = time.monotonic()
+        # What an interrupted run logged after its last checkpoint happens again: drop it.
+        self._writer = SummaryWriter(trainer.run / "tensorboard", purge_step=trainer.step + 1)
+        self._bar = Bar(
+            TextColumn("training"),
+            BarColumn(None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]} it/s"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[loss]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=trainer.config.steps, completed=trainer.step, rate="-", loss="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._bar.stop()
+        self._writer.close()
+
+    def progress(self, progress: Progress) -> None:
+        """Show and log one report of the trainer."""
+        rate = (progress.step - self._start) / max(progress.seconds, 1e-9)
+        scalars = {
+            **progress.means,
+            "learning_rate": progress.learning_rate,
+            "gradient_norm": progress.norm,
+            "iterations_per_second": rate,
+        }
+        for name, value in scalars.items():
+            self._writer.add_scalar(f"train/{name}", value, progress.step)
+        loss = describe(progress.means, self._trainer.experiment.loss)
+        self._bar.update(self._task, completed=progress.step, rate=f"{rate:.1f}", loss=loss)
+        total = self._trainer.config.steps
+        now = time.monotonic()
+        if not self._console.is_terminal and (now - self._last_line >= self._every or progress.step == total):
+            self._last_line = now
+            left = (total - progress.step) / rate
+            line = f"step {progress.step}/{total}  {rate:.1f} it/s  ETA {left // 60:.0f}:{left % 60:02.0f}  {loss}"
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def samples(self, step: int) -> None:
+        """Log a grid of joint samples of the averaged weights, always from the same noise."""
+        model = self._trainer.averaged_model
+        settings = self._trainer.experiment.sampling
+        drawn = sample(model, self._grid, settings=settings, generator=torch.Generator().manual_seed(0))
+        self._writer.add_image("samples", sample_sheet(model, drawn), step)
+
+
+def describe(means: dict[str, float], weights: LossWeights) -> str:
+    """The loss and its terms, on one line; those that do not count are left out."""
+    counted = {name for name in ("l0", "l1", "l2", "l3") if getattr(weights, name) > 0} | {"loss"}
+    return "  ".join(f"{name} {value:.3g}" for name, value in means.items() if name.partition("/")[0] in counted)

@@ -1,0 +1,194 @@
+"""A trained run, from Python: load it, sample with any subset observed, get a dict of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from attrs import evolve, frozen
+from torch import Tensor
+
+from mtdiffusion import Modality, MultimodalDiffusion, SamplerSettings, sample
+from mtdiffusion_engine import checkpoint as ckpt
+from mtdiffusion_engine.data import ModalityData, load_data
+from mtdiffusion_engine.experiment import Experiment, build_model, choose_device, load_experiment
+from mtdiffusion_registry import Registry, UserError
+from mtdiffusion_registry.errors import did_you_mean
+
+
+@frozen(eq=False)
+class Run:
+    """A trained model and the experiment it comes from. Make one with :func:`load_run`.
+
+    Attributes:
+        path: the run's folder.
+        experiment: its resolved configuration.
+        model: with the averaged (EMA) weights of the checkpoint, in evaluation mode.
+        checkpoint: the folder its weights come from.
+    """
+
+    path: Path
+    experiment: Experiment
+    model: MultimodalDiffusion
+    checkpoint: Path
+
+    def modality(self, name: str) -> Modality:
+        """A modality by name.
+
+        Raises:
+            UserError: if the model has none of that name.
+        """
+        names = self.model.names
+        if name not in names:
+            near = did_you_mean(name, names)
+            raise UserError(f'no modality named "{name}"{near} (this model has {", ".join(names)})')
+        return self.model.modality(name)
+
+    def data(self, split: Literal["train", "test"]) -> ModalityData:
+        """A split of the run's data set, read (and embedded, where a modality is derived) anew at each call.
+
+        Raises:
+            UserError: if it cannot be read, or lacks a modality.
+        """
+        return load_data(self.experiment, self.model, split)
+
+    def settings(self, **changes: object) -> SamplerSettings:
+        """The run's sampler settings with some changed; None leaves one as it is.
+
+        Raises:
+            UserError: for a value out of range.
+        """
+        given = {name: value for name, value in changes.items() if value is not None}
+        try:
+            return evolve(self.experiment.sampling, **given)  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            raise UserError(f"sampling: {error.args[0]}") from error
+
+    def sample(
+        self,
+        n: int,
+        *,
+        observed: Mapping[str, Any] | None = None,
+        visible: Mapping[str, Any] | None = None,
+        generate: Sequence[str] | None = None,
+        steps: int | None = None,
+        solver: Literal["ddim", "ancestral", "dpmpp_2m"] | None = None,
+        eta: float | None = None,
+        guidance: float | None = None,
+        conditioning: Literal["observed_aggregate", "replacement"] | None = None,
+        draw: bool | None = None,
+        seed: int = 0,
+    ) -> dict[str, Tensor]:
+        """Generate every modality, or the rest given any subset; see :func:`mtdiffusion.sample`.
+
+        Args:
+            n: how many samples.
+            observed: what is given, by modality name: ``[n, ...]``, or one value (no batch axis) for all samples.
+            visible: for those given in part, a map of 1 (seen) and 0 (to be filled in) of the data's height and width:
+                ``[n, h, w]``, or ``[h, w]`` for all samples.
+            generate: the modalities wanted beside the observed; None: all.
+            steps, solver, eta, guidance, conditioning, draw: as in :class:`mtdiffusion.SamplerSettings`; None: as the
+                run's configuration says.
+            seed: of all randomness. The same request on the same kind of device gives the same samples.
+
+        Returns:
+            Observed and generated modalities by name, each ``[n, ...]``, on the model's device.
+
+        Raises:
+            UserError: for a name that is no modality, or a value that does not fit.
+        """
+        if n < 1:
+            raise UserError(f"expected at least 1 sample, found {n}")
+        settings = self.settings(
+            steps=steps, solver=solver, eta=eta, guidance=guidance, conditioning=conditioning, draw=draw
+        )
+        given = {name: self._batch(name, value, n) for name, value in (observed or {}).items()}
+        maps = {name: self._visible(name, value, n) for name, value in (visible or {}).items()}
+        for name in generate or ():
+            self.modality(name)
+        generator = torch.Generator().manual_seed(seed)
+        parts = []
+        chunk = self.experiment.evaluation.batch_size  # so that any number of samples fits into memory
+        for start in range(0, n, chunk):
+            rows = slice(start, min(start + chunk, n))
+            part = {name: x[rows] for name, x in given.items()}
+            seen = {name: x[rows] for name, x in maps.items()}
+            try:
+                out = sample(
+                    self.model,
+                    rows.stop - start,
+                    observed=part,
+                    visible=seen,
+                    generate=generate,
+                    settings=settings,
+                    generator=generator,
+                )
+            except ValueError as error:
+                raise UserError(str(error)) from error
+            parts.append(out)
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _batch(self, name: str, value: Any, n: int) -> Tensor:
+        """An observed value as a checked batch ``[n, ...]``."""
+        modality = self.modality(name)
+        example = modality.placeholder(1)
+        x = torch.as_tensor(value)
+        if x.is_floating_point() == example.is_floating_point():
+            x = x.to(example.dtype)
+        if x.ndim == example.ndim - 1:
+            x = x.expand(n, *x.shape)
+        try:
+            modality.check(x)
+        except ValueError as error:
+            raise UserError(f"observed {name}: {error}") from error
+        if len(x) != n:
+            raise UserError(f"observed {name}: expected one value or a batch of {n}, found a batch of {len(x)}")
+        return x
+
+    def _visible(self, name: str, value: Any, n: int) -> Tensor:
+        """A visibility map as a batch ``[n, h, w]`` at the data's resolution."""
+        modality = self.modality(name)
+        x = torch.as_tensor(value).float()
+        if not modality.encoder.spatial:
+            raise UserError(f"visible {name}: this modality has no places, so it cannot be observed in part")
+        if x.ndim == 2:
+            x = x.expand(n, *x.shape)
+        expected = [n, *modality.placeholder(1).shape[-2:]]
+        if list(x.shape) != expected:
+            raise UserError(f"visible {name}: expected {expected} or {expected[1:]}, found {list(x.shape)}")
+        if not bool(((x == 0) | (x == 1)).all()):
+            raise UserError(f"visible {name}: expected 1 (seen) and 0 (to be filled in), found other values")
+        return x
+
+
+def load_run(
+    path: str | Path,
+    *,
+    device: str | None = None,
+    registry: Registry | None = None,
+    checkpoint: int | None = None,
+) -> Run:
+    """Rebuild a run's model from its folder.
+
+    Args:
+        path: what ``mtdiffusion train --out`` made.
+        device: "cpu" or "cuda"; None: CUDA if there is one.
+        registry: where kinds are looked up; None: what is installed.
+        checkpoint: the step of the checkpoint to load; None: the newest.
+
+    Raises:
+        UserError: if the folder is no run, or something in it is missing or damaged.
+    """
+    path = Path(path)
+    folder = ckpt.require_run(path)
+    if checkpoint is not None:
+        known = {int(other.name.removeprefix(ckpt.PREFIX)): other for other in ckpt.list_checkpoints(path)}
+        if checkpoint not in known:
+            raise UserError(f"{path}: no checkpoint of step {checkpoint} (there is {', '.join(map(str, known))})")
+        folder = known[checkpoint]
+    experiment = load_experiment(path / "config.toml", [], registry or Registry.discover())
+    model = build_model(experiment)
+    ckpt.load_weights(model, folder / "ema.safetensors")
+    return Run(path, experiment, model.to(choose_device(device)).eval(), folder)

@@ -1,0 +1,293 @@
+"""Training: one loop, on one process or many, that continues exactly where it was interrupted.
+
+All randomness of a step is a function of the seed, the step and the rank, so the state to restore is the step itself.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from attrs import frozen
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from mtdiffusion import LossTerms, LossWeights, MultimodalDiffusion, composite_loss
+from mtdiffusion.process import terminal_warning
+from mtdiffusion_engine import checkpoint as ckpt
+from mtdiffusion_engine.data import Batch, StepSampler, derive_seed, load_data, training_batches
+from mtdiffusion_engine.experiment import (
+    Experiment,
+    TrainingConfig,
+    build_model,
+    choose_device,
+    require_same,
+    resolved,
+)
+from mtdiffusion_registry import Registry, UserError
+from mtdiffusion_registry.config import dump_toml
+
+
+class Objective(nn.Module):
+    """The composite loss as a module, so that distributed wrappers see one forward with every parameter in it."""
+
+    def __init__(self, model: MultimodalDiffusion, weights: LossWeights) -> None:
+        super().__init__()
+        self.model = model
+        self.weights = weights
+
+    def forward(self, batch: Batch, visible: Tensor, generator: torch.Generator) -> LossTerms:
+        return composite_loss(
+            self.model, batch.x, self.weights, visible=visible, presence=batch.presence, generator=generator
+        )
+
+
+@frozen
+class Progress:
+    """What a step has to tell.
+
+    Attributes:
+        step: steps done.
+        means: loss terms, by name.
+        learning_rate: of this step.
+        norm: the gradient's norm before clipping.
+        seconds: since the start of this process's training.
+    """
+
+    step: int
+    means: dict[str, float]
+    learning_rate: float
+    norm: float
+    seconds: float
+
+
+def learning_rate(config: TrainingConfig, step: int) -> float:
+    """Linear warm-up, then half a cosine to zero; of step 0, 1, ..."""
+    if step < config.warmup:
+        return config.learning_rate * (step + 1) / config.warmup
+    share = (step - config.warmup) / max(config.steps - config.warmup, 1)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+
+
+def averaged(model: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of a model's weights, warmed up: decay min(decay, (1 + n)/(10 + n)) at update n."""
+
+    @torch.no_grad()
+    def update(average: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+        n = float(count)
+        torch._foreach_lerp_(average, current, 1 - min(decay, (1 + n) / (10 + n)))
+
+    return AveragedModel(model, multi_avg_fn=update)  # type: ignore[arg-type]
+
+
+class Trainer:
+    """Trains an experiment into a run folder.
+
+    Args:
+        run: the folder; made if need be.
+        resume: continue the run in the folder from its newest checkpoint.
+
+    Raises:
+        UserError: if the folder exists and is not to be resumed, or holds another experiment, or if the data do not fit
+            the model. Nothing is written then.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        run: Path,
+        registry: Registry,
+        *,
+        resume: bool = False,
+        device: str | None = None,
+        on_message: Callable[[str], None] = print,
+    ) -> None:
+        self.experiment = experiment
+        self.config = experiment.training
+        self.run = run
+        self.accelerator = Accelerator(cpu=choose_device(device).type == "cpu")
+        if resume:
+            if not (run / "config.toml").is_file():
+                raise UserError(f"{run}: nothing to resume here (it has no config.toml)")
+            require_same(experiment, run, registry)
+        elif self.main:
+            ckpt.require_free(run)
+        self.model = build_model(experiment)
+        self.data = load_data(experiment, self.model, "train")
+        self.data.batch(range(min(len(self.data), self.config.batch_size)))  # what does not fit is said before we write
+        self.subsets = experiment.conditioning.build()
+        self.step = 0
+        self._saved = -1
+        if self.main and (warning := terminal_warning(self.model.process, self.model.names)):
+            on_message(f"warning: {warning}")
+        self.model.to(self.accelerator.device)
+        self.ema = averaged(self.model, self.config.ema).eval()
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=self.config.learning_rate,
+            betas=(0.9, self.config.beta2),
+            weight_decay=self.config.weight_decay,
+            fused=True,
+        )
+        if resume and (checkpoints := ckpt.list_checkpoints(run)):
+            self._resume(checkpoints[-1])
+        if self.main:
+            dump_toml(resolved(experiment, registry), run / "config.toml")
+        self.objective = self.accelerator.prepare_model(Objective(self.model, experiment.loss))
+
+    def _resume(self, folder: Path) -> None:
+        ckpt.load_weights(self.model, folder / "model.safetensors")
+        ckpt.load_weights(self.ema.module, folder / "ema.safetensors")
+        ckpt.load_optimizer(self.optimizer, folder / "optimizer.safetensors")
+        state = ckpt.load_state(folder)
+        self.step = self._saved = int(state["step"])
+        self.ema.n_averaged.fill_(int(state["ema_updates"]))
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes and talks."""
+        return bool(self.accelerator.is_main_process)
+
+    @property
+    def averaged_model(self) -> MultimodalDiffusion:
+        """The model with averaged weights, which is for sampling."""
+        return self.ema.module  # type: ignore[return-value]
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step, unless there is one (main process only)."""
+        if not self.main or self._saved == self.step:
+            return
+        ckpt.save_checkpoint(
+            self.run,
+            self.step,
+            model=self.model.state_dict(),
+            ema=self.ema.module.state_dict(),
+            optimizer=self.optimizer,
+            state={"ema_updates": int(self.ema.n_averaged), "seed": self.config.seed},
+            keep=self.config.keep,
+        )
+        self._saved = self.step
+
+    def train(
+        self,
+        on_progress: Callable[[Progress], None] | None = None,
+        on_sample: Callable[[int], None] | None = None,
+        stop_at: int | None = None,
+    ) -> None:
+        """Train to the configured number of steps, or to ``stop_at``; a checkpoint is written at the end.
+
+        Args:
+            on_progress: called every ``training.log_every`` steps and at the end (main process only).
+            on_sample: called with the step every ``training.sample_every`` steps, to show what the model does by then.
+
+        Raises:
+            UserError: if the loss is no longer finite; the last checkpoint stays.
+            KeyboardInterrupt: after Ctrl-C, once the step under way is done and a checkpoint is written.
+        """
+        stop = min(self.config.steps, stop_at or self.config.steps)
+        started = time.monotonic()
+        micro = self.config.accumulate
+        accelerator = self.accelerator
+        sampler = StepSampler(
+            len(self.data),
+            self.config.batch_size,
+            self.config.seed,
+            self.step * micro,
+            stop * micro,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+        batches = training_batches(self.data, sampler, self.config.workers)
+        self.model.train()
+        with deferred_interrupt() as interrupted:
+            while self.step < stop:
+                rate = learning_rate(self.config, self.step)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate
+                terms, norm = self._one_step(batches)
+                self.step += 1
+                self.ema.update_parameters(self.model)
+                if on_progress and self.main and (self.step % self.config.log_every == 0 or self.step == stop):
+                    on_progress(Progress(self.step, terms.means(), rate, norm, time.monotonic() - started))
+                if on_sample and self.main and _due(self.step, self.config.sample_every):
+                    on_sample(self.step)
+                if interrupted():
+                    self.save()
+                    raise KeyboardInterrupt
+                if _due(self.step, self.config.checkpoint_every):
+                    self.save()
+        self.save()
+
+    def _one_step(self, batches: Iterator[Batch]) -> tuple[LossTerms, float]:
+        self.optimizer.zero_grad(set_to_none=True)
+        micro, device = self.config.accumulate, self.accelerator.device
+        for part in range(micro):
+            generator = self._generator(part)
+            batch: Batch = next(batches)
+            visible = self._draw_visible(batch, generator)
+            sync = part == micro - 1
+            gradients = nullcontext() if sync else self.accelerator.no_sync(self.objective)
+            with gradients:
+                with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+                    terms: LossTerms = self.objective(batch.to(device), visible, generator)
+                loss = terms.total.mean() / micro
+                self._require_finite("loss", loss.item())
+                self.accelerator.backward(loss)
+        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip))
+        self._require_finite("norm of its gradient", norm)
+        self.optimizer.step()
+        return terms, norm
+
+    def _require_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise UserError(
+                f"training diverged: the {what} is {value} at step {self.step + 1}. Its last checkpoint stays in "
+                f"{self.run}. Lower training.learning_rate or training.clip, or check the data."
+            )
+
+    def _generator(self, part: int) -> torch.Generator:
+        seed = derive_seed(self.config.seed, self.step, part, self.accelerator.process_index)
+        torch.manual_seed(seed)  # dropout draws from the global generator
+        return torch.Generator().manual_seed(seed)
+
+    def _draw_visible(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        latent = self.model.layout.latent
+        visible = self.subsets.draw(
+            self.model.names, self.model.spatial, len(batch.presence), (latent.height, latent.width), generator
+        )
+        return visible.to(self.accelerator.device)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C as a question to ask between steps, so that a checkpoint never holds half a step. The second acts at once.
+
+    Where Ctrl-C is ignored, or another handler is set, that stays.
+    """
+    caught = False
+
+    def note(_signal: int, _frame: object) -> None:
+        nonlocal caught
+        caught = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield lambda: False
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: caught
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

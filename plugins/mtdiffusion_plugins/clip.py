@@ -1,0 +1,176 @@
+"""The CLIP modality: an image's unit-norm embedding by an open_clip model, or embeddings the data set brings."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from attrs import field, frozen
+from attrs.validators import ge, gt
+from torch import Tensor
+from torch.nn import functional as F
+
+from mtdiffusion import Decoder, Encoder, Features, FeatureSpec, LatentSpec, Modality, Params
+from mtdiffusion_plugins.drawing import vector_tiles
+from mtdiffusion_plugins.embedders.open_clip import ImageEmbedder, load_embedder
+from mtdiffusion_plugins.files import open_picture, read_vector
+from mtdiffusion_plugins.heads import (
+    VectorEncoder,
+    VectorHead,
+    check_batch,
+)
+from mtdiffusion_registry.configs import ModalityConfig
+from mtdiffusion_registry.errors import UserError
+from mtdiffusion_registry.hookspecs import hookimpl
+
+MTDIFFUSION_API = 1
+
+_LEAST_VARIANCE = 1e-5
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class UnitVectorDecoder(Decoder):
+    """A distribution on the unit sphere with mean m, |m| ≤ 1: the surer, the longer; its mode is m's direction.
+
+    m is fitted by squared error, so it is the posterior mean, which is what re-enters the process. What |m| leaves of
+    E|x|² = 1 is variance, spread evenly: (1 − |m|²)/D a dimension.
+    """
+
+    def __init__(self, features: FeatureSpec, dim: int) -> None:
+        super().__init__()
+        self.mean = VectorHead(features, dim)
+        self.dims = dim
+
+    def forward(self, features: Features) -> Params:
+        # The perceptron's outputs are of order 1; components of a unit vector are of order 1/√D.
+        return {"mean": self.mean(features.vector) / self.dims**0.5}
+
+    def moments(self, params: Params) -> tuple[Tensor, Tensor]:
+        """m ``[B, D]``, no longer than 1, and the variance a dimension ``[B, 1]``."""
+        mean = params["mean"]
+        mean = mean / mean.norm(dim=1, keepdim=True).clamp(min=1)
+        return mean, ((1 - mean.square().sum(1, keepdim=True)) / self.dims).clamp(min=_LEAST_VARIANCE)
+
+    def nll(self, params: Params, x: Tensor) -> Tensor:
+        """Of N(m, (1 − |m|²)/D · I): a density in R^D, not on the sphere."""
+        mean, variance = self.moments(params)
+        return 0.5 * ((x - mean).square() / variance + torch.log(2 * math.pi * variance)).sum(1)
+
+    def objective(self, params: Params, x: Tensor) -> Tensor:
+        return 0.5 * (x - params["mean"]).square().sum(1)  # a dimension of x has variance 1/D: this is per dimension
+
+    def expected_encoding(self, params: Params, encoder: Encoder) -> Tensor:
+        return encoder(self.moments(params)[0])
+
+    def mode(self, params: Params) -> Tensor:
+        return F.normalize(params["mean"], dim=1)
+
+    def sample(self, params: Params, generator: torch.Generator | None = None) -> Tensor:
+        mean, variance = self.moments(params)
+        device = mean.device if generator is None else generator.device
+        noise = torch.randn(mean.shape, dtype=mean.dtype, device=device, generator=generator).to(mean.device)
+        return F.normalize(mean + variance.sqrt() * noise, dim=1)
+
+
+class ClipModality(Modality):
+    def __init__(self, encoder: Encoder, decoder: Decoder, config: ClipConfig) -> None:
+        super().__init__(encoder, decoder)
+        self.dim = config.dim
+        self.config = config
+        self.field = config.source or config.field
+        self.derived = config.source is not None
+        self.loss_weight = config.loss_weight
+        self.snr_clamp = config.snr_clamp
+        self._embedder: ImageEmbedder | None = None
+
+    def check(self, x: Tensor) -> None:
+        check_batch("clip", x, (self.dim,), floating=True)
+        norms = x.norm(dim=1)
+        if x.numel() and float((norms - 1).abs().max()) > 1e-2:
+            raise ValueError(f"clip: expected unit norm, found norms from {float(norms.min()):g} to {float(norms.max()):g}")
+
+    def placeholder(self, batch: int) -> Tensor:
+        return F.one_hot(torch.zeros(batch, dtype=torch.int64), self.dim).float()
+
+    def render(self, x: Tensor) -> Tensor:
+        return vector_tiles(x)
+
+    def metrics(self, generated: Tensor, truth: Tensor) -> dict[str, float]:
+        """``cosine`` to the truth (mean), and ``retrieval_at_1``: how often the truth is the nearest in the batch."""
+        similarity = F.normalize(generated, dim=1) @ F.normalize(truth, dim=1).T
+        nearest = similarity.argmax(1) == torch.arange(len(truth), device=truth.device)
+        return {"cosine": similarity.diagonal().mean().item(), "retrieval_at_1": nearest.double().mean().item()}
+
+    def derive(self, source: Tensor) -> Tensor:
+        return self._embed(source) if self.derived else source
+
+    def _embed(self, images: Tensor) -> Tensor:
+        if self._embedder is None:
+            self._embedder = load_embedder(self.config.model, self.config.pretrained, self.config.checkpoint)
+            if self._embedder.dim != self.dim:
+                found, self._embedder = self._embedder.dim, None
+                raise UserError(f"clip.dim: expected {found}, the width of {self.config.model}; found {self.dim}")
+        return self._embedder.embed(images)
+
+    def parse(self, text: str) -> Tensor:
+        """A file of the embedding itself, or a picture to embed."""
+        path = Path(text)
+        if path.suffix.lower() not in _PICTURES:
+            return F.normalize(read_vector(path, self.dim), dim=0)
+        if self.config.model is None:
+            raise UserError(f"{path}: no clip.model is configured to embed a picture with; give an embedding file")
+        picture = open_picture(path).convert("RGB")
+        values = torch.tensor(list(picture.tobytes()), dtype=torch.float32) / 127.5 - 1
+        return self._embed(values.reshape(1, picture.height, picture.width, 3).permute(0, 3, 1, 2))[0]
+
+    def write(self, x: Tensor, folder: Path, stem: str) -> Path:
+        from safetensors.torch import save_file
+
+        path = folder / f"{stem}.safetensors"
+        save_file({"embedding": x.detach().float().cpu().contiguous()}, path)
+        return path
+
+
+@frozen
+class ClipConfig(ModalityConfig):
+    """A unit-norm embedding, float32 ``[B, dim]``.
+
+    Attributes:
+        dim: D, the width of the embedding.
+        source: the data set's image field to embed with the model; None: the data set brings embeddings.
+        model: an open_clip architecture ("ViT-B-32"), or "builtin:digits", the small model that ships here.
+        pretrained: an open_clip tag of weights ("laion2b_s34b_b79k").
+        checkpoint: a file of weights for the model instead.
+        code_channels: channels of the latent its code fills; None: as many as D orthogonal directions need.
+        loss_weight: λ of its part of L2.
+        snr_clamp: λ_t = loss_weight · clamp(SNR_t, low, high); uniform in t by default.
+        field: the data set's field of embeddings, without a source; None: the instance's name.
+    """
+
+    kind: ClassVar[str] = "clip"
+    dim: int = field(validator=ge(2))
+    source: str | None = None
+    model: str | None = None
+    pretrained: str | None = None
+    checkpoint: str | None = None
+    code_channels: int | None = None
+    loss_weight: float = field(default=0.3, validator=gt(0.0))
+    snr_clamp: tuple[float, float] = (1.0, 1.0)
+    field: str | None = None
+
+    def __attrs_post_init__(self) -> None:
+        if self.source is not None and self.model is None:
+            raise ValueError(f"source = {self.source!r} needs a model to embed it with; set model")
+
+    def latent_channels(self, height: int, width: int) -> int:
+        return self.code_channels or -(-self.dim // (height * width))
+
+    def build(self, latent: LatentSpec, features: FeatureSpec) -> Modality:
+        return ClipModality(VectorEncoder(latent, self.dim, seed=2), UnitVectorDecoder(features, self.dim), self)
+
+
+@hookimpl
+def mtdiffusion_modalities() -> list[type]:
+    return [ClipConfig]

@@ -1,0 +1,156 @@
+"""Parts that several modalities share: heads on the backbone's features, a Gaussian likelihood, and vector codes."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mtdiffusion import Encoder, FeatureSpec, LatentSpec
+
+_LOG_SCALE = (-6.0, 2.0)
+
+
+class MapHead(nn.Module):
+    """A convolution from the feature map to ``[B, out, H·p, W·p]``; patches of p × p fill one place of the latent."""
+
+    def __init__(self, features: FeatureSpec, out: int, patch: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(features.channels, out * patch**2, 3, padding=1)
+        self.shuffle = nn.PixelShuffle(patch)
+        nn.init.normal_(self.conv.weight, std=0.01)
+
+    def forward(self, feature_map: Tensor) -> Tensor:
+        return self.shuffle(self.conv(feature_map))
+
+
+class VectorHead(nn.Module):
+    """A small perceptron from the feature vector to ``[B, out]``."""
+
+    def __init__(self, features: FeatureSpec, out: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(features.vector, features.vector), nn.SiLU(), nn.Linear(features.vector, out))
+
+    def forward(self, vector: Tensor) -> Tensor:
+        return self.net(vector)
+
+
+class ScaleHead(nn.Module):
+    """log of the standard deviation of a Gaussian head, one a sample: ``[B, 1]``.
+
+    It reads the features without sending gradients back, so that a calibrated likelihood costs the mean nothing.
+    """
+
+    def __init__(self, features: FeatureSpec) -> None:
+        super().__init__()
+        self.linear = nn.Linear(features.vector, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.constant_(self.linear.bias, -1.0)
+
+    def forward(self, vector: Tensor) -> Tensor:
+        return self.linear(vector.detach())
+
+
+def scale_of(log_scale: Tensor, like: Tensor) -> Tensor:
+    """σ ``[B, 1, ...]`` from an unconstrained log scale ``[B, 1]``."""
+    return log_scale.clamp(*_LOG_SCALE).exp().reshape(-1, *[1] * (like.ndim - 1))
+
+
+def gaussian_objective(mean: Tensor, log_scale: Tensor, x: Tensor) -> Tensor:
+    """½ mean squared error ``[B]``, plus a little of the Gaussian nll as a function of the scale alone."""
+    error = (x - mean).square().flatten(1).mean(1)
+    log_sigma = log_scale.clamp(*_LOG_SCALE)[:, 0]
+    calibration = 0.5 * error.detach() * torch.exp(-2 * log_sigma) + log_sigma
+    return 0.5 * error + 0.01 * calibration
+
+
+def discretised_gaussian_nll(mean: Tensor, log_scale: Tensor, x: Tensor, levels: int) -> Tensor:
+    """−log P(x) of x on ``levels`` evenly spaced values in [−1, 1], in nats: ``[B]``.
+
+    The Gaussian's mass in the bin around each value; the outermost bins reach to infinity (Ho et al. 2020, eq. 13).
+    """
+    sigma = scale_of(log_scale, mean).double()
+    half = 1.0 / (levels - 1)
+    centred = (x - mean).double()
+    low = torch.where(x <= -1 + half, -math.inf, (centred - half) / sigma)
+    high = torch.where(x >= 1 - half, math.inf, (centred + half) / sigma)
+    # Φ(high) − Φ(low), taken in the left tail, where it loses no digits.
+    flip = low > 0
+    low, high = torch.where(flip, -high, low), torch.where(flip, -low, high)
+    log_high = torch.special.log_ndtr(high)
+    gap = torch.special.log_ndtr(low) - log_high
+    log_mass = log_high + torch.log1p(-torch.exp(gap.clamp(max=-1e-12)))
+    return -log_mass.flatten(1).sum(1).to(mean.dtype)
+
+
+class VectorEncoder(Encoder):
+    """A fixed isometry from ``[B, D]`` into the whole latent share: a vector of norm 1 becomes a code of RMS 1.
+
+    The rows of the map are orthonormal while D fits into c·H·W (beyond that, random unit directions), and its adjoint
+    is the read-out. A fixed code cannot shrink to please L1.
+    """
+
+    def __init__(self, latent: LatentSpec, dim: int, seed: int = 0) -> None:
+        super().__init__(latent)
+        generator = torch.Generator().manual_seed(seed)
+        directions = torch.randn(max(dim, 1), latent.numel, generator=generator, dtype=torch.float64)
+        if dim <= latent.numel:
+            directions = torch.linalg.qr(directions.T).Q.T
+        else:
+            directions = F.normalize(directions, dim=1)
+        self.register_buffer("directions", directions.float().contiguous())
+        self.directions: Tensor
+        self.readout_dim = dim
+
+    def vector_code(self, vector: Tensor) -> Tensor:
+        """The code ``[B, c, H, W]`` of a vector ``[B, D]``."""
+        return (vector @ self.directions * math.sqrt(self.latent.numel)).reshape(-1, *self.latent.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.vector_code(x)
+
+    def readout(self, z: Tensor) -> Tensor:
+        return z.flatten(1) @ self.directions.T / math.sqrt(self.latent.numel)
+
+
+def patch_size(kind: str, size: int, latent: LatentSpec) -> int:
+    """Side p of the patch of a ``size × size`` picture that one place of the latent holds.
+
+    Raises:
+        ValueError: if size is not a multiple of the latent's height and width, alike.
+    """
+    if size % latent.height or size % latent.width or latent.height != latent.width:
+        raise ValueError(
+            f"{kind}: size {size} does not fit a latent of {latent.height} × {latent.width}; expected a square latent "
+            "whose side divides the size (set latent.height and latent.width)"
+        )
+    return size // latent.height
+
+
+def check_channels(kind: str, latent: LatentSpec, needed: int) -> None:
+    """Raise ``ValueError`` if the latent share does not have the channels a code needs."""
+    if latent.channels < needed:
+        raise ValueError(
+            f"{kind}: its code needs {needed} channels of {latent.height} × {latent.width}, found {latent.channels}"
+        )
+
+
+def check_batch(what: str, x: Tensor, shape: tuple[int, ...], *, floating: bool) -> None:
+    """Raise ``ValueError`` unless x is ``[B, *shape]``, floating and finite or else int64, as asked."""
+    kind = "a floating-point dtype" if floating else "int64"
+    if tuple(x.shape[1:]) != shape or x.ndim != len(shape) + 1:
+        raise ValueError(f"{what}: expected shape [batch{''.join(f', {n}' for n in shape)}], found {list(x.shape)}")
+    if x.is_floating_point() != floating or (not floating and x.dtype != torch.int64):
+        raise ValueError(f"{what}: expected {kind}, found {x.dtype}")
+    if floating and not bool(x.isfinite().all()):
+        bad = (~x.isfinite()).flatten(1).any(1).nonzero()[:, 0].tolist()
+        raise ValueError(f"{what}: expected finite values, found NaN or infinity in samples {bad[:5]} of the batch")
+
+
+def check_range(what: str, x: Tensor, low: float, high: float) -> None:
+    """Raise ``ValueError`` if x leaves [low, high]."""
+    if x.numel() and (float(x.min()) < low or float(x.max()) > high):
+        found = f"{float(x.min()):g} to {float(x.max()):g}"
+        raise ValueError(f"{what}: expected values from {low:g} to {high:g}, found {found}")

@@ -1,0 +1,174 @@
+"""The image modality: identity, patch or learned strided-convolution codes, and a Gaussian head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from attrs import field, frozen
+from attrs.validators import ge, gt, in_
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mtdiffusion import Decoder, Encoder, Features, FeatureSpec, LatentSpec, Modality, Params
+from mtdiffusion_plugins.files import read_image, write_image
+from mtdiffusion_plugins.heads import (
+    MapHead,
+    ScaleHead,
+    check_batch,
+    check_channels,
+    check_range,
+    discretised_gaussian_nll,
+    gaussian_objective,
+    patch_size,
+    scale_of,
+)
+from mtdiffusion_registry.configs import ModalityConfig
+from mtdiffusion_registry.hookspecs import hookimpl
+
+MTDIFFUSION_API = 1
+
+
+class PatchEncoder(Encoder):
+    """Each p × p patch becomes the channels of one place of the latent: lossless, linear. p = 1 is the identity."""
+
+    spatial = True
+
+    def __init__(self, latent: LatentSpec, channels: int, patch: int) -> None:
+        super().__init__(latent)
+        check_channels("image", latent, channels * patch**2)
+        self.patch = patch
+        self.spare = latent.channels - channels * patch**2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(F.pixel_unshuffle(x, self.patch), (0, 0, 0, 0, 0, self.spare))
+
+
+class ConvEncoder(Encoder):
+    """A learned strided convolution with orthonormal filters: p × p patches to fewer channels than they have numbers.
+
+    Linear, so that the code of the mean is the mean of the code; orthonormal, so that it cannot shrink.
+    """
+
+    spatial = True
+
+    def __init__(self, latent: LatentSpec, channels: int, patch: int) -> None:
+        super().__init__(latent)
+        if latent.channels > channels * patch**2:
+            raise ValueError(
+                f"image: a conv code of {latent.channels} channels cannot be orthonormal over patches of "
+                f"{channels * patch**2} numbers; expected at most that many channels"
+            )
+        self.patch = patch
+        linear = nn.Linear(channels * patch**2, latent.channels, bias=False)
+        self.filters = nn.utils.parametrizations.orthogonal(linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.pixel_unshuffle(x, self.patch), self.filters.weight[:, :, None, None])
+
+
+class GaussianImageDecoder(Decoder):
+    """p(x | h) = N(mean, σ² I) with one σ a sample; the exact likelihood is over the discrete levels of the pixels."""
+
+    def __init__(self, features: FeatureSpec, channels: int, size: int, patch: int, levels: int) -> None:
+        super().__init__()
+        self.mean = MapHead(features, channels, patch)
+        self.log_scale = ScaleHead(features)
+        self.levels = levels
+        self.dims = channels * size**2
+
+    def forward(self, features: Features) -> Params:
+        return {"mean": self.mean(features.map), "log_scale": self.log_scale(features.vector)}
+
+    def nll(self, params: Params, x: Tensor) -> Tensor:
+        return discretised_gaussian_nll(params["mean"], params["log_scale"], x, self.levels)
+
+    def objective(self, params: Params, x: Tensor) -> Tensor:
+        return gaussian_objective(params["mean"], params["log_scale"], x)
+
+    def expected_encoding(self, params: Params, encoder: Encoder) -> Tensor:
+        return encoder(params["mean"])  # the encoders here are linear
+
+    def mode(self, params: Params) -> Tensor:
+        return params["mean"].clamp(-1, 1)
+
+    def sample(self, params: Params, generator: torch.Generator | None = None) -> Tensor:
+        mean = params["mean"]
+        device = mean.device if generator is None else generator.device
+        noise = torch.randn(mean.shape, dtype=mean.dtype, device=device, generator=generator).to(mean.device)
+        return (mean + scale_of(params["log_scale"], mean) * noise).clamp(-1, 1)
+
+
+class ImageModality(Modality):
+    def __init__(self, encoder: Encoder, decoder: Decoder, config: ImageConfig) -> None:
+        super().__init__(encoder, decoder)
+        self.shape = (config.channels, config.size, config.size)
+        self.field = config.field
+        self.loss_weight = config.loss_weight
+        self.snr_clamp = config.snr_clamp
+
+    def check(self, x: Tensor) -> None:
+        check_batch("image", x, self.shape, floating=True)
+        check_range("image", x, -1.001, 1.001)
+
+    def placeholder(self, batch: int) -> Tensor:
+        return torch.zeros(batch, *self.shape)
+
+    def render(self, x: Tensor) -> Tensor:
+        rgb = x if self.shape[0] == 3 else x[:, :1].expand(-1, 3, -1, -1)
+        return ((rgb + 1) / 2).clamp(0, 1)
+
+    def metrics(self, generated: Tensor, truth: Tensor) -> dict[str, float]:
+        """``mse`` per pixel, and ``psnr`` in dB of pixels in [0, 1] (mean over images)."""
+        error = ((generated - truth) / 2).square().flatten(1).mean(1)
+        return {"mse": error.mean().item(), "psnr": (-10 * torch.log10(error.clamp(min=1e-10))).mean().item()}
+
+    def parse(self, text: str) -> Tensor:
+        return read_image(Path(text), self.shape[0], self.shape[1])
+
+    def write(self, x: Tensor, folder: Path, stem: str) -> Path:
+        return write_image(x, folder / f"{stem}.png")
+
+
+@frozen
+class ImageConfig(ModalityConfig):
+    """A square picture, float32 ``[B, channels, size, size]`` in [−1, 1].
+
+    Attributes:
+        size: side in pixels; the latent's side must divide it.
+        channels: 1 (grey) or 3 (RGB).
+        encoder: "patch" (lossless; the identity where the latent has the picture's size) or "conv" (learned, fewer
+            channels).
+        code_channels: channels of a "conv" code.
+        levels: how many values a pixel can take, for the exact likelihood (256 for 8 bits).
+        loss_weight: λ of its part of L2.
+        snr_clamp: λ_t = loss_weight · clamp(SNR_t, low, high).
+        field: the data set's field; None: the instance's name.
+    """
+
+    kind: ClassVar[str] = "image"
+    size: int = field(validator=ge(1))
+    channels: Literal[1, 3] = field(default=3, validator=in_((1, 3)))
+    encoder: Literal["patch", "conv"] = field(default="patch", validator=in_(("patch", "conv")))
+    code_channels: int = field(default=4, validator=ge(1))
+    levels: int = field(default=256, validator=ge(2))
+    loss_weight: float = field(default=1.0, validator=gt(0.0))
+    snr_clamp: tuple[float, float] = (0.05, 5.0)
+    field: str | None = None
+
+    def latent_channels(self, height: int, width: int) -> int:
+        if self.encoder == "conv":
+            return self.code_channels
+        return self.channels * max(self.size // height, 1) * max(self.size // width, 1)
+
+    def build(self, latent: LatentSpec, features: FeatureSpec) -> Modality:
+        patch = patch_size("image", self.size, latent)
+        encoder = (PatchEncoder if self.encoder == "patch" else ConvEncoder)(latent, self.channels, patch)
+        decoder = GaussianImageDecoder(features, self.channels, self.size, patch, self.levels)
+        return ImageModality(encoder, decoder, self)
+
+
+@hookimpl
+def mtdiffusion_modalities() -> list[type]:
+    return [ImageConfig]

@@ -1,0 +1,135 @@
+"""The label modality: one of K classes, spread over the latent by an orthonormal codebook."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from attrs import field, frozen
+from attrs.validators import ge, gt
+from torch import Tensor
+from torch.nn import functional as F
+
+from mtdiffusion import Decoder, Encoder, Features, FeatureSpec, LatentSpec, Modality, Params
+from mtdiffusion_plugins.drawing import text_tiles
+from mtdiffusion_plugins.files import read_json_value
+from mtdiffusion_plugins.heads import VectorEncoder, VectorHead, check_batch, check_range
+from mtdiffusion_registry.configs import ModalityConfig
+from mtdiffusion_registry.errors import UserError
+from mtdiffusion_registry.hookspecs import hookimpl
+
+MTDIFFUSION_API = 1
+
+
+class LabelEncoder(VectorEncoder):
+    """Class k has code √n · q_k, with orthonormal q_k."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.vector_code(F.one_hot(x, self.readout_dim).to(self.directions.dtype))
+
+
+class CategoricalDecoder(Decoder):
+    """A categorical distribution over K classes."""
+
+    def __init__(self, features: FeatureSpec, classes: int) -> None:
+        super().__init__()
+        self.logits = VectorHead(features, classes)
+
+    def forward(self, features: Features) -> Params:
+        return {"logits": self.logits(features.vector)}
+
+    def nll(self, params: Params, x: Tensor) -> Tensor:
+        return F.cross_entropy(params["logits"], x, reduction="none")
+
+    def expected_encoding(self, params: Params, encoder: Encoder) -> Tensor:
+        assert isinstance(encoder, LabelEncoder)
+        return encoder.vector_code(params["logits"].softmax(1))
+
+    def mode(self, params: Params) -> Tensor:
+        return params["logits"].argmax(1)
+
+    def sample(self, params: Params, generator: torch.Generator | None = None) -> Tensor:
+        logits = params["logits"]
+        device = logits.device if generator is None else generator.device
+        return torch.multinomial(logits.softmax(1).to(device), 1, generator=generator)[:, 0].to(logits.device)
+
+
+class LabelModality(Modality):
+    def __init__(self, encoder: Encoder, decoder: Decoder, config: LabelConfig) -> None:
+        super().__init__(encoder, decoder)
+        self.classes = config.classes
+        self.class_names = config.names or tuple(str(k) for k in range(config.classes))
+        self.field = config.field
+        self.loss_weight = config.loss_weight
+        self.snr_clamp = config.snr_clamp
+
+    def check(self, x: Tensor) -> None:
+        check_batch("label", x, (), floating=False)
+        check_range(f"label of {self.classes} classes", x, 0, self.classes - 1)
+
+    def placeholder(self, batch: int) -> Tensor:
+        return torch.zeros(batch, dtype=torch.int64)
+
+    def render(self, x: Tensor) -> Tensor:
+        return text_tiles([self.class_names[k] for k in x.tolist()])
+
+    def metrics(self, generated: Tensor, truth: Tensor) -> dict[str, float]:
+        """``accuracy``: the share that agrees."""
+        return {"accuracy": (generated == truth).double().mean().item()}
+
+    def parse(self, text: str) -> Tensor:
+        """A class's index or name, or a JSON file as :meth:`write` makes it."""
+        if text.endswith(".json"):
+            text = read_json_value(Path(text), "label")
+        if text in self.class_names:
+            return torch.tensor(self.class_names.index(text))
+        if text.isdecimal() and int(text) < self.classes:
+            return torch.tensor(int(text))
+        names = f" or one of {', '.join(self.class_names)}" if not self.class_names[0].isdecimal() else ""
+        raise UserError(f"label: expected a class from 0 to {self.classes - 1}{names}, found {text!r}")
+
+    def write(self, x: Tensor, folder: Path, stem: str) -> Path:
+        path = folder / f"{stem}.json"
+        path.write_text(json.dumps({"label": int(x), "name": self.class_names[int(x)]}) + "\n", encoding="utf-8")
+        return path
+
+
+@frozen
+class LabelConfig(ModalityConfig):
+    """A class index, int64 ``[B]``.
+
+    Attributes:
+        classes: K.
+        names: names of the classes, for people and for ``--observe``; empty: their indices.
+        code_channels: channels of the latent its code fills; None: as many as K orthogonal codes need.
+        loss_weight: λ of its part of L2.
+        snr_clamp: λ_t = loss_weight · clamp(SNR_t, low, high). Uniform in t by default: weighted by SNR the head learns
+            to read the label out of an almost clean z_t instead of inferring it.
+        field: the data set's field; None: the instance's name.
+    """
+
+    kind: ClassVar[str] = "label"
+    classes: int = field(validator=ge(2))
+    names: tuple[str, ...] = field(default=())
+    code_channels: int | None = None
+    loss_weight: float = field(default=0.1, validator=gt(0.0))
+    snr_clamp: tuple[float, float] = (1.0, 1.0)
+    field: str | None = None
+
+    @names.validator
+    def _one_name_a_class(self, _: object, value: tuple[str, ...]) -> None:
+        if value and (len(value) != self.classes or len(set(value)) != len(value)):
+            raise ValueError(f"expected {self.classes} different names, found {len(set(value))}")
+
+    def latent_channels(self, height: int, width: int) -> int:
+        return self.code_channels or -(-self.classes // (height * width))
+
+    def build(self, latent: LatentSpec, features: FeatureSpec) -> Modality:
+        return LabelModality(LabelEncoder(latent, self.classes, seed=1), CategoricalDecoder(features, self.classes), self)
+
+
+@hookimpl
+def mtdiffusion_modalities() -> list[type]:
+    return [LabelConfig]

@@ -1,0 +1,174 @@
+"""An independent judge: a classifier of one modality by another, trained on the training split alone.
+
+Its reading of generated pictures says whether they show what they should; its features are those in which a Fréchet
+distance is taken (never called FID without saying so: the metric's name is ``fid_judge``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from attrs import field, frozen
+from attrs.validators import ge, gt
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mtdiffusion_registry.configs import EvaluatorConfig
+from mtdiffusion_registry.errors import UserError
+from mtdiffusion_registry.evaluation import Evaluator
+from mtdiffusion_registry.hookspecs import hookimpl
+
+MTDIFFUSION_API = 1
+
+
+class Classifier(nn.Module):
+    """A small convolutional classifier of pictures ``[B, channels, h, w]``."""
+
+    def __init__(self, channels: int, classes: int, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, width, 3, padding=1),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(width, 2 * width, 3, padding=1),
+            nn.BatchNorm2d(2 * width),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+        )
+        self.head = nn.Linear(8 * width, classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """The last pooling layer's output ``[B, 8 · width]``, before the classifier: where Inception's FID is taken."""
+        return self.body(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.dropout(self.features(x), 0.3, self.training))
+
+
+def train_classifier(x: Tensor, y: Tensor, *, width: int, epochs: int, seed: int) -> Classifier:
+    """Fit to pictures ``[B, C, h, w]`` and classes ``[B]``, with shifts by a pixel and a little noise; seeded."""
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(seed)
+        model = Classifier(x.shape[1], int(y.max()) + 1, width)
+        steps_per_epoch = max(len(x) // 128, 1)
+        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=epochs * steps_per_epoch)
+        model.train()
+        for _ in range(epochs):
+            order = torch.randperm(len(x))
+            for step in range(steps_per_epoch):
+                rows = order[step * 128 : (step + 1) * 128]
+                shift = torch.randint(-1, 2, (2,)).tolist()
+                padded = F.pad(x[rows], (1, 1, 1, 1), mode="replicate")
+                height, width_ = x.shape[-2:]
+                moved = padded[..., 1 + shift[0] : 1 + shift[0] + height, 1 + shift[1] : 1 + shift[1] + width_]
+                loss = F.cross_entropy(model(moved + 0.1 * torch.randn_like(moved)), y[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+    return model.eval()
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Fréchet distance between Gaussians fitted to features ``[n, D]`` and ``[m, D]`` (Heusel et al. 2017)."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    class Given(nn.Module):
+        num_features = a.shape[1]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    fid = FrechetInceptionDistance(feature=Given(), input_img_size=(a.shape[1], 1, 1))
+    fid.set_dtype(torch.float64)
+    fid.update(a.double(), real=True)
+    fid.update(b.double(), real=False)
+    return float(fid.compute())
+
+
+class Judge(Evaluator):
+    """Reads ``target`` off ``input``."""
+
+    def __init__(self, config: JudgeConfig, train: Mapping[str, Tensor]) -> None:
+        self.input, self.target = config.input, config.target
+        x, y = train[self.input], train[self.target]
+        self.classifier = train_classifier(x, y, width=config.width, epochs=config.epochs, seed=config.seed)
+        self.train_features = self._features(x)
+
+    @torch.no_grad()
+    def _features(self, x: Tensor) -> Tensor:
+        return torch.cat([self.classifier.features(part) for part in x.cpu().float().split(512)])
+
+    @torch.no_grad()
+    def _read(self, x: Tensor) -> Tensor:
+        return torch.cat([self.classifier(part).argmax(1) for part in x.cpu().float().split(512)])
+
+    def conditional(
+        self, target: str, generated: Mapping[str, Tensor], truth: Mapping[str, Tensor]
+    ) -> dict[str, float]:
+        """``judge_accuracy``: how often the judge reads the true class off the generated; ``fid_judge``: to the
+        training split, in the judge's features."""
+        if target != self.input:
+            return {}
+        read = self._read(generated[self.input])
+        return {
+            "judge_accuracy": (read == truth[self.target].cpu()).double().mean().item(),
+            "fid_judge": frechet_distance(self.train_features, self._features(generated[self.input])),
+        }
+
+    def joint(self, generated: Mapping[str, Tensor]) -> dict[str, float]:
+        """``judge_agreement``: how often the judge reads the class that was generated with the picture;
+        ``class_entropy``: of the classes it reads, as a share of the greatest possible."""
+        read = self._read(generated[self.input])
+        metrics = {"fid_judge": frechet_distance(self.train_features, self._features(generated[self.input]))}
+        if self.target in generated:
+            metrics["judge_agreement"] = (read == generated[self.target].cpu()).double().mean().item()
+        classes = self.classifier.head.out_features
+        share = torch.bincount(read, minlength=classes).double() / len(read)
+        entropy = -(share * share.clamp(min=1e-12).log()).sum()
+        metrics["class_entropy"] = (entropy / torch.tensor(float(classes)).log()).item()
+        return metrics
+
+    def real(self, test: Mapping[str, Tensor]) -> dict[str, float]:
+        read = self._read(test[self.input])
+        return {
+            "judge_accuracy": (read == test[self.target].cpu()).double().mean().item(),
+            "fid_judge": frechet_distance(self.train_features, self._features(test[self.input])),
+        }
+
+
+@frozen
+class JudgeConfig(EvaluatorConfig):
+    """A classifier of ``target`` (class indices) by ``input`` (pictures).
+
+    Attributes:
+        input: the modality it looks at.
+        target: the modality it reads off it.
+        epochs, width, seed: of its training.
+    """
+
+    kind: ClassVar[str] = "judge"
+    input: str = "image"
+    target: str = "label"
+    epochs: int = field(default=40, validator=ge(1))
+    width: int = field(default=32, validator=gt(0))
+    seed: int = field(default=0, validator=ge(0))
+
+    def build(self, train: Mapping[str, Tensor]) -> Evaluator:
+        for role in (self.input, self.target):
+            if role not in train:
+                raise UserError(f"evaluators.judge: no modality named {role!r}; there are {', '.join(train)}")
+        return Judge(self, train)
+
+
+@hookimpl
+def mtdiffusion_evaluators() -> list[type]:
+    return [JudgeConfig]

@@ -1,0 +1,146 @@
+"""The registered units: attrs-frozen config classes that say what they are (``kind``) and build it (``build``).
+
+A plugin subclasses one of the bases below, decorates the subclass with ``@attrs.frozen`` and gives it a ``kind``. Its
+fields are the keys that a configuration file may set, so their types must be ones that TOML can hold.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from attrs import frozen
+
+if TYPE_CHECKING:  # importing the core imports torch, which listing plugins must not
+    from mtdiffusion.interfaces import Backbone, Dataset, FeatureSpec, LatentSpec, Modality, WeightSchedule
+    from torch import Tensor
+
+    from mtdiffusion_registry.evaluation import Evaluator
+
+
+@frozen
+class Config(ABC):
+    """What every registered unit has.
+
+    Attributes:
+        group: which sort of unit it is; set by the bases below, one of :data:`GROUPS`.
+        kind: the name by which a configuration file asks for it, unique within the group.
+    """
+
+    group: ClassVar[str]
+    kind: ClassVar[str]
+
+
+@frozen
+class ModalityConfig(Config):
+    """Builds a modality."""
+
+    group: ClassVar[str] = "modality"
+
+    @abstractmethod
+    def latent_channels(self, height: int, width: int) -> int:
+        """Channels that it wants as its own share of a diffusion space of this height and width.
+
+        Raises:
+            ValueError: if it cannot fill a space of this height and width.
+        """
+
+    @abstractmethod
+    def build(self, latent: LatentSpec, features: FeatureSpec) -> Modality:
+        """The modality, its code filling ``latent`` and its head reading features of the shapes ``features``.
+
+        Raises:
+            ValueError: if it cannot fill ``latent`` or read ``features``.
+        """
+
+
+@frozen
+class BackboneConfig(Config):
+    """Builds a backbone."""
+
+    group: ClassVar[str] = "backbone"
+
+    @abstractmethod
+    def build(self, in_channels: int, height: int, width: int, in_vector: int) -> Backbone:
+        """The backbone, for inputs ``z [B, in_channels, height, width]`` and ``vector [B, in_vector]``.
+
+        Raises:
+            ValueError: if it cannot work at this height and width.
+        """
+
+
+@frozen
+class DatasetConfig(Config):
+    """Builds a data set."""
+
+    group: ClassVar[str] = "dataset"
+
+    @abstractmethod
+    def build(self, split: Literal["train", "test"]) -> Dataset:
+        """The split of the data set; the same samples in the same order every time."""
+
+
+@frozen
+class WeightScheduleConfig(Config):
+    """Builds a weight schedule."""
+
+    group: ClassVar[str] = "weight_schedule"
+
+    @abstractmethod
+    def build(self, names: Sequence[str]) -> WeightSchedule:
+        """The schedule for the modality instances of these names, in this order.
+
+        Raises:
+            ValueError: if it is configured for other names.
+        """
+
+
+@frozen
+class EvaluatorConfig(Config):
+    """Builds an evaluator."""
+
+    group: ClassVar[str] = "evaluator"
+
+    @abstractmethod
+    def build(self, train: Mapping[str, Tensor]) -> Evaluator:
+        """The evaluator, fitted to the training split (tensors by modality name) where it needs to be.
+
+        Raises:
+            ValueError: if it is configured for modalities that are not there.
+        """
+
+
+@frozen
+class TaskConfig(Config):
+    """A task: which modality instances are given, and which are generated and judged.
+
+    Attributes:
+        name: what reports call it.
+        observed: names of the instances that are given.
+        generated: names of the instances that are generated, at least one.
+    """
+
+    group: ClassVar[str] = "task"
+
+    name: str
+    observed: tuple[str, ...]
+    generated: tuple[str, ...]
+
+    def __attrs_post_init__(self) -> None:
+        if not self.generated:
+            raise ValueError("'generated' must name at least one modality")
+        if both := set(self.observed) & set(self.generated):
+            raise ValueError(f"a modality is either observed or generated, found in both: {', '.join(sorted(both))}")
+
+
+BASES: Mapping[str, type[Config]] = MappingProxyType(
+    {
+        base.group: base
+        for base in (ModalityConfig, BackboneConfig, DatasetConfig, WeightScheduleConfig, EvaluatorConfig, TaskConfig)
+    }
+)
+"""The base class of each group."""
+
+GROUPS: tuple[str, ...] = tuple(BASES)

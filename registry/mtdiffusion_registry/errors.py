@@ -1,0 +1,24 @@
+"""Errors whose message a person can act on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """Something that a person can mend. The command line prints the message and exits with status 2."""
+
+
+class ConfigError(UserError):
+    """A configuration that does not fit: says where in which file, what was found and what is expected."""
+
+
+class PluginError(UserError):
+    """A plugin that cannot be used: says whose it is, what is wrong and what to do."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A clause to append to a message, ``; did you mean "x"?``, or nothing if no known word is close."""
+    close = get_close_matches(word, list(known), n=1)
+    return f'; did you mean "{close[0]}"?' if close else ""

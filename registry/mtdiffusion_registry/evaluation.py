@@ -1,0 +1,31 @@
+"""Evaluators: judges of whole samples, where a metric of one modality against its own truth is not enough."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Evaluator(ABC):
+    """Judges samples given as a dict of tensors by modality name, each ``[B, ...]``.
+
+    Each method returns metrics by name, and nothing where it has nothing to say.
+    """
+
+    @abstractmethod
+    def conditional(
+        self, target: str, generated: Mapping[str, Tensor], truth: Mapping[str, Tensor]
+    ) -> dict[str, float]:
+        """Of a generated target, against the held-out samples whose other modalities it was conditioned on."""
+
+    @abstractmethod
+    def joint(self, generated: Mapping[str, Tensor]) -> dict[str, float]:
+        """Of samples generated with nothing observed."""
+
+    @abstractmethod
+    def real(self, test: Mapping[str, Tensor]) -> dict[str, float]:
+        """Of held-out data: what a perfect model would score, and how good the judge itself is."""

@@ -1,0 +1,67 @@
+"""The hooks that a plugin module may implement, one a group. Each takes nothing and returns config classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import pluggy
+
+from mtdiffusion_registry.configs import (
+    BackboneConfig,
+    DatasetConfig,
+    EvaluatorConfig,
+    ModalityConfig,
+    TaskConfig,
+    WeightScheduleConfig,
+)
+
+PROJECT = "mtdiffusion"
+API_VERSION = 1
+"""A plugin module states the version it was written for: ``MTDIFFUSION_API = 1``."""
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@hookspec
+def mtdiffusion_modalities() -> list[type[ModalityConfig]]:  # type: ignore[empty-body]
+    """Modalities: what can be diffused."""
+
+
+@hookspec
+def mtdiffusion_backbones() -> list[type[BackboneConfig]]:  # type: ignore[empty-body]
+    """Backbones: the shared denoiser."""
+
+
+@hookspec
+def mtdiffusion_datasets() -> list[type[DatasetConfig]]:  # type: ignore[empty-body]
+    """Data sets."""
+
+
+@hookspec
+def mtdiffusion_weight_schedules() -> list[type[WeightScheduleConfig]]:  # type: ignore[empty-body]
+    """Weight schedules: how modalities enter the process over time."""
+
+
+@hookspec
+def mtdiffusion_evaluators() -> list[type[EvaluatorConfig]]:  # type: ignore[empty-body]
+    """Evaluators: how samples are judged as a whole."""
+
+
+@hookspec
+def mtdiffusion_tasks() -> list[type[TaskConfig]]:  # type: ignore[empty-body]
+    """Tasks: what is given and what is generated."""
+
+
+HOOKS: Mapping[str, str] = MappingProxyType(
+    {
+        "modality": "mtdiffusion_modalities",
+        "backbone": "mtdiffusion_backbones",
+        "dataset": "mtdiffusion_datasets",
+        "weight_schedule": "mtdiffusion_weight_schedules",
+        "evaluator": "mtdiffusion_evaluators",
+        "task": "mtdiffusion_tasks",
+    }
+)
+"""The hook of each group."""

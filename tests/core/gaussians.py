@@ -1,0 +1,301 @@
+"""Jointly Gaussian modalities: the optimal heads, the true conditionals and −log p(X) are known in closed form.
+
+The model built here is a real :class:`MultimodalDiffusion`; only its backbone is replaced by the exact posterior of all
+modalities given what a network would be shown. Any distance between a sampler's law and the true law is then the
+sampler's own. With Gaussian modalities a sample is an affine map of the noise drawn, so that law is computed, not
+estimated (:class:`NoiseBasis`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from attrs import frozen
+from torch import Tensor
+from torch.distributions import MultivariateNormal
+
+from mtdiffusion import (
+    Backbone,
+    Decoder,
+    DiffusionProcess,
+    Encoder,
+    Features,
+    FeatureSpec,
+    LatentLayout,
+    LatentSpec,
+    Modality,
+    MultimodalDiffusion,
+    Params,
+    Retention,
+    SNRMatched,
+    WeightSchedule,
+)
+
+
+class LinearEncoder(Encoder):
+    """x ``[B, d]`` -> matrix · x, as a code ``[B, c, H, W]``."""
+
+    def __init__(self, latent: LatentSpec, matrix: Tensor) -> None:
+        super().__init__(latent)
+        self.register_buffer("matrix", matrix)
+        self.matrix: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.matrix.T).reshape(-1, *self.latent.shape)
+
+
+class GaussianDecoder(Decoder):
+    """p(x | .) = N(mean, LLᵀ), both read from the feature vector that the exact backbone wrote for this modality."""
+
+    def __init__(self, start: int, dims: int) -> None:
+        super().__init__()
+        self.start = start
+        self.dims = dims
+
+    def forward(self, features: Features) -> Params:
+        d = self.dims
+        own = features.vector[:, self.start : self.start + d + d * d]
+        return {"mean": own[:, :d], "tril": own[:, d:].reshape(-1, d, d)}
+
+    def nll(self, params: Params, x: Tensor) -> Tensor:
+        return -MultivariateNormal(params["mean"], scale_tril=params["tril"]).log_prob(x)
+
+    def expected_encoding(self, params: Params, encoder: Encoder) -> Tensor:
+        return encoder(params["mean"])
+
+    def mode(self, params: Params) -> Tensor:
+        return params["mean"]
+
+    def sample(self, params: Params, generator: torch.Generator | None = None) -> Tensor:
+        mean = params["mean"]
+        noise = torch.randn(mean.shape, dtype=mean.dtype, generator=generator)
+        return mean + torch.einsum("bij,bj->bi", params["tril"], noise)
+
+
+class VectorModality(Modality):
+    """x ``[B, d]``; what only an application needs (pictures, files, metrics) is left out."""
+
+    def __init__(self, encoder: Encoder, decoder: Decoder, dims: int) -> None:
+        super().__init__(encoder, decoder)
+        self.dims = dims
+
+    def check(self, x: Tensor) -> None:
+        if x.ndim != 2 or x.shape[1] != self.dims:
+            raise ValueError(f"vector: expected [batch, {self.dims}], found {list(x.shape)}")
+
+    def placeholder(self, batch: int) -> Tensor:
+        return torch.zeros(batch, self.dims)
+
+    def render(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def metrics(self, generated: Tensor, truth: Tensor) -> dict[str, float]:
+        raise NotImplementedError
+
+    def parse(self, text: str) -> Tensor:
+        raise NotImplementedError
+
+    def write(self, x: Tensor, folder: Path, stem: str) -> Path:
+        raise NotImplementedError
+
+
+@frozen(eq=False)
+class JointGaussian:
+    """N(mean, covariance) over several named vectors."""
+
+    dims: Mapping[str, int]
+    mean: Tensor
+    covariance: Tensor
+
+    @classmethod
+    def random(cls, dims: Mapping[str, int], seed: int = 0) -> JointGaussian:
+        """Correlated, with unit variances and means of about 0.5."""
+        generator = torch.Generator().manual_seed(seed)
+        total = sum(dims.values())
+        factor = torch.randn(total, total, generator=generator, dtype=torch.float64)
+        covariance = factor @ factor.T + 0.5 * torch.eye(total, dtype=torch.float64)
+        scale = covariance.diagonal().rsqrt()
+        mean = 0.5 * torch.randn(total, generator=generator, dtype=torch.float64)
+        return cls(dims, mean, covariance * scale[:, None] * scale)
+
+    def index(self, names: list[str] | tuple[str, ...]) -> Tensor:
+        """Places of some modalities in the joint vector."""
+        places, start = {}, 0
+        for name, d in self.dims.items():
+            places[name] = torch.arange(start, start + d)
+            start += d
+        return torch.cat([places[n] for n in names]) if names else torch.zeros(0, dtype=torch.long)
+
+    def split(self, x: Tensor) -> dict[str, Tensor]:
+        """Joint vectors ``[B, D]`` by name."""
+        return dict(zip(self.dims, x.split(list(self.dims.values()), 1), strict=True))
+
+    def draw(self, batch: int, seed: int = 0) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(batch, len(self.mean), generator=generator, dtype=torch.float64)
+        return self.split(self.mean + noise @ torch.linalg.cholesky(self.covariance).T)
+
+    def nll(self, x: Mapping[str, Tensor]) -> Tensor:
+        return -MultivariateNormal(self.mean, self.covariance).log_prob(torch.cat([x[n] for n in self.dims], 1))
+
+    def conditional(self, observed: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of all that is not observed, in order, given one value ``[d]`` of each that is."""
+        known = self.index([n for n in self.dims if n in observed])
+        rest = self.index([n for n in self.dims if n not in observed])
+        cross = self.covariance[rest][:, known]
+        gain = torch.linalg.solve(self.covariance[known][:, known], cross.T).T
+        value = torch.cat([observed[n] for n in self.dims if n in observed]) if observed else self.mean[:0]
+        mean = self.mean[rest] + gain @ (value - self.mean[known])
+        return mean, self.covariance[rest][:, rest] - gain @ cross.T
+
+    def proper_subsets(self) -> Iterator[tuple[str, ...]]:
+        """Every choice of observed modalities that leaves something to generate, the empty one first."""
+        return itertools.chain.from_iterable(itertools.combinations(self.dims, k) for k in range(len(self.dims)))
+
+
+class ExactBackbone(Backbone):
+    """The exact posterior of all modalities given what a network is shown: scaled z_t, the observed aggregate, flags.
+
+    Its feature vector is, modality after modality, the posterior mean and the Cholesky factor of its covariance.
+    """
+
+    def __init__(
+        self,
+        joint: JointGaussian,
+        process: DiffusionProcess,
+        layout: LatentLayout,
+        encoders: Mapping[str, LinearEncoder],
+        own_channels: bool,
+    ) -> None:
+        super().__init__()
+        self.joint, self.process, self.layout, self.own_channels = joint, process, layout, own_channels
+        columns = [
+            layout.place(n, encoders[n](torch.eye(d, dtype=torch.float64))).flatten(1).T for n, d in joint.dims.items()
+        ]
+        self.embedding = torch.cat(columns, 1)  # [C·H·W, D]: Σ_i e_i = embedding · x
+        self.owner = torch.repeat_interleave(torch.arange(len(joint.dims)), torch.tensor(list(joint.dims.values())))
+        self.levels = process.noise_level(torch.arange(process.steps + 1))
+        self.features = FeatureSpec(1, layout.latent.height, layout.latent.width, feature_width(joint))
+
+    def forward(self, z: Tensor, noise: Tensor, vector: Tensor) -> Features:
+        n, channels = len(self.joint.dims), self.layout.latent.channels
+        z, aggregate = z[:, :channels], z[:, channels : 2 * channels]
+        out = z.new_zeros(z.shape[0], self.features.vector)
+        cases, which = torch.unique(torch.cat([noise[:, None], vector[:, : 2 * n]], 1), dim=0, return_inverse=True)
+        for i, case in enumerate(cases):
+            rows = which == i
+            t = int((self.levels - case[0]).abs().argmin())
+            flags, presence = case[1 : n + 1], case[n + 1 :]
+            assert bool(((flags == 0) | (flags == 1)).all()), "this oracle sees a modality whole or not at all"
+            out[rows] = self._posterior(z[rows], aggregate[rows], t, flags, presence)
+        return Features(z.new_zeros(z.shape[0], 1, *z.shape[2:]), out)
+
+    def _posterior(self, z: Tensor, aggregate: Tensor, t: int, flags: Tensor, presence: Tensor) -> Tensor:
+        signal = self.process.signal_table[t] * presence
+        variance = self.process.variance(torch.tensor(t))
+        share = torch.zeros(len(flags), z.shape[1], dtype=torch.float64)
+        for i, (start, stop) in enumerate(self.layout.slots.values()):
+            share[i, start:stop] = 1
+        z = (z * (signal.square() @ share + variance).sqrt()[:, None, None]).flatten(1)  # undo c_in
+        seen = self.embedding * flags[self.owner]
+        mean, covariance = _condition(self.joint.mean, self.joint.covariance, seen, aggregate.flatten(1))
+        noisy = self.embedding * signal[self.owner]
+        if self.own_channels:  # channels of what is seen hold its clean code instead of z_t
+            places = z.shape[1] // share.shape[1]
+            kept = (flags @ share == 0).repeat_interleave(places)
+            z, noisy = z[:, kept], noisy[kept]
+        mean, covariance = _condition(mean, covariance, noisy, z, variance)
+        parts = []
+        for name, d in self.joint.dims.items():
+            at = self.joint.index([name])
+            tril = torch.linalg.cholesky(covariance[at][:, at] + 1e-14 * torch.eye(d, dtype=torch.float64))
+            parts += [mean[:, at], tril.flatten().expand(len(z), -1)]
+        return torch.cat(parts, 1)
+
+
+def _condition(
+    mean: Tensor, covariance: Tensor, matrix: Tensor, y: Tensor, variance: Tensor | float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Mean ``[B, D]`` and covariance of x ~ N(mean, covariance) given y = matrix · x + N(0, variance)."""
+    spread = matrix @ covariance @ matrix.T + variance * torch.eye(len(matrix), dtype=torch.float64)
+    gain = covariance @ matrix.T @ torch.linalg.pinv(spread, rtol=1e-11, hermitian=True)
+    posterior = covariance - gain @ matrix @ covariance
+    return mean + (y - mean @ matrix.T) @ gain.T, (posterior + posterior.T) / 2
+
+
+def feature_width(joint: JointGaussian) -> int:
+    return sum(d + d * d for d in joint.dims.values())
+
+
+THREE = {"pose": 2, "depth": 1, "sound": 2}
+"""Three modalities: enough for none, one and two to be observed."""
+
+
+def gaussian_model(
+    layout: str = "own",
+    *,
+    joint: JointGaussian | None = None,
+    retention: Retention | None = None,
+    schedule: WeightSchedule | None = None,
+    steps: int = 1000,
+    own_channels: bool = False,
+    epsilon_head: bool = False,
+) -> tuple[MultimodalDiffusion, JointGaussian]:
+    """A model with the optimal heads, in float64, and the distribution of its data.
+
+    ``layout="own"`` gives each modality channels of its own; ``"shared"`` adds all up in the same, where the codes
+    overlap (they are not orthogonal) but can still be told apart.
+    """
+    joint = joint or JointGaussian.random(THREE)
+    if layout == "own":
+        space = LatentLayout.own({n: (d + 1) // 2 for n, d in joint.dims.items()}, 1, 2)
+    else:
+        space = LatentLayout.shared(list(joint.dims), LatentSpec((sum(joint.dims.values()) + 2) // 2, 1, 2))
+    generator = torch.Generator().manual_seed(5)
+    encoders = {}
+    for name, d in joint.dims.items():
+        rows = space.share(name).numel
+        matrix, _ = torch.linalg.qr(torch.randn(rows, d, generator=generator, dtype=torch.float64))
+        encoders[name] = LinearEncoder(space.share(name), matrix * (rows / d) ** 0.5)
+    retention = retention or Retention.from_curve("cosine", steps, len(joint.dims))
+    process = DiffusionProcess.build(retention, schedule or SNRMatched("cosine"), len(joint.dims))
+    modalities, start = {}, 0
+    for name, d in joint.dims.items():
+        modalities[name] = VectorModality(encoders[name], GaussianDecoder(start, d), d)
+        start += d + d * d
+    backbone = ExactBackbone(joint, process, space, encoders, own_channels)
+    model = MultimodalDiffusion(
+        modalities, backbone, process, space, own_channels=own_channels, epsilon_head=epsilon_head
+    )
+    return model.double(), joint
+
+
+class NoiseBasis:
+    """Stands in for ``standard_normal``: sample 0 gets zeros, sample 1 + j the j-th unit vector of all noise drawn.
+
+    For a sampler that is affine in its noise, sample 0 is then the exact mean and the differences from it are the
+    columns of a factor of the exact covariance: no Monte Carlo error, for the price of ``batch`` samples.
+    """
+
+    def __init__(self, draws: int, numel: int) -> None:
+        self.draws, self.numel, self.drawn = draws, numel, 0
+
+    @property
+    def batch(self) -> int:
+        return 1 + self.draws * self.numel
+
+    def __call__(self, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        noise = torch.zeros_like(like).flatten(1)
+        at = torch.arange(self.numel)
+        noise[1 + self.drawn * self.numel + at, at] = 1
+        self.drawn += 1
+        return noise.reshape(like.shape)
+
+    @staticmethod
+    def law(x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean ``[D]`` and covariance ``[D, D]`` of what the sampler returns."""
+        factor = x[1:] - x[0]
+        return x[0], factor.T @ factor

@@ -1,0 +1,179 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mtdiffusion_plugins.datasets.digits import DigitsConfig
+from mtdiffusion_plugins.embedders import open_clip as embedders
+from mtdiffusion_plugins.embedders.open_clip import WEIGHTS, Preprocessing, load_embedder
+from mtdiffusion_plugins.embedders.train_digits_clip import contrastive_loss, evaluate, save, train
+from mtdiffusion_registry.errors import UserError
+
+CONFIG, CHECKPOINT = WEIGHTS / "digits_clip.json", WEIGHTS / "digits_clip.safetensors"
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_embedder("builtin:digits")
+
+
+@pytest.fixture(scope="module")
+def images():
+    data = DigitsConfig().build("test")
+    return torch.stack([data[index]["image"] for index in range(len(data))])
+
+
+def test_embeddings_are_unit_vectors_and_do_not_depend_on_the_batch(digits, images):
+    codes = digits.embed(images[:50])
+    assert codes.shape == (50, digits.dim) == (50, 32) and codes.dtype == torch.float32
+    assert torch.allclose(codes.norm(dim=1), torch.ones(50), atol=1e-6)
+    assert torch.allclose(codes, digits.embed(images[:50], batch=7), atol=1e-5)
+    assert digits.embed(images[:0]).shape == (0, 32)
+    # They tell digits of one class apart, too.
+    assert torch.cdist(codes, codes).fill_diagonal_(1).min() > 1e-2
+
+
+def test_grey_and_colour_pictures_of_one_scene_are_one(digits, images):
+    grey = digits.embed(images[:8])
+    assert torch.allclose(grey, digits.embed(images[:8].expand(-1, 3, -1, -1)), atol=1e-6)
+    # Enlarged by copying pixels, then scaled back with antialiasing: nearly the same picture.
+    large = images[:8].repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
+    assert (grey * digits.embed(large)).sum(dim=1).min() > 0.9
+
+
+def test_images_of_a_wrong_shape_are_refused(digits):
+    for shape in ((1, 8, 8), (2, 2, 8, 8)):
+        with pytest.raises(ValueError, match=r"images must be \[B, 1 or 3, h, w\]"):
+            digits.embed(torch.zeros(shape))
+
+
+def test_the_model_is_frozen(digits):
+    assert not digits.model.training
+    assert not any(parameter.requires_grad for parameter in digits.model.parameters())
+
+
+def test_the_shipped_weights_know_the_test_digits(digits):
+    accuracy = evaluate(digits)
+    assert accuracy["label"] > 0.95 and accuracy["weight"] > 0.75 and accuracy["slant"] > 0.65
+    stated = json.loads(CONFIG.read_text())["zero_shot_test_accuracy"]
+    assert accuracy == pytest.approx(stated, abs=0.01)
+
+
+def test_captions_are_read_and_foreign_words_named(digits):
+    codes = digits.embed_text(["a handwritten three", "a bold upright handwritten three"])
+    assert codes.shape == (2, 32) and torch.allclose(codes.norm(dim=1), torch.ones(2), atol=1e-6)
+    assert not torch.allclose(codes[0], codes[1], atol=1e-2)
+    with pytest.raises(UserError, match="does not know every word of 'a purple three'"):
+        digits.embed_text(["a handwritten three", "a purple three"])
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (41, 60), (60, 43), (20, 20), (32, 32)])
+def test_preprocessing_is_open_clips(shape):
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+    from PIL import Image
+
+    # Mid greys: Pillow clips between its two passes and we clip after both, which differs where the filter overshoots.
+    pixels = torch.randint(64, 192, (*shape, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    given = {"size": 32, "mean": (0.5, 0.4, 0.3), "std": (0.3, 0.2, 0.1)}
+    expected = image_transform_v2(PreprocessCfg(**given), is_train=False)(Image.fromarray(pixels.numpy()))
+    ours = Preprocessing(**given | {"size": (32, 32)}, interpolation="bicubic", crop=True)
+    found = ours((pixels.permute(2, 0, 1)[None] / 127.5 - 1).float())[0]
+    # Pillow also rounds to 8 bits after each pass: a level and a half, seen through the smallest std.
+    assert found.shape == expected.shape and (found - expected).abs().max() < 1.5 / 255 / 0.1
+
+
+def test_a_configuration_and_a_checkpoint_make_the_model(digits, images, tmp_path):
+    loaded = load_embedder(str(CONFIG), checkpoint=str(CHECKPOINT))
+    assert torch.equal(loaded.embed(images[:4]), digits.embed(images[:4]))
+    weights = load_file(CHECKPOINT)
+    weights.pop("visual.proj")
+    save_file(weights, tmp_path / "partial.safetensors")
+    with pytest.raises(UserError, match=r"(?s)cannot load .*partial\.safetensors.*visual\.proj"):
+        load_embedder(str(CONFIG), checkpoint=str(tmp_path / "partial.safetensors"))
+    (tmp_path / "broken.safetensors").write_bytes(CHECKPOINT.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"cannot load .*broken\.safetensors"):
+        load_embedder(str(CONFIG), checkpoint=str(tmp_path / "broken.safetensors"))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"cannot read the embedder's configuration .*config\.json.*model_cfg"):
+        load_embedder(str(tmp_path / "config.json"), checkpoint=str(CHECKPOINT))
+
+
+def test_loading_leaves_the_global_random_numbers_alone():
+    before = torch.random.get_rng_state()
+    load_embedder("builtin:digits")
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (("ViT-B-32", None, None), "either pretrained or checkpoint, found neither"),
+        (("ViT-B-32", "", None), "no weights '' for ViT-B-32"),
+        (("ViT-B-32", "openai", "x.pt"), "either pretrained or checkpoint, found both"),
+        (("ViT-B-32", "opnai", None), "no weights 'opnai' for ViT-B-32; it has: openai"),
+        (("ViT-B-33", "openai", None), "no model 'ViT-B-33'; did you mean"),
+        (("ViT-B-32", None, "nowhere.pt"), "checkpoint nowhere.pt .* does not exist"),
+        (("builtin:digit", None, None), "no embedder 'builtin:digit'; there is builtin:digits"),
+        (("builtin:digits", "openai", None), "comes with its weights"),
+    ],
+)
+def test_what_cannot_be_loaded_is_said(arguments, match):
+    with pytest.raises(UserError, match=match):
+        load_embedder(*arguments)
+
+
+def test_weights_that_cannot_be_had_are_no_random_network(monkeypatch):
+    def offline(*arguments, **options):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("open_clip.factory.download_pretrained", offline)
+    # A small architecture with published weights, so that no time is lost on making it.
+    with pytest.raises(UserError, match=r"cannot get the weights 'yfcc15m' of RN50: .*no route to host.*checkpoint"):
+        load_embedder("RN50", "yfcc15m")
+
+
+def test_the_activation_follows_the_weights(monkeypatch):
+    """ViT-B-32 names an architecture with GELU, but OpenAI's weights for it were trained with QuickGELU."""
+    seen = {}
+
+    def create_model(name, **options):
+        seen.update(options)
+        raise RuntimeError("enough seen")
+
+    monkeypatch.setattr("open_clip.create_model", create_model)
+    for tag, quick in (("openai", True), ("laion2b_s34b_b79k", False)):
+        with pytest.raises(UserError, match="enough seen"):
+            load_embedder("ViT-B-32", tag)
+        assert seen["force_quick_gelu"] is quick and seen["require_pretrained"] is True
+
+
+def test_the_loss_is_clips_where_each_caption_suits_one_image_and_spreads_where_more_do():
+    from open_clip.loss import ClipLoss
+
+    generator = torch.Generator().manual_seed(0)
+    image, text = (torch.nn.functional.normalize(torch.randn(6, 4, generator=generator), dim=1) for _ in range(2))
+    scale = torch.tensor(7.0)
+    assert torch.allclose(contrastive_loss(image, text, scale, torch.eye(6) > 0), ClipLoss()(image, text, scale))
+    # All captions suit all images: the best is not to tell them apart, at log B.
+    same = text[:1].expand(6, 4)
+    everything = torch.ones(6, 6) > 0
+    assert contrastive_loss(image[:1].expand(6, 4), same, scale, everything).item() == pytest.approx(1.7918, abs=1e-4)
+
+
+def test_training_learns_and_repeats_itself(tmp_path, images, monkeypatch):
+    first, again, other = (train(steps=6, batch=32, seed=seed, report=0) for seed in (0, 0, 1))
+    for name, weight in first.model.state_dict().items():
+        assert torch.equal(weight, again.model.state_dict()[name])
+    assert not torch.equal(first.embed(images[:4]), other.embed(images[:4]))
+
+    save(first, {"label": 0.5}, tmp_path)
+    loaded = load_embedder(str(tmp_path / "digits_clip.json"), checkpoint=str(tmp_path / "digits_clip.safetensors"))
+    assert torch.equal(loaded.embed(images[:4]), first.embed(images[:4]))
+    monkeypatch.setitem(embedders.BUILTIN, "builtin:new", tmp_path / "digits_clip")
+    assert torch.equal(load_embedder("builtin:new").embed(images[:4]), first.embed(images[:4]))
+
+
+@pytest.mark.slow
+def test_a_third_of_the_training_on_half_the_batch_is_far_above_chance():
+    assert evaluate(train(steps=200, batch=64, report=0))["label"] > 0.4  # chance is 0.1; 0.6 was measured
