@@ -76,16 +76,17 @@ def evaluate(
     names = model.names
     count = len(next(iter(test.values())))
     generator = torch.Generator().manual_seed(seed)
+    batches = torch.split(torch.arange(count), batch_size)
     results: Metrics = {}
 
-    def draw(observed: list[str], settings: SamplerSettings, visible: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def draw(
+        observed: list[str], settings: SamplerSettings, visible: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         parts = []
-        for rows in torch.arange(count).split(batch_size):
+        for rows in batches:
             given = {name: test[name][rows] for name in observed}
             maps = {name: v[rows] for name, v in (visible or {}).items()}
-            out = sample(
-                model, len(rows), observed=given, visible=maps, settings=settings, generator=generator
-            )
+            out = sample(model, len(rows), observed=given, visible=maps, settings=settings, generator=generator)
             parts.append({name: x.cpu() for name, x in out.items()})
         return {name: torch.cat([part[name] for part in parts]) for name in names}
 
@@ -124,7 +125,7 @@ def evaluate(
         progress("the bound")
         device = model.owner.device
         total = 0.0
-        for rows in torch.arange(count).split(batch_size):
+        for rows in batches:
             x = {name: test[name][rows].to(device) for name in names}
             total += float(variational_bound(model, x, times=bound_times, generator=generator).bits_per_dim.sum())
         results["joint/bound_bits_per_dim"] = total / count

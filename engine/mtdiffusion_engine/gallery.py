@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from mtdiffusion import MultimodalDiffusion, sample
-from mtdiffusion.conditioning import random_holes
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from mtdiffusion import MultimodalDiffusion, sample
+from mtdiffusion.conditioning import random_holes
 from mtdiffusion_engine.evaluation import complete_samples
 
 if TYPE_CHECKING:

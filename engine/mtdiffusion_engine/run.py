@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 from torch import Tensor
 
 from mtdiffusion import Modality, MultimodalDiffusion, SamplerSettings, sample
@@ -31,7 +31,7 @@ class Run:
 
     path: Path
     experiment: Experiment
-    model: MultimodalDiffusion
+    model: MultimodalDiffusion = field(repr=False)
     checkpoint: Path
 
     def modality(self, name: str) -> Modality:
@@ -153,14 +153,12 @@ class Run:
         x = torch.as_tensor(value).float()
         if not modality.encoder.spatial:
             raise UserError(f"visible {name}: this modality has no places, so it cannot be observed in part")
-        if x.ndim == 2:
-            x = x.expand(n, *x.shape)
         expected = [n, *modality.placeholder(1).shape[-2:]]
-        if list(x.shape) != expected:
+        if list(x.shape) not in (expected, expected[1:]):
             raise UserError(f"visible {name}: expected {expected} or {expected[1:]}, found {list(x.shape)}")
         if not bool(((x == 0) | (x == 1)).all()):
             raise UserError(f"visible {name}: expected 1 (seen) and 0 (to be filled in), found other values")
-        return x
+        return x.expand(expected)
 
 
 def load_run(

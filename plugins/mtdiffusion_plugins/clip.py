@@ -89,7 +89,9 @@ class ClipModality(Modality):
         check_batch("clip", x, (self.dim,), floating=True)
         norms = x.norm(dim=1)
         if x.numel() and float((norms - 1).abs().max()) > 1e-2:
-            raise ValueError(f"clip: expected unit norm, found norms from {float(norms.min()):g} to {float(norms.max()):g}")
+            raise ValueError(
+                f"clip: expected unit norm, found norms from {float(norms.min()):g} to {float(norms.max()):g}"
+            )
 
     def placeholder(self, batch: int) -> Tensor:
         return F.one_hot(torch.zeros(batch, dtype=torch.int64), self.dim).float()
@@ -108,6 +110,9 @@ class ClipModality(Modality):
 
     def _embed(self, images: Tensor) -> Tensor:
         if self._embedder is None:
+            assert (
+                self.config.model is not None
+            )  # the config requires it with a source; parse asks before it comes here
             self._embedder = load_embedder(self.config.model, self.config.pretrained, self.config.checkpoint)
             if self._embedder.dim != self.dim:
                 found, self._embedder = self._embedder.dim, None

@@ -31,7 +31,9 @@ class VectorHead(nn.Module):
 
     def __init__(self, features: FeatureSpec, out: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(features.vector, features.vector), nn.SiLU(), nn.Linear(features.vector, out))
+        self.net = nn.Sequential(
+            nn.Linear(features.vector, features.vector), nn.SiLU(), nn.Linear(features.vector, out)
+        )
 
     def forward(self, vector: Tensor) -> Tensor:
         return self.net(vector)

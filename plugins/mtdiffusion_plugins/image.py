@@ -65,7 +65,8 @@ class ConvEncoder(Encoder):
         self.filters = nn.utils.parametrizations.orthogonal(linear)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(F.pixel_unshuffle(x, self.patch), self.filters.weight[:, :, None, None])
+        patches = F.pixel_unshuffle(x, self.patch).movedim(1, -1)  # [B, H, W, channels · p²]
+        return self.filters(patches).movedim(-1, 1)
 
 
 class GaussianImageDecoder(Decoder):

@@ -127,7 +127,9 @@ class LabelConfig(ModalityConfig):
         return self.code_channels or -(-self.classes // (height * width))
 
     def build(self, latent: LatentSpec, features: FeatureSpec) -> Modality:
-        return LabelModality(LabelEncoder(latent, self.classes, seed=1), CategoricalDecoder(features, self.classes), self)
+        return LabelModality(
+            LabelEncoder(latent, self.classes, seed=1), CategoricalDecoder(features, self.classes), self
+        )
 
 
 @hookimpl

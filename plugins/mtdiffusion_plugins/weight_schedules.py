@@ -24,10 +24,7 @@ def _ordered(gains: Mapping[str, float], names: Sequence[str]) -> tuple[float, .
     return tuple(float(gains.get(name, 1.0)) for name in names)
 
 
-def _gains() -> dict[str, float]:
-    return field(  # type: ignore[no-any-return]
-        factory=dict, validator=deep_mapping(key_validator=instance_of(str), value_validator=ge(0.0))
-    )
+_non_negative = deep_mapping(key_validator=instance_of(str), value_validator=ge(0.0))
 
 
 @frozen
@@ -41,7 +38,7 @@ class SNRMatchedConfig(WeightScheduleConfig):
 
     kind: ClassVar[str] = "snr_matched"
     curve: str = field(default="cosine", validator=in_(tuple(CURVES)))
-    gains: dict[str, float] = _gains()
+    gains: dict[str, float] = field(factory=dict, validator=_non_negative)
 
     def build(self, names: Sequence[str]) -> WeightSchedule:
         return SNRMatched(self.curve, _ordered(self.gains, names))
@@ -58,7 +55,7 @@ class TargetConfig(WeightScheduleConfig):
 
     kind: ClassVar[str] = "target"
     knots: tuple[float, ...] = field(validator=min_len(2))
-    gains: dict[str, float] = _gains()
+    gains: dict[str, float] = field(factory=dict, validator=_non_negative)
 
     def build(self, names: Sequence[str]) -> WeightSchedule:
         return TargetSignal(self.knots, _ordered(self.gains, names))
@@ -69,7 +66,7 @@ class _DirectConfig(WeightScheduleConfig):
     initial: float = 1.0
     start: float = 0.0
     end: float = 0.0
-    gains: dict[str, float] = _gains()
+    gains: dict[str, float] = field(factory=dict, validator=_non_negative)
 
     _shape: ClassVar[Literal["linear", "cosine"]]
 
@@ -100,7 +97,7 @@ class ConstantConfig(WeightScheduleConfig):
     kind: ClassVar[str] = "constant"
     initial: float = 1.0
     value: float = 0.0
-    gains: dict[str, float] = _gains()
+    gains: dict[str, float] = field(factory=dict, validator=_non_negative)
 
     def build(self, names: Sequence[str]) -> WeightSchedule:
         return DirectWeights("constant", self.initial, self.value, self.value, _ordered(self.gains, names))

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from attrs import frozen
 
 if TYPE_CHECKING:  # importing the core imports torch, which listing plugins must not
-    from mtdiffusion.interfaces import Backbone, Dataset, FeatureSpec, LatentSpec, Modality, WeightSchedule
     from torch import Tensor
 
+    from mtdiffusion.interfaces import Backbone, Dataset, FeatureSpec, LatentSpec, Modality, WeightSchedule
     from mtdiffusion_registry.evaluation import Evaluator
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
+import mtdiffusion.loss
 from mtdiffusion import (
     DiffusionProcess,
     DirectWeights,
@@ -355,18 +356,18 @@ def test_the_bound_is_what_the_training_terms_estimate() -> None:
     torch.testing.assert_close(terms.l0, bound.l0)
 
 
-def test_a_bound_from_some_of_the_terms_is_unbiased() -> None:
+def test_a_bound_from_some_of_the_terms_is_unbiased(monkeypatch: pytest.MonkeyPatch) -> None:
+    """13 of 39 terms are one of three combs, by the offset drawn; without noise their mean is the whole, exactly."""
+    monkeypatch.setattr(mtdiffusion.loss, "standard_normal", lambda like, generator: torch.zeros_like(like))
     model, joint = gaussian_model(steps=40)
-    x = joint.draw(1000)
-    exact = variational_bound(model, x, generator=torch.Generator().manual_seed(0)).l1
-    some = [
-        variational_bound(model, x, times=13, generator=torch.Generator().manual_seed(seed)).l1.mean()
-        for seed in range(1, 21)
+    x = joint.draw(10)
+    whole = variational_bound(model, x).l1
+    combs = [
+        variational_bound(model, x, times=13, generator=torch.Generator().manual_seed(seed)).l1 for seed in range(20)
     ]
-    found = torch.stack(some)
-    error = (found.var() / len(some) + exact.var() / len(exact)).sqrt().item()
-    assert error < 0.25  # of about 19 nats
-    assert found.mean().item() == pytest.approx(exact.mean().item(), abs=5 * error)
+    distinct = torch.unique(torch.stack(combs), dim=0)
+    assert len(distinct) == 3
+    torch.testing.assert_close(distinct.mean(0), whole)
 
 
 def test_the_bound_of_one_step_is_l0_and_l3() -> None:

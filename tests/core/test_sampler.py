@@ -147,12 +147,15 @@ def test_replacement_is_biased_however_many_the_steps(
 ) -> None:
     """With perfect heads: early steps decide before z_t shows what is known (docs/mathematics.md, section 5)."""
     model, joint = gaussian_model(layout)
+    subsets = [("pose",), ("depth", "sound")]
+    right = SamplerSettings(60, solver)  # type: ignore[arg-type]
+    _, discretisation = _errors(monkeypatch, model, joint, right, subsets)
     for steps in (20, 60):
         biased = SamplerSettings(steps, solver, conditioning="replacement")  # type: ignore[arg-type]
-        mean, covariance = _errors(monkeypatch, model, joint, biased, [("pose",), ("depth", "sound")])
-        assert mean > 0.15  # standard deviations; the observed aggregate's is below 1e-3
-    _, right = _errors(monkeypatch, model, joint, SamplerSettings(60, solver), [("pose",), ("depth", "sound")])  # type: ignore[arg-type]
-    print(mean, covariance, right)
+        mean, covariance = _errors(monkeypatch, model, joint, biased, subsets)
+        assert mean > 0.2  # standard deviations; the observed aggregate's is below 1e-3
+    assert covariance > 0.14  # measured 0.24, 0.48, 0.52 (own) and 0.18, 0.14, 0.14 (shared)
+    assert covariance > 2 * discretisation
 
 
 def test_retention_does_not_matter_without_noise_at_matched_snr() -> None:
@@ -163,7 +166,7 @@ def test_retention_does_not_matter_without_noise_at_matched_snr() -> None:
         out.append(sample(model, 20, settings=SamplerSettings(30), generator=torch.Generator().manual_seed(0)))
     for name in out[0]:
         torch.testing.assert_close(out[1][name], out[0][name], rtol=0, atol=1e-5)
-        torch.testing.assert_close(out[2][name], out[0][name], rtol=0, atol=2e-3)  # its σ_T is 0.999
+        torch.testing.assert_close(out[2][name], out[0][name], rtol=0, atol=1e-2)  # its σ_T is 0.999: 1e-3 of z_T
 
 
 def test_drawn_samples_have_the_true_law() -> None:
@@ -318,6 +321,7 @@ def test_points_and_labels_sampled_together_belong_together(
 # One modality, against diffusers ------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
 @pytest.mark.parametrize("steps", [8, 20])
 @pytest.mark.parametrize("beta_schedule", ["linear", "squaredcos_cap_v2"])
 def test_one_modality_is_sampled_like_diffusers_dpm_solver(beta_schedule: str, steps: int) -> None:

@@ -1,4 +1,4 @@
-"""A U-Net over the diffusion space (Ronneberger et al. 2015; Ho et al. 2020), with a flattened bottleneck as its vector."""
+"""A U-Net over the diffusion space (Ronneberger et al. 2015; Ho et al. 2020), with a flattened bottleneck as vector."""
 
 from __future__ import annotations
 
@@ -155,8 +155,8 @@ class UNetConfig(BackboneConfig):
         halvings = 2 ** (len(self.multipliers) - 1)
         if height % halvings or width % halvings:
             raise UserError(
-                f"backbone.multipliers: {len(self.multipliers)} levels halve the latent {len(self.multipliers) - 1} times, "
-                f"but {height} × {width} is not divisible by {halvings}; use fewer levels"
+                f"backbone.multipliers: {len(self.multipliers)} levels halve the latent {len(self.multipliers) - 1} "
+                f"times, but {height} × {width} is not divisible by {halvings}; use fewer levels"
             )
         if self.heads and self.channels * self.multipliers[-1] % self.heads:
             raise UserError(

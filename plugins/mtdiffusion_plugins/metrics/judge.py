@@ -71,7 +71,7 @@ def train_classifier(x: Tensor, y: Tensor, *, width: int, epochs: int, seed: int
                 moved = padded[..., 1 + shift[0] : 1 + shift[0] + height, 1 + shift[1] : 1 + shift[1] + width_]
                 loss = F.cross_entropy(model(moved + 0.1 * torch.randn_like(moved)), y[rows])
                 optimizer.zero_grad()
-                loss.backward()
+                torch.autograd.backward(loss)
                 optimizer.step()
                 schedule.step()
     return model.eval()
@@ -105,11 +105,11 @@ class Judge(Evaluator):
 
     @torch.no_grad()
     def _features(self, x: Tensor) -> Tensor:
-        return torch.cat([self.classifier.features(part) for part in x.cpu().float().split(512)])
+        return torch.cat([self.classifier.features(part) for part in torch.split(x.cpu().float(), 512)])
 
     @torch.no_grad()
     def _read(self, x: Tensor) -> Tensor:
-        return torch.cat([self.classifier(part).argmax(1) for part in x.cpu().float().split(512)])
+        return torch.cat([self.classifier(part).argmax(1) for part in torch.split(x.cpu().float(), 512)])
 
     def conditional(
         self, target: str, generated: Mapping[str, Tensor], truth: Mapping[str, Tensor]

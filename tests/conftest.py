@@ -1,0 +1,27 @@
+"""A small run that the tests of the engine and of the command line share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.engine.tiny import CONFIG
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration file: image, mask and label of the digits, trained in a second."""
+    path = tmp_path_factory.mktemp("config") / "tiny.toml"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_config: Path) -> Path:
+    """The run that ``mtdiffusion train`` makes of it. Not to be changed: copy it."""
+    from mtdiffusion_engine.cli import main
+
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    assert main(["train", str(tiny_config), "--out", str(run), "--device", "cpu"]) == 0
+    return run

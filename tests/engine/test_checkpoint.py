@@ -1,0 +1,124 @@
+"""Checkpoints are written whole or not at all, and what is damaged is named."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mtdiffusion_engine import checkpoint as ckpt
+from mtdiffusion_registry import UserError
+
+
+def save(run: Path, step: int, keep: int = 2) -> Path:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    tensors = model.state_dict()
+    return ckpt.save_checkpoint(run, step, model=tensors, ema=tensors, optimizer=optimizer, state={}, keep=keep)
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    for step in (5, 10, 100):
+        save(tmp_path, step)
+    assert names(tmp_path) == ["step-00000010", "step-00000100"]
+    assert [path.name for path in ckpt.list_checkpoints(tmp_path)] == names(tmp_path)
+
+
+def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = save(tmp_path, 1, keep=1)
+    (tmp_path / "config.toml").touch()
+    real, calls = ckpt.save_file, []
+
+    def fail(tensors: dict[str, Tensor], path: Path) -> None:
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError("no space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(ckpt, "save_file", fail)
+    with pytest.raises(OSError, match="no space left"):
+        save(tmp_path, 2, keep=1)
+    assert ckpt.require_run(tmp_path) == old
+    ckpt.load_tensors(old / "ema.safetensors")
+    monkeypatch.setattr(ckpt, "save_file", real)
+    save(tmp_path, 3, keep=1)
+    assert names(tmp_path) == ["step-00000003"]  # what was half written is gone, too
+
+
+def test_a_half_written_checkpoint_is_none(tmp_path: Path) -> None:
+    old = save(tmp_path, 1)
+    (tmp_path / "config.toml").touch()
+    shutil.copytree(old, old.with_name(".step-00000002.123"))
+    assert ckpt.list_checkpoints(tmp_path) == [old]
+    assert ckpt.require_run(tmp_path) == old
+
+
+def test_the_optimizer_comes_back(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for _ in range(3):
+        model(torch.randn(4, 3)).square().sum().backward()
+        optimizer.step()
+    folder = ckpt.save_checkpoint(tmp_path, 3, model={}, ema={}, optimizer=optimizer, state={}, keep=1)
+    other = torch.optim.AdamW(model.parameters(), lr=0.1)
+    ckpt.load_optimizer(other, folder / "optimizer.safetensors")
+    first, second = optimizer.state_dict()["state"], other.state_dict()["state"]
+    assert first.keys() == second.keys() == {0, 1}
+    for index, entry in first.items():
+        assert entry.keys() == second[index].keys() >= {"step", "exp_avg", "exp_avg_sq"}
+        assert all(torch.equal(value, second[index][key]) for key, value in entry.items())
+
+
+def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    path = folder / "ema.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(UserError, match=r"ema\.safetensors: damaged"):
+        ckpt.load_tensors(path)
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"ema\.safetensors: damaged"):
+        ckpt.load_tensors(path)
+    path.unlink()
+    with pytest.raises(UserError, match=r"ema\.safetensors: missing"):
+        ckpt.load_tensors(path)
+    (folder / "state.json").write_text('{"step": 1')
+    with pytest.raises(UserError, match=r"state\.json: cannot be read"):
+        ckpt.load_state(folder)
+
+
+def test_the_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    with pytest.raises(UserError, match="belong to another model"):
+        ckpt.load_weights(nn.Linear(4, 2), folder / "model.safetensors")
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.json"
+    ckpt.write_json(path, {"b": 1, "a": [0.5]})
+    assert ckpt.read_json(path) == {"a": [0.5], "b": 1}
+    with pytest.raises(TypeError):
+        ckpt.write_json(path, {"c": object()})
+    assert ckpt.read_json(path) == {"a": [0.5], "b": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.json"]
+
+
+def test_what_is_no_run_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="expected the folder of a run, found nothing"):
+        ckpt.require_run(tmp_path / "nothing")
+    with pytest.raises(UserError, match="not the folder of a run"):
+        ckpt.require_run(tmp_path)
+    (tmp_path / "config.toml").touch()
+    with pytest.raises(UserError, match="found a file"):
+        ckpt.require_run(tmp_path / "config.toml")
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        ckpt.require_run(tmp_path)

@@ -1,0 +1,105 @@
+"""From fields to batches: order, presence, derived modalities, and what is wrong with the data."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtdiffusion_engine.data import ModalityData, StepSampler, derive_seed
+from mtdiffusion_engine.experiment import build_model
+from mtdiffusion_plugins.clip import ClipConfig
+from mtdiffusion_registry import UserError
+from tests.engine.tiny import ToyData, toy
+
+
+def toy_data(lacking: str = "", count: int = 11) -> ModalityData:
+    model = build_model(toy())
+    return ModalityData(ToyData(count, lacking, -1), {name: model.modality(name) for name in model.names})
+
+
+# --- order ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_sample_comes_once_an_epoch(world: int) -> None:
+    size, batch, micros = 10, 4, 15
+    ranks = [list(StepSampler(size, batch, 0, 0, micros, rank, world)) for rank in range(world)]
+    # Ranks take turns, so what all of them saw by a given step is a whole stretch of the epochs.
+    order = [index for turn in zip(*ranks, strict=True) for indices in turn for index in indices]
+    epochs = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
+    assert len(epochs) == batch * micros * world // size
+    assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_order_continues_from_any_step_and_follows_from_the_seed() -> None:
+    whole = list(StepSampler(7, 3, 5, 0, 12))
+    for start in range(12):
+        assert list(StepSampler(7, 3, 5, start, 12)) == whole[start:]
+    assert list(StepSampler(7, 3, 6, 0, 12)) != whole
+    assert len(StepSampler(7, 3, 5, 4, 12)) == 8
+
+
+def test_seeds_are_distinct_and_stay_what_they_are() -> None:
+    keys = [(a, b, c) for a in range(4) for b in range(20) for c in range(3)]
+    seeds = {derive_seed(*key) for key in keys}
+    assert len(seeds) == len(keys)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert derive_seed(0, 1, 2) == 1535930435702422785  # runs resume on other machines and in later versions
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_has_what_the_samples_have_and_placeholders_for_the_rest() -> None:
+    data = toy_data(lacking="label")
+    batch = data.batch([0, 1, 2, 4])
+    assert batch.presence.tolist() == [[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 1, 0]]
+    for name, x in batch.x.items():
+        data.modalities[name].check(x)
+    for row, index in enumerate([0, 1, 2, 4]):
+        assert torch.equal(batch.x["image"][row], data.dataset[index]["image"])  # type: ignore[arg-type]
+    assert batch.x["label"][[0, 2]].tolist() == [int(data.dataset[i]["label"]) for i in (0, 2)]  # type: ignore[arg-type]
+
+
+def test_a_batch_may_lack_a_modality_altogether() -> None:
+    batch = toy_data(lacking="image").batch([1, 4])
+    assert batch.presence.tolist() == [[0, 1, 1], [0, 1, 1]]
+    assert batch.x["image"].shape == (2, 1, 4, 4)
+
+
+def test_a_derived_modality_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model(toy())
+    config = ClipConfig(dim=16, source="image", model="none")
+    clip = config.build(model.layout.share("image"), model.backbone.features)
+    calls: list[int] = []
+
+    def derive(source: Tensor) -> Tensor:
+        calls.append(len(source))
+        return torch.nn.functional.normalize(source.flatten(1), dim=1)
+
+    monkeypatch.setattr(clip, "derive", derive)
+    data = ModalityData(ToyData(11, "image", -1), {"clip": clip, "label": model.modality("label")})
+    first, second = data.batch(range(11)), data.batch(range(11))
+    assert calls == [7]  # of the 11 samples, the 4 without an image have no embedding
+    assert first.presence[:, 0].tolist() == [float(i % 3 != 1) for i in range(11)]
+    assert torch.equal(first.x["clip"], second.x["clip"])
+    image = data.dataset[2]["image"]
+    assert isinstance(image, Tensor)
+    assert torch.allclose(first.x["clip"][2], image.flatten() / image.norm())
+
+
+def test_what_a_modality_cannot_be_derived_from_is_said() -> None:
+    model = build_model(toy())
+    config = ClipConfig(dim=16, source="caption", model="none")
+    clip = config.build(model.layout.share("image"), model.backbone.features)
+    with pytest.raises(UserError, match="data: modality 'clip' cannot be made from 'caption'"):
+        ModalityData(ToyData(11, "", -1), {"clip": clip})
+
+
+def test_samples_of_different_shapes_are_named_by_their_modality() -> None:
+    data = toy_data()
+    samples = [data[0], {**data[1], "image": torch.zeros(1, 5, 5)}]
+    with pytest.raises(UserError, match=r"data: modality 'image': .*\[1, 5, 5\]"):
+        data.collate(samples)

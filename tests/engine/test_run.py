@@ -1,0 +1,172 @@
+"""The Python API: load a run, sample with any subset observed."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mtdiffusion import sample
+from mtdiffusion_engine import Run, load_run
+from mtdiffusion_engine.trainer import Trainer
+from mtdiffusion_registry import UserError
+from tests.engine.tiny import REGISTRY, toy
+
+SHAPES = {"image": (1, 8, 8), "mask": (8, 8), "label": ()}
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run: Path) -> Run:
+    return load_run(tiny_run, device="cpu")
+
+
+def test_a_few_lines_do(tiny_run: Path) -> None:
+    run = load_run(str(tiny_run))
+    out = run.sample(5, observed={"label": 3})
+    assert {name: tuple(x.shape) for name, x in out.items()} == {n: (5, *shape) for n, shape in SHAPES.items()}
+    assert out["label"].tolist() == [3] * 5
+    assert not run.model.training
+
+
+def test_the_package_imports_torch_when_it_must() -> None:
+    code = """
+import sys
+import mtdiffusion_engine
+assert "torch" not in sys.modules
+from mtdiffusion_engine import load_run
+assert "torch" in sys.modules and load_run.__module__ == "mtdiffusion_engine.run"
+try:
+    mtdiffusion_engine.nonsense
+except AttributeError as error:
+    assert "nonsense" in str(error)
+else:
+    raise AssertionError
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_loaded_run_samples_as_the_averaged_model_did_in_memory(tmp_path: Path) -> None:
+    trainer = Trainer(toy(), tmp_path / "run", REGISTRY, device="cpu")
+    trainer.train()
+    model, settings = trainer.averaged_model, trainer.experiment.sampling
+    expected = sample(model, 6, settings=settings, generator=torch.Generator().manual_seed(4))
+    run = load_run(tmp_path / "run", device="cpu", registry=REGISTRY)
+    out = run.sample(6, seed=4)
+    assert run.experiment == trainer.experiment
+    assert out.keys() == expected.keys()
+    assert all(torch.equal(out[name], expected[name]) for name in out)
+    drawn = sample(trainer.model.eval(), 6, settings=settings, generator=torch.Generator().manual_seed(4))
+    assert not torch.equal(drawn["image"], out["image"])  # the last weights are not the averaged ones
+
+
+def test_any_subset_can_be_observed(run: Run) -> None:
+    truth = run.data("test").batch(range(3)).x
+    for names in itertools.chain.from_iterable(itertools.combinations(SHAPES, k) for k in range(4)):
+        out = run.sample(3, observed={name: truth[name] for name in names})
+        for name, x in out.items():
+            run.modality(name).check(x)
+            assert len(x) == 3
+            assert name not in names or torch.equal(x, truth[name])
+
+
+def test_one_value_serves_all_samples(run: Run) -> None:
+    image = run.data("test")[0]["image"]
+    one = run.sample(4, observed={"image": image, "label": 7})
+    batch = run.sample(4, observed={"image": image.expand(4, -1, -1, -1), "label": torch.full((4,), 7)})
+    array = run.sample(4, observed={"image": image.double().numpy(), "label": np.int32(7)})
+    assert all(torch.equal(one[name], batch[name]) and torch.equal(one[name], array[name]) for name in SHAPES)
+
+
+def test_what_is_seen_of_a_modality_stays_and_the_rest_is_filled_in(run: Run) -> None:
+    truth = run.data("test")[0]["image"]
+    visible = torch.zeros(8, 8)
+    visible[:, :4] = 1
+    hidden = truth.clone()
+    hidden[:, :, 4:] = -truth[:, :, 4:]
+    out = run.sample(3, observed={"image": truth}, visible={"image": visible})
+    assert torch.equal(out["image"][..., :4], truth[..., :4].expand(3, -1, -1, -1))
+    assert not torch.equal(out["image"][..., 4:], truth[..., 4:].expand(3, -1, -1, -1))
+    # What is hidden must not matter.
+    other = run.sample(3, observed={"image": hidden}, visible={"image": visible.bool().expand(3, 8, 8)})
+    assert all(torch.equal(out[name], other[name]) for name in out)
+
+
+def test_the_seed_decides(run: Run) -> None:
+    first, again, other = run.sample(2, seed=1), run.sample(2, seed=1), run.sample(2, seed=2)
+    assert torch.equal(first["image"], again["image"])
+    assert not torch.equal(first["image"], other["image"])
+
+
+def test_many_samples_are_drawn_in_chunks(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from attrs import evolve
+
+    from mtdiffusion_engine import run as run_module
+
+    run = load_run(tiny_run, device="cpu")
+    run = evolve(run, experiment=evolve(run.experiment, evaluation=evolve(run.experiment.evaluation, batch_size=4)))
+    sizes: list[int] = []
+
+    def counted(model: object, batch: int, **kwargs: object) -> object:
+        sizes.append(batch)
+        return sample(model, batch, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(run_module, "sample", counted)
+    labels = torch.arange(10)
+    out = run.sample(10, observed={"label": labels})
+    assert sizes == [4, 4, 2]
+    assert torch.equal(out["label"], labels)
+    assert out["image"].shape == (10, 1, 8, 8)
+    assert not torch.equal(out["image"][0], out["image"][4])
+
+
+def test_settings_change_the_samples(run: Run) -> None:
+    plain = run.sample(2, observed={"label": 1})
+    for change in ({"steps": 7}, {"solver": "ancestral"}, {"guidance": 3.0}, {"draw": True}):
+        changed = run.sample(2, observed={"label": 1}, **change)  # type: ignore[arg-type]
+        assert not torch.equal(changed["image"], plain["image"]), change
+    assert run.settings(steps=7, solver=None).steps == 7
+    assert run.settings(steps=None) == run.experiment.sampling
+
+
+def test_only_what_is_asked_for_is_generated(run: Run) -> None:
+    assert run.sample(2, observed={"label": 1}, generate=["mask"]).keys() == {"label", "mask"}
+
+
+def test_a_checkpoint_can_be_chosen(tiny_run: Path) -> None:
+    assert load_run(tiny_run, checkpoint=8).checkpoint.name == "step-00000008"
+    assert load_run(tiny_run).checkpoint.name == "step-00000010"
+    with pytest.raises(UserError, match=r"no checkpoint of step 7 \(there is 8, 10\)"):
+        load_run(tiny_run, checkpoint=7)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"observed": {"lable": 3}}, 'no modality named "lable"; did you mean "label"?.*image, mask, label'),
+        ({"visible": {"imge": 3}}, 'no modality named "imge"; did you mean "image"?'),
+        ({"generate": ["masks"]}, 'no modality named "masks"; did you mean "mask"?'),
+        ({"observed": {"label": 10}}, "observed label: .*expected values from 0 to 9, found 10 to 10"),
+        ({"observed": {"label": 0.5}}, "observed label: .*expected int64, found torch.float32"),
+        ({"observed": {"label": [1, 2]}}, "expected one value or a batch of 3, found a batch of 2"),
+        ({"observed": {"image": torch.zeros(1, 9, 9)}}, r"observed image: .*\[batch, 1, 8, 8\], found \[3, 1, 9, 9\]"),
+        ({"observed": {"image": torch.zeros(8)}}, r"observed image: .*\[batch, 1, 8, 8\], found \[8\]"),
+        ({"observed": {"image": torch.full((1, 8, 8), torch.nan)}}, "observed image: .*found NaN"),
+        ({"observed": {"image": torch.full((1, 8, 8), 255.0)}}, "observed image: .*from -1.001 to 1.001, found 255"),
+        ({"visible": {"image": torch.ones(8, 8)}}, "'image', but it is not among the observed"),
+        ({"observed": {"label": 1}, "visible": {"label": torch.ones(8, 8)}}, "visible label: .*no places"),
+        ({"observed": {"image": torch.zeros(1, 8, 8)}, "visible": {"image": torch.ones(4, 4)}}, r"found \[4, 4\]"),
+        ({"observed": {"image": torch.zeros(1, 8, 8)}, "visible": {"image": torch.ones(8, 8) / 2}}, "other values"),
+        ({"steps": 0}, "sampling: 'steps' must be >= 1"),
+        ({"solver": "euler"}, "sampling: 'solver' must be in"),
+        ({"eta": 2.0}, "sampling: 'eta' must be <= 1"),
+        ({"n": 0}, "expected at least 1 sample, found 0"),
+    ],
+)
+def test_requests_that_do_not_fit(run: Run, request_: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run.sample(**{"n": 3, **request_})  # type: ignore[arg-type]

@@ -1,0 +1,339 @@
+"""Training: that it continues exactly, writes whole checkpoints, and says what is wrong before it writes anything."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mtdiffusion import LossTerms
+from mtdiffusion_engine import checkpoint as ckpt
+from mtdiffusion_engine import trainer as trainer_module
+from mtdiffusion_engine.experiment import Experiment, build_model, choose_device, load_experiment
+from mtdiffusion_engine.trainer import Progress, Trainer, averaged, deferred_interrupt, learning_rate
+from mtdiffusion_registry import UserError
+from tests.engine.tiny import REGISTRY, toy
+
+ROOT = Path(__file__).parents[2]
+FILES = ("model", "ema", "optimizer")
+
+
+def train(experiment: Experiment, run: Path, resume: bool = False, stop_at: int | None = None) -> Trainer:
+    trainer = Trainer(experiment, run, REGISTRY, resume=resume, device="cpu")
+    trainer.train(stop_at=stop_at)
+    return trainer
+
+
+def stop_with(action: Callable[[], object], step: int) -> Callable[[Progress], None]:
+    def on_progress(progress: Progress) -> None:
+        if progress.step == step:
+            action()
+
+    return on_progress
+
+
+def crash() -> None:
+    raise RuntimeError("crash")
+
+
+def newest(run: Path) -> dict[str, Tensor]:
+    """Every tensor of the newest checkpoint."""
+    folder = ckpt.list_checkpoints(run)[-1]
+    return {f"{name}/{key}": x for name in FILES for key, x in load_file(folder / f"{name}.safetensors").items()}
+
+
+def assert_same(run: Path, other: Path) -> None:
+    first, second = newest(run), newest(other)
+    assert ckpt.list_checkpoints(run)[-1].name == ckpt.list_checkpoints(other)[-1].name
+    assert first.keys() == second.keys()
+    assert [key for key in first if not torch.equal(first[key], second[key])] == []
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    train(toy(), run)
+    return run
+
+
+def test_a_run_that_is_stopped_and_resumed_equals_one_that_is_not(uninterrupted: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(toy(), run, stop_at=3)
+    train(toy(), run, resume=True, stop_at=7)
+    train(toy(), run, resume=True)
+    assert_same(run, uninterrupted)
+
+
+def test_a_run_that_crashed_resumes_from_its_last_checkpoint_and_equals_one_that_did_not(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    trainer = Trainer(toy(), run, REGISTRY, device="cpu")
+    with pytest.raises(RuntimeError, match="crash"):
+        trainer.train(stop_with(crash, 6))
+    assert [folder.name for folder in ckpt.list_checkpoints(run)] == ["step-00000004"]
+    train(toy(), run, resume=True)
+    assert_same(run, uninterrupted)
+
+
+def test_a_run_that_crashed_before_its_first_checkpoint_starts_again(uninterrupted: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="crash"):
+        Trainer(toy(), run, REGISTRY, device="cpu").train(stop_with(crash, 2))
+    assert ckpt.list_checkpoints(run) == []
+    train(toy(), run, resume=True)
+    assert_same(run, uninterrupted)
+
+
+def test_ctrl_c_ends_the_step_under_way_and_saves_it(uninterrupted: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    trainer = Trainer(toy(), run, REGISTRY, device="cpu")
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(stop_with(lambda: signal.raise_signal(signal.SIGINT), 3))
+    assert ckpt.list_checkpoints(run)[-1].name == "step-00000003"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    train(toy(), run, resume=True)
+    assert_same(run, uninterrupted)
+
+
+def test_the_second_ctrl_c_acts_at_once() -> None:
+    with pytest.raises(KeyboardInterrupt), deferred_interrupt() as interrupted:
+        assert not interrupted()
+        signal.raise_signal(signal.SIGINT)
+        assert interrupted()
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_training_in_a_thread_leaves_signals_alone() -> None:
+    seen = []
+
+    def body() -> None:
+        with deferred_interrupt() as interrupted:
+            seen.append(interrupted())
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert seen == [False]
+
+
+def test_worker_processes_and_the_cadence_of_logs_change_nothing(uninterrupted: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(toy("training.workers=1", "training.log_every=7", "training.checkpoint_every=0"), run)
+    assert_same(run, uninterrupted)
+
+
+def test_resuming_a_finished_run_changes_no_file(uninterrupted: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in ckpt.list_checkpoints(uninterrupted)[-1].iterdir()}
+    train(toy(), uninterrupted, resume=True)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_another_experiment_does_not_resume_a_run(uninterrupted: Path) -> None:
+    with pytest.raises(UserError, match=r"training\.learning_rate is 0\.002, asked for 0\.1"):
+        Trainer(toy("training.learning_rate=0.1"), uninterrupted, REGISTRY, resume=True)
+    with pytest.raises(UserError, match=r"modalities\.extra\.classes is not set, asked for 3"):
+        Trainer(toy('modalities.extra={kind="label", classes=3}'), uninterrupted, REGISTRY, resume=True)
+
+
+def test_what_weights_do_not_depend_on_may_change(uninterrupted: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    trainer = Trainer(toy("sampling.steps=5", "training.keep=1"), run, REGISTRY, resume=True, device="cpu")
+    assert trainer.step == 10
+    assert load_experiment(run / "config.toml", [], REGISTRY).sampling.steps == 5
+
+
+# --- steps ------------------------------------------------------------------------------------------------------------
+
+
+def test_two_half_batches_accumulate_to_the_step_of_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loss(model: nn.Module, x: dict[str, Tensor], *_: object, **__: object) -> LossTerms:
+        """Without noise, which is another one for each micro-batch."""
+        weight = next(p for p in model.parameters() if p.ndim > 1)
+        total = (weight.mean() - x["label"]).square() + (weight.std() - x["image"].mean((1, 2, 3))).square()
+        return LossTerms(total, total, total, {}, {}, {})
+
+    monkeypatch.setattr(trainer_module, "composite_loss", loss)
+    weights, norms = [], []
+    for i, sizes in enumerate((("training.batch_size=8", "training.accumulate=1"), ("training.batch_size=4",))):
+        experiment = toy(*sizes, "training.clip=1e9", "training.weight_decay=0.0", "training.steps=3")
+        before = torch.cat([p.detach().flatten() for p in build_model(experiment).parameters()])
+        trainer = Trainer(experiment, tmp_path / str(i), REGISTRY, device="cpu")
+        reports: list[Progress] = []
+        trainer.train(reports.append)
+        norms.append([report.norm for report in reports])  # Adam's steps do not tell the gradient's scale
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+        assert not torch.equal(weights[-1], before)
+    assert torch.allclose(weights[0], weights[1], atol=1e-6)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_the_average_warms_up() -> None:
+    for decay in (0.5, 0.999):
+        model = nn.Linear(1, 1, bias=False)
+        average = averaged(model, decay)
+        expected = None
+        for n in range(30):
+            with torch.no_grad():
+                model.weight.fill_(math.sin(n))
+            average.update_parameters(model)
+            share = min(decay, (1 + n) / (10 + n))
+            expected = math.sin(n) if expected is None else share * expected + (1 - share) * math.sin(n)
+            assert average.module.weight.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
+    config = toy("training.steps=100", "training.warmup=10", "training.learning_rate=0.5").training
+    rates = [learning_rate(config, step) for step in range(101)]
+    assert rates[0] == pytest.approx(0.05)
+    assert max(rates) == rates[9] == rates[10] == pytest.approx(0.5)
+    assert rates[55] == pytest.approx(0.25)
+    assert rates[100] == pytest.approx(0)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_training_learns(tmp_path: Path) -> None:
+    losses = []
+    overrides = ("training.steps=40", "training.accumulate=1", "training.batch_size=11", "training.learning_rate=0.02")
+    trainer = Trainer(toy(*overrides), tmp_path / "run", REGISTRY, device="cpu")
+    trainer.train(lambda progress: losses.append(progress.means["l2/mask"]))
+    assert sum(losses[-10:]) < 0.75 * sum(losses[:10])
+
+
+def test_bfloat16_trains_close_to_float32(uninterrupted: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(toy("training.precision=bfloat16"), run)
+    exact, rounded = newest(uninterrupted), newest(run)
+    weights = [key for key in exact if key.startswith("model/")]
+    assert not all(torch.equal(exact[key], rounded[key]) for key in weights)
+    assert all(torch.allclose(exact[key], rounded[key], atol=0.05) for key in weights)
+
+
+def test_samples_that_lack_a_modality_are_trained_on(tmp_path: Path) -> None:
+    reports: list[Progress] = []
+    trainer = Trainer(toy("data.lacking=label", "training.steps=4"), tmp_path / "run", REGISTRY, device="cpu")
+    trainer.train(reports.append)
+    assert [report.step for report in reports] == [1, 2, 3, 4]
+    assert all(math.isfinite(value) for report in reports for value in report.means.values())
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_the_same_weights(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from safetensors.torch import save_file
+from mtdiffusion_engine.trainer import Trainer
+from tests.engine.tiny import REGISTRY, toy
+trainer = Trainer(toy("training.steps=3"), Path({str(tmp_path / "run")!r}), REGISTRY, device="cpu")
+trainer.train()
+assert trainer.accelerator.num_processes == 2
+save_file(trainer.model.state_dict(), f"{tmp_path}/rank{{trainer.accelerator.process_index}}.safetensors")
+"""
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    first, second = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in range(2))
+    saved = load_file(ckpt.list_checkpoints(tmp_path / "run")[-1] / "model.safetensors")
+    fresh = build_model(toy()).state_dict()
+    assert all(torch.equal(first[key], second[key]) and torch.equal(first[key], saved[key]) for key in first)
+    assert any(not torch.equal(first[key], fresh[key]) for key in first)
+
+
+# --- what is wrong ----------------------------------------------------------------------------------------------------
+
+
+def test_data_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    for overrides, message in {
+        ("modalities.label.classes=2",): r"'label': label of 2 classes: expected values from 0 to 1, found 0 to 2",
+        ("data.nan_at=2",): r"'image': image: expected finite values, found NaN or infinity in samples \[2\]",
+        ("modalities.image.channels=3",): r"expected shape \[batch, 3, 4, 4\], found \[4, 1, 4, 4\]",
+        ("modalities.image.field=picture",): "no sample has the field 'picture' that modality 'image' reads",
+        ("modalities.label.field=caption",): "field 'caption' of sample 0 is str, but modality 'label' reads tensors",
+        ("data.count=0",): "the data set is empty",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            Trainer(toy(*overrides), tmp_path / "run", REGISTRY, device="cpu")
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_sample_met_later_stops_the_training_and_leaves_the_checkpoint(tmp_path: Path, workers: int) -> None:
+    run = tmp_path / "run"
+    overrides = ("training.steps=3", "training.accumulate=1", "data.nan_at=10", f"training.workers={workers}")
+    with pytest.raises(UserError, match=r"^data \(train\): modality 'image': image: expected finite values") as error:
+        train(toy(*overrides), run)
+    assert "\n" not in str(error.value)
+    assert ckpt.list_checkpoints(run) == []
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_training_that_diverges_stops_and_leaves_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    run = tmp_path / "run"
+    trainer = Trainer(toy(), run, REGISTRY, device="cpu")
+    exact = trainer_module.composite_loss
+
+    def loss(*args: object, **kwargs: object) -> LossTerms:
+        terms = exact(*args, **kwargs)  # type: ignore[arg-type]
+        if trainer.step >= 5:
+            if where == "loss":
+                terms.total.mul_(math.nan)
+            else:
+                terms.total.register_hook(lambda gradient: gradient * math.nan)
+        return terms
+
+    monkeypatch.setattr(trainer_module, "composite_loss", loss)
+    with pytest.raises(UserError, match=r"training diverged: the .* is nan at step 6"):
+        trainer.train()
+    assert [folder.name for folder in ckpt.list_checkpoints(run)] == ["step-00000004"]
+    assert all(bool(x.isfinite().all()) for x in newest(run).values())
+
+
+def test_an_existing_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious").write_text("mine")
+    with pytest.raises(UserError, match="already exists; nothing was written"):
+        Trainer(toy(), tmp_path / "run", REGISTRY, device="cpu")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["precious"]
+
+
+def test_an_empty_folder_will_do(tmp_path: Path) -> None:
+    train(toy("training.steps=1"), tmp_path)
+    assert ckpt.require_run(tmp_path).name == "step-00000001"
+
+
+def test_a_folder_without_a_run_is_not_resumed(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing to resume here"):
+        Trainer(toy(), tmp_path, REGISTRY, resume=True, device="cpu")
+
+
+def test_devices() -> None:
+    assert choose_device("cpu") == torch.device("cpu")
+    with pytest.raises(UserError, match='expected "cpu" or "cuda", found "gpu"'):
+        choose_device("gpu")
+    if not torch.cuda.is_available():
+        assert choose_device(None) == torch.device("cpu")
+        with pytest.raises(UserError, match="no CUDA device"):
+            choose_device("cuda")

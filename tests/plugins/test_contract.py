@@ -1,0 +1,70 @@
+"""Every installed plugin keeps the contract, by the kit that plugin authors use."""
+
+import pytest
+import torch
+from attrs import evolve
+
+from mtdiffusion_registry import Registry
+from mtdiffusion_registry.testing import check_backbone, check_modality, check_weight_schedule
+
+REGISTRY = Registry.discover()
+
+
+def build(group: str, kind: str, **values: object):
+    return REGISTRY.config_class(group, kind)(**values)
+
+
+def pictures(channels: int, size: int, n: int = 24) -> torch.Tensor:
+    """Smooth random pictures in [−1, 1]."""
+    coarse = torch.randn(n, channels, 4, 4, generator=torch.Generator().manual_seed(0))
+    return torch.nn.functional.interpolate(coarse, size=size, mode="bilinear").clamp(-1, 1)
+
+
+def classes(k: int, *shape: int) -> torch.Tensor:
+    return torch.randint(k, (24, *shape), generator=torch.Generator().manual_seed(0))
+
+
+def directions(dim: int) -> torch.Tensor:
+    return torch.nn.functional.normalize(torch.randn(24, dim, generator=torch.Generator().manual_seed(0)), dim=1)
+
+
+MODALITIES = {
+    "image identity": (build("modality", "image", size=8, channels=1), pictures(1, 8)),
+    "image patch RGB": (build("modality", "image", size=16), pictures(3, 16)),
+    "image conv": (build("modality", "image", size=16, encoder="conv", code_channels=6), pictures(3, 16)),
+    "mask binary": (build("modality", "mask", size=8), classes(2, 8, 8)),
+    "mask of 6 classes in patches": (build("modality", "mask", size=16, classes=6), classes(6, 16, 16)),
+    "label": (build("modality", "label", classes=10), classes(10)),
+    "label of more classes than directions": (
+        build("modality", "label", classes=100, code_channels=1),
+        classes(100),
+    ),
+    "clip": (build("modality", "clip", dim=32), directions(32)),
+}
+
+
+@pytest.mark.parametrize("name", MODALITIES)
+def test_modality_keeps_the_contract(name: str) -> None:
+    config, examples = MODALITIES[name]
+    check_modality(config, examples=examples, encoding_bias=0.15)
+
+
+@pytest.mark.parametrize("kind", REGISTRY.kinds("backbone"))
+def test_backbone_keeps_the_contract(kind: str) -> None:
+    check_backbone(build("backbone", kind))
+
+
+@pytest.mark.parametrize("kind", REGISTRY.kinds("weight_schedule"))
+def test_weight_schedule_keeps_the_contract(kind: str) -> None:
+    values = {"knots": (1.0, 0.5, 0.0)} if kind == "target" else {}
+    check_weight_schedule(build("weight_schedule", kind, **values))
+
+
+def test_every_installed_modality_is_covered_here() -> None:
+    assert {type(config).kind for config, _ in MODALITIES.values()} == set(REGISTRY.kinds("modality"))
+
+
+def test_unet_refuses_a_latent_that_its_levels_do_not_divide() -> None:
+    config = evolve(build("backbone", "unet"), multipliers=(1, 2, 2))
+    with pytest.raises(ValueError, match="10 × 10 is not divisible by 4"):
+        config.build(4, 10, 10, 2)

@@ -1,0 +1,584 @@
+"""The command line: what it does, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from attrs import frozen
+from PIL import Image
+from safetensors.torch import load_file
+
+from mtdiffusion.sampler import SOLVERS as CORE_SOLVERS
+from mtdiffusion_engine import checkpoint as ckpt
+from mtdiffusion_engine import load_run
+from mtdiffusion_engine.cli import SOLVERS, main
+from mtdiffusion_engine.monitor import Monitor
+from mtdiffusion_engine.trainer import Progress
+from tests.engine.tiny import CONFIG
+from tests.registry.fake_distributions import Install, clean_environment, install
+
+__all__ = ["clean_environment", "install"]
+
+
+@frozen
+class Result:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one message of a command that could not be done."""
+        assert self.code == 2, self
+        assert "Traceback" not in self.err + self.out
+        assert self.err.count("mtdiffusion: error: ") == 1, self.err
+        return self.err.partition("mtdiffusion: error: ")[2].rstrip("\n")
+
+
+Cli = Callable[..., Result]
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str]) -> Cli:
+    def run(*arguments: object) -> Result:
+        capfd.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as exit_:  # argparse
+            assert isinstance(exit_.code, int)
+            code = exit_.code
+        return Result(code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    """An 8-bit picture of 8 × 8 whose left half is white."""
+    pixels = np.zeros((8, 8), np.uint8)
+    pixels[:, :4] = 255
+    path = tmp_path / "picture.png"
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture
+def copy(tiny_run: Path, tmp_path: Path) -> Path:
+    """A run that a test may change."""
+    return shutil.copytree(tiny_run, tmp_path / "copy")
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+# --- quick and light --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["plugins", "list"], ["sample", "--help"]])
+def test_it_answers_within_0_3_seconds_and_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = f"""
+import sys
+from mtdiffusion_engine.cli import main
+try:
+    code = main({arguments})
+except SystemExit as exit_:
+    code = exit_.code
+heavy = {{"torch", "numpy", "rich", "accelerate", "mtdiffusion", "mtdiffusion_plugins"}} & set(sys.modules)
+sys.exit(f"imported {{heavy}}" if heavy else code)
+"""
+    seconds = []
+    for _ in range(3):
+        # Processor time: what else the machine does must not fail this test.
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0, done.stderr
+        assert "mtdiffusion" in done.stdout
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 0.3
+
+
+def test_the_installed_command_works() -> None:
+    command = Path(sys.executable).with_name("mtdiffusion")
+    done = subprocess.run([command, "nonsense"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "invalid choice: 'nonsense'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_no_command_shows_the_help(cli: Cli) -> None:
+    result = cli()
+    assert result.code == 0
+    assert result.out.startswith("usage: mtdiffusion")
+
+
+def test_the_solvers_are_those_of_the_sampler() -> None:
+    assert set(SOLVERS) == set(CORE_SOLVERS)
+
+
+# --- plugins list -----------------------------------------------------------------------------------------------------
+
+
+def test_plugins_are_listed_with_their_owners(cli: Cli, install: Install) -> None:
+    module = install("raise RuntimeError('imported')", distribution="toy-plugin", version="1.5")
+    rows = [line.split() for line in cli("plugins", "list").out.splitlines()]
+    assert rows[0] == ["GROUP", "KIND", "DISTRIBUTION", "VERSION", "STATUS"]
+    assert ["dataset", "toy", "toy-plugin", "1.5", "ok"] in rows
+    assert [row[:3] + row[4:] for row in rows].count(["modality", "image", "mtdiffusion", "ok"]) == 1
+    assert ["dataset", "toy", "toy-plugin", "1.5", "ok", module] in [
+        line.split() for line in cli("plugins", "list", "--verbose").out.splitlines()
+    ]
+
+
+def test_what_cannot_be_used_is_listed_with_the_reason(cli: Cli, install: Install) -> None:
+    install(distribution="first")
+    install(distribution="second")
+    install(names=("datset.other",), distribution="third")
+    out = cli("plugins", "list").out
+    assert "dataset.toy of first 1.0: conflict: also declared by second 1.0" in out
+    assert 'datset.other of third 1.0: broken: must be named GROUP.KIND; unknown group "datset"; did you mean' in out
+
+
+# --- train ------------------------------------------------------------------------------------------------------------
+
+
+def test_train_writes_a_run(tiny_run: Path) -> None:
+    assert [path.name for path in ckpt.list_checkpoints(tiny_run)] == ["step-00000008", "step-00000010"]
+    run = load_run(tiny_run)
+    assert (run.experiment.training.steps, run.experiment.training.ema) == (10, 0.998)
+    assert "ema = 0.998" in (tiny_run / "config.toml").read_text()  # every default is written out
+
+
+def test_train_shows_its_progress(cli: Cli, tiny_config: Path, tmp_path: Path) -> None:
+    overrides = ("--set", "training.steps=3", "training.warmup=1", "--set", "process.curve=linear")
+    result = cli("train", tiny_config, "--out", tmp_path / "run", "--device", "cpu", *overrides)
+    assert result.code == 0
+    assert result.out == f"trained: {tmp_path / 'run'}\n"
+    assert "step 3/3" in result.err
+    experiment = load_run(tmp_path / "run").experiment
+    assert (experiment.training.warmup, experiment.process.curve) == (1, "linear")
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(
+    cli: Cli, tiny_config: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shown = Monitor.progress
+
+    def interrupt(self: Monitor, progress: Progress) -> None:
+        shown(self, progress)
+        if progress.step == 6:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Monitor, "progress", interrupt)
+        result = cli("train", tiny_config, "--out", run, "--device", "cpu")
+    assert result.code == 130
+    assert "Traceback" not in result.err
+    assert f"stopped at step 6; its checkpoint is saved. Continue with: mtdiffusion train --resume --out {run}" in (
+        result.err
+    )
+    result = cli("train", "--resume", "--out", run, "--device", "cpu")
+    assert result.code == 0
+    assert "resuming at step 6 of 10" in result.err
+    for name in ("model", "ema", "optimizer"):
+        whole, resumed = (load_file(ckpt.require_run(folder) / f"{name}.safetensors") for folder in (tiny_run, run))
+        assert whole.keys() == resumed.keys()
+        assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainning.steps=5", 'unknown key "trainning"; did you mean "training"?'),
+        ("training.stepz=5", 'training: unknown key "stepz"; did you mean "steps"?'),
+        ("modalities.image.chanels=1", 'modalities.image: unknown key "chanels"; did you mean "channels"?'),
+        ("modalities.image.kind=imagee", 'there is no modality of kind "imagee"; did you mean "image"?'),
+        ("backbone.kind=unett", 'there is no backbone of kind "unett"; did you mean "unet"?'),
+        ("data.kind=digit", 'there is no dataset of kind "digit"; did you mean "digits"?'),
+        ("training.steps=many", 'training.steps: found "many" (str), expected an integer'),
+        ("training.steps=1.5", "training.steps: found 1.5 (float), expected an integer"),
+        ("training.batch_size=0", "training.batch_size: 'batch_size' must be >= 1: 0"),
+        ("training.ema=1.5", "training.ema: 'ema' must be <= 1.0: 1.5"),
+        ("training.precision=float16", "training.precision: found"),
+        ("process.curve=cosin", "process.curve"),
+        ("latent=8", "latent: found 8 (int), expected a table"),
+        ("modalities={}", "modalities"),
+        ('modalities.a-b={kind="label", classes=2}', "'a-b' cannot name a modality"),
+        ("conditioning.subsets={lable=1.0}", "conditioning.subsets: no modality named lable"),
+        ("modalities.image.size=9", "modalities.image: image: size 9 does not fit a latent of 8 × 8"),
+        ("modalities.image.channels=3", "'image': image: expected shape [batch, 3, 8, 8], found [8, 1, 8, 8]"),
+        ("modalities.label.classes=5", "'label': label of 5 classes: expected values from 0 to 4, found 0 to"),
+        ('modalities.depth={kind="mask", size=8}', "no sample has the field 'depth' that modality 'depth' reads"),
+        ("training", 'override "training": expected KEY=VALUE'),
+        ("training.steps.many=1", "training.steps is not a table"),
+    ],
+)
+def test_a_configuration_that_is_wrong(
+    cli: Cli, tiny_config: Path, tmp_path: Path, override: str, message: str
+) -> None:
+    run = tmp_path / "run"
+    assert message in cli("train", tiny_config, "--out", run, "--device", "cpu", "--set", override).error
+    assert not run.exists()
+
+
+def test_a_configuration_that_cannot_be_read(cli: Cli, tiny_config: Path, tmp_path: Path) -> None:
+    run, path = tmp_path / "run", tmp_path / "broken.toml"
+    assert "there is no such file" in cli("train", path, "--out", run).error
+    path.write_text(CONFIG[: len(CONFIG) // 2] + "[")
+    assert 'did you mean "broken.toml"?' in cli("train", tmp_path / "brken.toml", "--out", run).error
+    assert f"{path}: not TOML: " in cli("train", path, "--out", run).error
+    path.write_bytes(b"\xff\xfe")
+    assert f"{path}: not UTF-8" in cli("train", path, "--out", run).error
+    path.write_text("")
+    assert f'{path}: missing key "data"' in cli("train", path, "--out", run).error
+    assert "expected a TOML file, found a directory" in cli("train", tmp_path, "--out", run).error
+    assert "which configuration?" in cli("train", "--out", run).error
+    assert "nothing to resume here" in cli("train", "--resume", "--out", run).error
+    assert not run.exists()
+
+
+def test_a_run_folder_that_exists_stays_as_it_is(cli: Cli, tiny_config: Path, copy: Path) -> None:
+    before = contents(copy)
+    assert "already exists; nothing was written" in cli("train", tiny_config, "--out", copy).error
+    error = cli("train", tiny_config, "--out", copy, "--resume", "--set", "training.seed=1").error
+    assert "holds another experiment (training.seed is 0, asked for 1)" in error
+    assert contents(copy) == before
+
+
+def test_damaged_checkpoints_are_not_resumed(cli: Cli, copy: Path) -> None:
+    for name in ("optimizer.safetensors", "model.safetensors", "state.json"):
+        path = ckpt.require_run(copy) / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-5])
+        error = cli("train", "--resume", "--out", copy, "--device", "cpu").error
+        assert str(path) in error
+        assert "remove that checkpoint to fall back on the one before" in error
+        path.write_bytes(whole)
+
+
+NAN_PLUGIN = """
+from typing import ClassVar
+import torch
+from attrs import frozen
+from mtdiffusion import Dataset
+from mtdiffusion_registry import DatasetConfig, hookimpl
+
+MTDIFFUSION_API = 1
+
+class Data(Dataset):
+    def __len__(self):
+        return 40
+    def __getitem__(self, index):
+        image = torch.zeros(1, 8, 8)
+        if index == 39:
+            image[0, 3, 3] = torch.nan
+        return {"image": image, "mask": torch.zeros(8, 8).long(), "label": torch.tensor(0)}
+
+@frozen
+class Toy(DatasetConfig):
+    kind: ClassVar[str] = "toy"
+    def build(self, split):
+        return Data()
+
+@hookimpl
+def mtdiffusion_datasets():
+    return [Toy]
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nan_in_a_batch(cli: Cli, install: Install, tiny_config: Path, tmp_path: Path, workers: int) -> None:
+    install(NAN_PLUGIN)
+    overrides = ("--set", "data.kind=toy", f"training.workers={workers}", "training.checkpoint_every=0")
+    error = cli("train", tiny_config, "--out", tmp_path / "run", "--device", "cpu", *overrides).error
+    assert error.startswith("data (train): modality 'image': image: expected finite values, found NaN or infinity")
+
+
+def test_a_plugin_that_fails_to_import(cli: Cli, install: Install, tiny_config: Path, tmp_path: Path) -> None:
+    module = install("import nonsense_that_is_not_there", distribution="toy-plugin", version="1.5")
+    arguments = ("train", tiny_config, "--out", tmp_path / "run", "--device", "cpu", "--set")
+    error = cli(*arguments, "data.kind=toy").error
+    assert f"plugin dataset.toy of toy-plugin 1.5 (module {module}): its import failed: ModuleNotFoundError" in error
+    assert not (tmp_path / "run").exists()
+    assert cli(*arguments, "training.steps=1").code == 0  # it is in nobody else's way
+
+
+def test_two_plugins_of_one_name(cli: Cli, install: Install, tiny_config: Path, tmp_path: Path) -> None:
+    install(distribution="first")
+    install(distribution="second", names=("dataset.toy", "modality.image"))
+    arguments = ("train", tiny_config, "--out", tmp_path / "run", "--set")
+    error = cli(*arguments, "data.kind=toy").error
+    assert "dataset.toy is declared by more than one plugin: second 1.0" in error
+    assert "first 1.0" in error
+    assert "modality.image is declared by more than one plugin" in cli(*arguments, "training.steps=1").error
+    assert not (tmp_path / "run").exists()
+
+
+# --- sample -----------------------------------------------------------------------------------------------------------
+
+
+def test_sample_writes_what_suits_each_modality(cli: Cli, tiny_run: Path, tmp_path: Path, picture: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    options = ("--observe", "label=3", "--observe", f"image={picture}", "--visible", f"image={picture}")
+    options += ("--steps", 2, "--solver", "ddim", "--eta", 0.5, "--guidance", 2, "--draw", "--seed", 4)
+    result = cli("sample", tiny_run, "-n", 3, *options, "--out", out, "--device", "cpu")
+    assert result.code == 0, result.err
+    assert str(out / "samples.png") in result.out
+    files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+    stems = ("0000", "0001", "0002")
+    assert files == sorted(
+        [
+            f"{name}/{stem}.{suffix}"
+            for name, suffix in (("image", "png"), ("mask", "png"), ("label", "json"))
+            for stem in stems
+        ]
+        + ["request.json", "samples.png"]
+    )
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    for stem in stems:
+        assert json.loads((out / "label" / f"{stem}.json").read_text())["label"] == 3
+        assert (np.asarray(Image.open(out / "image" / f"{stem}.png"))[:, :4] == 255).all()
+    assert json.loads((out / "request.json").read_text()) == {
+        "run": str(tiny_run),
+        "checkpoint": "step-00000010",
+        "version": "0.1.0",
+        "n": 3,
+        "observed": {"label": "3", "image": str(picture)},
+        "visible": {"image": str(picture)},
+        "generated": ["image", "mask"],
+        "settings": {
+            "steps": 2,
+            "solver": "ddim",
+            "eta": 0.5,
+            "guidance": 2.0,
+            "conditioning": "observed_aggregate",
+            "draw": True,
+        },
+        "seed": 4,
+    }
+    # The same request from Python gives what was written.
+    observed = {"label": 3, "image": load_run(tiny_run).modality("image").parse(str(picture))}
+    samples = load_run(tiny_run, device="cpu").sample(
+        3,
+        observed=observed,
+        visible={"image": (observed["image"][0] > 0).float()},
+        steps=2, solver="ddim", eta=0.5, guidance=2.0, draw=True, seed=4,
+    )  # fmt: skip
+    for i, stem in enumerate(stems):
+        assert np.array_equal(np.asarray(Image.open(out / "mask" / f"{stem}.png")), samples["mask"][i].numpy())
+
+
+def test_sample_generates_only_what_is_asked_for(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()  # an empty folder will do
+    result = cli("sample", tiny_run, "-n", 1, "--observe", "label=3", "--generate", "mask", "--out", out)
+    assert result.code == 0
+    assert sorted(path.name for path in out.iterdir()) == ["label", "mask", "request.json", "samples.png"]
+
+
+def test_an_output_folder_that_exists_stays_as_it_is(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert cli("sample", tiny_run, "-n", 1, "--out", out).code == 0
+    before = contents(out)
+    assert f"{out}: already exists; nothing was written" in cli("sample", tiny_run, "-n", 2, "--out", out).error
+    file = out / "samples.png"
+    assert f"{file}: already exists" in cli("sample", tiny_run, "-n", 2, "--out", file).error
+    assert contents(out) == before
+
+
+def test_nothing_is_left_half_written(
+    cli: Cli, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mtdiffusion_plugins.mask import MaskModality
+
+    def fail(*_: object) -> Path:
+        raise OSError(28, "No space left on device", "0000.png")
+
+    monkeypatch.setattr(MaskModality, "write", fail)
+    error = cli("sample", tiny_run, "-n", 1, "--out", tmp_path / "out").error
+    assert error == "0000.png: No space left on device"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--observe", "lable=3"],
+            'no modality named "lable"; did you mean "label"? (this model has image, mask, label)',
+        ),
+        (["--observe", "label"], "--observe label: expected NAME=VALUE"),
+        (["--observe", "label="], "--observe label=: expected NAME=VALUE"),
+        (["--observe", "label=3", "--observe", "label=4"], "--observe label=4: label is given twice"),
+        (["--observe", "label=10"], "--observe label=10: label: expected a class from 0 to 9, found '10'"),
+        (["--observe", "label=three"], "--observe label=three: label: expected a class from 0 to 9, found 'three'"),
+        (["--observe", "image=none.png"], "none.png: no such file"),
+        (["--observe", "image={folder}"], "{folder}: "),
+        (["--observe", "image={text}"], "{text}: not a picture that can be read"),
+        (["--observe", "image={truncated}"], "{truncated}: "),
+        (["--observe", "image={small}"], "{small}: expected 8 × 8 pixels, found 5 × 4"),
+        (
+            ["--observe", "mask={picture}"],
+            "observed mask: mask of 2 classes: expected values from 0 to 1, found 0 to 255",
+        ),
+        (["--observe", "mask={colour}"], "{colour}: expected a picture of class indices"),
+        (["--visible", "image={picture}"], "a map was given for 'image', but it is not among the observed"),
+        (["--visible", "imge={picture}"], 'no modality named "imge"; did you mean "image"?'),
+        (["--observe", "label=1", "--visible", "label={picture}"], "visible label: this modality has no places"),
+        (["--observe", "image={picture}", "--visible", "image={small}"], "expected [1, 8, 8] or [8, 8], found [4, 5]"),
+        (["--observe", "image={picture}", "--visible", "image={text}"], "{text}: cannot be read as a picture"),
+        (["--observe", "image={picture}", "--visible", "image=none.png"], "none.png: no such file"),
+        (["--generate", "masks"], 'no modality named "masks"; did you mean "mask"?'),
+        (["--steps", "0"], "argument --steps: invalid positive integer value: '0'"),
+        (["-n", "few"], "argument -n: invalid positive integer value: 'few'"),
+        (["--seed", "-1"], "argument --seed: "),
+        (["--eta", "2"], "sampling: 'eta' must be <= 1"),
+        (["--guidance", "-1"], "sampling: 'guidance' must be >= 0"),
+        (["--solver", "dim"], "invalid choice: 'dim'"),
+        (["--solver", "dim"], 'did you mean "ddim"?'),
+        (["--stpes", "3"], 'unrecognized arguments: --stpes 3; did you mean "--steps"?'),
+    ],
+)
+def test_requests_that_cannot_be_met(
+    cli: Cli, tiny_run: Path, tmp_path: Path, picture: Path, options: list[str], message: str
+) -> None:
+    files = {name: tmp_path / f"{name}.png" for name in ("text", "truncated", "small", "colour")}
+    files["text"].write_text("no picture")
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
+    Image.fromarray(noise).save(files["truncated"])
+    files["truncated"].write_bytes(files["truncated"].read_bytes()[:2000])
+    Image.fromarray(noise[:4, :5]).save(files["small"])
+    Image.fromarray(noise[:8, :24].reshape(8, 8, 3)).save(files["colour"])
+    paths = {name: str(path) for name, path in (files | {"picture": picture, "folder": tmp_path}).items()}
+    before = contents(tmp_path)
+    error = cli("sample", tiny_run, "-n", 1, "--out", tmp_path / "out", *(o.format(**paths) for o in options)).error
+    assert message.format(**paths) in error
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
+def test_a_device_that_is_not_there(cli: Cli, tiny_run: Path, tiny_config: Path, tmp_path: Path) -> None:
+    for command in (("sample", tiny_run), ("train", tiny_config)):
+        assert "no CUDA device" in cli(*command, "--out", tmp_path / "out", "--device", "cuda").error
+    assert not (tmp_path / "out").exists()
+
+
+COMMANDS = (("sample", "--out", "out"), ("evaluate",), ("gallery",))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_run_folder_that_is_not_one(
+    cli: Cli, tiny_config: Path, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name, *options = command
+    assert "expected the folder of a run, found nothing" in cli(name, "none", *options).error
+    assert "expected the folder of a run, found a file" in cli(name, tiny_config, *options).error
+    assert "not the folder of a run (it has no config.toml)" in cli(name, copy / "checkpoints", *options).error
+    weights = ckpt.require_run(copy) / "ema.safetensors"
+    config = copy / "config.toml"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    assert f"{weights}: damaged" in cli(name, copy, *options).error
+    weights.unlink()
+    assert f"{weights}: missing from the checkpoint" in cli(name, copy, *options).error
+    weights.write_bytes(whole)
+    text = config.read_text()
+    config.write_text(text.replace("vector = 16", "vector = 8"))
+    assert f"{weights}: these weights belong to another model" in cli(name, copy, *options).error
+    config.write_text(text[: len(text) // 2] + "[")
+    assert f"{config}: not TOML" in cli(name, copy, *options).error
+    config.write_text(text)
+    shutil.rmtree(copy / "checkpoints")
+    assert "this run has no checkpoint yet" in cli(name, copy, *options).error
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+# --- evaluate, gallery, demo ------------------------------------------------------------------------------------------
+
+
+def test_evaluate_writes_and_prints_the_metrics(cli: Cli, copy: Path) -> None:
+    result = cli("evaluate", copy, "--samples", 6, "--steps", 1, "--device", "cpu")
+    assert result.code == 0, result.err
+    metrics = json.loads((copy / "metrics.json").read_text())
+    assert 0 <= metrics["label|image/accuracy"] <= 1
+    assert 0 <= metrics["mask|image/miou"] <= 1
+    assert metrics["label|image/samples"] == 6
+    assert all(isinstance(value, int | float | str) for value in metrics.values())
+    for part in ("label | image", "accuracy", "miou", str(copy / "metrics.json")):
+        assert part in result.out
+    cli("evaluate", copy, "--samples", 6, "--steps", 1, "--device", "cpu")
+    assert json.loads((copy / "metrics.json").read_text()) == metrics
+
+
+def test_gallery_draws_a_picture(cli: Cli, copy: Path, tmp_path: Path) -> None:
+    for options, path in (((), copy / "gallery.png"), (("--out", tmp_path / "my.png"), tmp_path / "my.png")):
+        result = cli("gallery", copy, "--device", "cpu", *options)
+        assert result.code == 0, result.err
+        assert f"gallery: {path}" in result.out
+        assert min(Image.open(path).size) > 100
+
+
+def test_the_demo_does_what_is_not_done_yet(
+    cli: Cli, tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "demo"
+    arguments = ("demo", "--config", tiny_config, "--out", run, "--device", "cpu")
+    first = cli(*arguments)
+    assert first.code == 0, first.err
+    assert f"gallery: {run / 'gallery.png'}" in first.out.splitlines()[-1]
+    assert "label | image" in first.out
+    before = contents(run)
+    second = cli(*arguments)
+    assert second.out.endswith(first.out.partition("\n")[2])  # all but "trained: ..."
+    assert "step" not in second.err
+    assert contents(run) == before
+    shutil.rmtree(ckpt.require_run(run))  # as if it had been interrupted
+    assert "resuming at step 8 of 10" in cli(*arguments).err
+    assert ckpt.require_run(run).name == "step-00000010"
+
+
+def test_the_demo_needs_its_configuration(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    error = cli("demo").error
+    assert (
+        "configs/digits-demo.toml: no such file; run the demo from a clone of the repository, or give --config" in error
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_traceback_is_there_for_who_asks(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MTDIFFUSION_TRACEBACK", "1")
+    result = cli("evaluate", tmp_path)
+    assert result.code == 2
+    assert "Traceback" in result.err
+    assert "not the folder of a run" in result.err
+
+
+def test_a_fault_of_ours_is_not_dressed_up_as_one_of_the_user(
+    cli: Cli, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mtdiffusion_engine import commands
+
+    def fail(*_: object, **__: object) -> None:
+        raise KeyError("a fault")
+
+    monkeypatch.setattr(commands, "load_run", fail)
+    result = cli("evaluate", tiny_run)
+    assert result.code == 1
+    assert "Traceback" in result.err

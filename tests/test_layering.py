@@ -1,0 +1,183 @@
+"""The arrows of the design: core <- registry <- plugins; core, registry <- engine <- benchmarks."""
+
+from __future__ import annotations
+
+import ast
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from attrs import frozen
+
+ROOT = Path(__file__).parent.parent
+
+
+@frozen
+class Room:
+    """A root package and what it may import beside itself and the standard library.
+
+    Attributes:
+        rooms: our own packages.
+        third_party: distributions' top-level modules; None for any.
+    """
+
+    package: str
+    rooms: frozenset[str]
+    third_party: frozenset[str] | None
+
+
+def _room(package: str, rooms: str, third_party: str | None) -> Room:
+    return Room(package, frozenset(rooms.split()), None if third_party is None else frozenset(third_party.split()))
+
+
+ROOMS = {
+    "core": _room("mtdiffusion", "", "torch attr attrs"),
+    "registry": _room("mtdiffusion_registry", "mtdiffusion", "torch attr attrs pluggy cattrs tomli_w"),
+    "plugins": _room("mtdiffusion_plugins", "mtdiffusion mtdiffusion_registry", None),
+    "engine": _room("mtdiffusion_engine", "mtdiffusion mtdiffusion_registry", None),
+    "benchmarks": _room("mtdiffusion_benchmarks", "mtdiffusion mtdiffusion_registry mtdiffusion_engine", None),
+}
+OURS = {room.package for room in ROOMS.values()}
+SOURCES = [(name, path) for name in ROOMS for path in sorted((ROOT / name).rglob("*.py"))]
+MODALITY_KINDS = frozenset(
+    key.removeprefix("modality.")
+    for key in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["mtdiffusion.plugins"]
+    if key.startswith("modality.")
+)
+
+every_source = pytest.mark.parametrize(
+    ("room", "path"), [pytest.param(name, path, id=str(path.relative_to(ROOT))) for name, path in SOURCES]
+)
+
+
+def imported_modules(source: str) -> Iterator[tuple[int, str]]:
+    """Line and top-level module of every absolute import, wherever it stands, ``import_module("name")`` included."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name.split(".")[0]) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.lineno, node.module.split(".")[0]
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("import_module", "__import__"):
+                yield node.lineno, str(node.args[0].value).split(".")[0]
+
+
+def forbidden_imports(room: Room, source: str) -> list[str]:
+    """What a source file of a room imports but may not, with its line."""
+    found = []
+    for line, module in imported_modules(source):
+        if module == room.package or module in room.rooms or module in sys.stdlib_module_names:
+            continue
+        if module in OURS or (room.third_party is not None and module not in room.third_party):
+            found.append(f"line {line}: {module}")
+    return found
+
+
+def kind_comparisons(source: str, kinds: frozenset[str] = MODALITY_KINDS) -> list[str]:
+    """Comparisons (==, in, match) of something called kind with a modality's kind written out."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            subjects, parts = [node.left, *node.comparators], [node]
+        elif isinstance(node, ast.Match):
+            subjects, parts = [node.subject], [case.pattern for case in node.cases]
+        else:
+            continue
+        names = {getattr(subject, "id", getattr(subject, "attr", "")) for subject in subjects}
+        keys = {
+            subject.slice.value
+            for subject in subjects
+            if isinstance(subject, ast.Subscript) and isinstance(subject.slice, ast.Constant)
+        }
+        constants = {c.value for part in parts for c in ast.walk(part) if isinstance(c, ast.Constant)} - keys
+        if any(str(name).endswith("kind") for name in names | keys) and not constants.isdisjoint(kinds):
+            found.append(f"line {node.lineno}: {ast.unparse(node).splitlines()[0]}")
+    return found
+
+
+@every_source
+def test_imports_follow_the_arrows(room: str, path: Path) -> None:
+    assert forbidden_imports(ROOMS[room], path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("room", "path"),
+    [pytest.param(name, path, id=str(path.relative_to(ROOT))) for name, path in SOURCES if name != "plugins"],
+)
+def test_no_modality_kind_is_compared_outside_plugins(room: str, path: Path) -> None:
+    assert kind_comparisons(path.read_text()) == []
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_room_holds_its_package_and_nothing_else(room: str) -> None:
+    assert [path.name for path in (ROOT / room).iterdir() if not path.name.startswith((".", "__"))] == [
+        ROOMS[room].package
+    ]
+    assert (ROOT / room / ROOMS[room].package / "__init__.py").exists()
+
+
+# The detectors themselves -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("room", "source"),
+    [
+        ("core", "import numpy as np"),
+        ("core", "from mtdiffusion_registry import Registry"),
+        ("core", "def f():\n    import pluggy"),
+        ("registry", "from mtdiffusion_plugins.image import ImageModality"),
+        ("registry", "from torchvision import transforms"),
+        ("plugins", "import mtdiffusion_engine.train"),
+        ("engine", "if TYPE_CHECKING:\n    from mtdiffusion_plugins import image"),
+        ("engine", "importlib.import_module('mtdiffusion_plugins.image')"),
+        ("engine", "from mtdiffusion_benchmarks import tasks"),
+        ("benchmarks", "import mtdiffusion_plugins"),
+    ],
+)
+def test_an_import_against_an_arrow_is_found(room: str, source: str) -> None:
+    assert len(forbidden_imports(ROOMS[room], source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("room", "source"),
+    [
+        ("core", "import math, torch\nfrom attrs import frozen\nfrom mtdiffusion.loss import mix\nfrom . import model"),
+        ("registry", "import torch, pluggy, cattrs, tomli_w, tomllib\nfrom mtdiffusion import Modality"),
+        ("plugins", "import open_clip\nfrom mtdiffusion_registry import hookimpl\nfrom mtdiffusion import Modality"),
+        ("engine", "import accelerate\nfrom mtdiffusion import sample\nfrom mtdiffusion_registry import Registry"),
+        ("benchmarks", "from mtdiffusion_engine import train\nimport rich"),
+    ],
+)
+def test_an_import_along_an_arrow_is_allowed(room: str, source: str) -> None:
+    assert forbidden_imports(ROOMS[room], source) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "if kind == 'image': pass",
+        "if 'label' == config.kind: pass",
+        "if modality.kind in ('image', 'mask'): pass",
+        "if config['kind'] != 'clip': pass",
+        "if kind not in {'label'}: pass",
+        "match config.kind:\n    case 'image' | 'mask': pass",
+    ],
+)
+def test_a_comparison_with_a_modality_kind_is_found(source: str) -> None:
+    assert len(kind_comparisons(source)) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "if kind == 'rectified_flow': pass",  # of a retention
+        "if kind == other.kind: pass",
+        "if name in ('image', 'label'): pass",  # of an instance: data
+        "kind = 'image'",
+    ],
+)
+def test_other_comparisons_are_allowed(source: str) -> None:
+    assert kind_comparisons(source) == []
