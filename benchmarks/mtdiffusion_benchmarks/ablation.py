@@ -78,13 +78,14 @@ def run_cell(
     experiment = load_experiment(Path(spec.base), changes, registry)
     run_folder = folder / "runs" / f"{variant.trained_as or name}-{seed}"
     seconds = 0.0
-    if not (run_folder / "checkpoints").exists():
-        if variant.trained_as is not None:
-            raise UserError(f"variant {name!r} uses the model of {variant.trained_as!r}; run that one first")
+    if variant.trained_as is None:
         say(f"{name} seed {seed}: training {experiment.training.steps} steps")
         started = time.monotonic()
-        Trainer(experiment, run_folder, registry, on_message=say, device="cpu").train()
+        resume = (run_folder / "config.toml").is_file()
+        Trainer(experiment, run_folder, registry, resume=resume, on_message=say, device="cpu").train()
         seconds = time.monotonic() - started
+    elif not (folder / "cells" / f"{variant.trained_as}-{seed}.json").exists():
+        raise UserError(f"variant {name!r} uses the model of {variant.trained_as!r}; run that one first")
     run = load_run(run_folder, registry=registry)
     say(f"{name} seed {seed}: evaluating")
     metrics = _evaluate(run, experiment)

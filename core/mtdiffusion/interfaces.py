@@ -132,7 +132,7 @@ class Decoder(nn.Module, ABC):
 
     @abstractmethod
     def expected_encoding(self, params: Params, encoder: Encoder) -> Tensor:
-        """ê = E[encoder(x) | params]: ``[B, c, H, W]``. Not the code of the most likely x (MATH.md, section 3)."""
+        """ê = E[encoder(x) | params]: ``[B, c, H, W]``; not the code of the most likely x."""
 
     @abstractmethod
     def mode(self, params: Params) -> Tensor:
@@ -217,7 +217,7 @@ class Backbone(nn.Module, ABC):
 
 
 class WeightSchedule(ABC):
-    """The weights w_t^(i) with which modalities enter the process, given from either end (MATH.md, section 2)."""
+    """The weights w_t^(i) with which modalities enter, given from either end (docs/mathematics.md, section 2)."""
 
     @abstractmethod
     def signal(self, retention: Retention, modalities: int) -> Tensor:

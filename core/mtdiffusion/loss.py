@@ -10,13 +10,19 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from attrs import field, frozen
+from attrs import Attribute, field, frozen
 from attrs.validators import ge, in_
 from torch import Tensor
 
 from mtdiffusion.conditioning import Observation
 from mtdiffusion.model import MultimodalDiffusion, Prediction
 from mtdiffusion.process import DiffusionProcess, mix
+
+
+def low_before_high(_: object, attribute: Attribute[tuple[float, float]], value: tuple[float, float]) -> None:
+    """Attrs validator of a clamp (low, high): 0 ≤ low ≤ high."""
+    if not 0 <= value[0] <= value[1]:
+        raise ValueError(f"'{attribute.name}': expected 0 <= low <= high, found {list(value)}")
 
 
 @frozen
@@ -35,7 +41,7 @@ class LossWeights:
     l2: float = field(default=1.0, validator=ge(0.0))
     l3: float = field(default=0.0, validator=ge(0.0))
     l1_time: Literal["snr", "elbo"] = field(default="snr", validator=in_(("snr", "elbo")))
-    l1_clamp: tuple[float, float] = (0.05, 5.0)
+    l1_clamp: tuple[float, float] = field(default=(0.05, 5.0), validator=low_before_high)
 
 
 @frozen(eq=False)

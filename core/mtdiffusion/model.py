@@ -217,7 +217,11 @@ class MultimodalDiffusion(nn.Module):
         epsilon: Tensor | None,
         presence: Tensor | None = None,
     ) -> Prediction:
-        """A :class:`Prediction` from heads' parameters: expected codes, and ε derived from them unless given."""
+        """A :class:`Prediction` from heads' parameters: expected codes, and ε derived from them unless given.
+
+        Where a modality is seen in channels of its own, ε is known there and a given one is not asked: the network does
+        not even see those channels of z.
+        """
         codes = torch.stack(
             [
                 self.layout.place(n, self.modality(n).decoder.expected_encoding(params[n], self.modality(n).encoder))
@@ -226,9 +230,16 @@ class MultimodalDiffusion(nn.Module):
             1,
         )
         codes = observation.merge(codes)
+        derived = self.process.epsilon(z, codes, t, presence)
         if epsilon is None:
-            epsilon = self.process.epsilon(z, codes, t, presence)
+            epsilon = derived
+        elif self.own_channels:
+            epsilon = torch.where(self._seen(observation) > 0.5, derived, epsilon)
         return Prediction(params, codes, epsilon)
+
+    def _seen(self, observation: Observation) -> Tensor:
+        """Which channels and places of z show an observed modality: ``[B, C, H, W]`` of 0 and 1 (disjoint layouts)."""
+        return torch.einsum("bnhw,nc->bchw", observation.visible, self.owner)
 
     def _inputs(
         self, z: Tensor, t: Tensor, observation: Observation, presence: Tensor
@@ -237,7 +248,7 @@ class MultimodalDiffusion(nn.Module):
         scaled = z * self.input_scale(t, presence).to(z.dtype)
         if self.own_channels:
             # Where a modality is seen, its own channels of z_t say less than its clean code: show that instead.
-            seen = torch.einsum("bnhw,nc->bchw", visible, self.owner)
+            seen = self._seen(observation)
             scaled = scaled * (1 - seen) + aggregate * seen
         readouts = [
             self.modality(name).encoder.readout(self.layout.take(name, source))

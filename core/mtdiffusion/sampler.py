@@ -67,7 +67,13 @@ def solve_ddim(
     epsilon_head: bool = False,
     generator: torch.Generator | None = None,
 ) -> Prediction:
-    """DDIM (η = 0, Song et al. 2021) to ancestral sampling (η = 1): jumps t → s with noise η."""
+    """DDIM (η = 0, Song et al. 2021) to ancestral sampling (η = 1): jumps t → s with noise η.
+
+    Raises:
+        ValueError: with an ε head, if the jumps are so long that errors of ε would grow beyond all bounds.
+    """
+    if epsilon_head:
+        _require_short_jumps(process, times)
     for now, later in pairwise(times):
         t = torch.full((z.shape[0],), now, device=z.device)
         s = torch.full_like(t, later)
@@ -79,6 +85,18 @@ def solve_ddim(
         noise = standard_normal(z, generator) if eta > 0 else None
         z = process.jump(mean, prediction.epsilon, t, s, eta, noise)
     return prediction
+
+
+def _require_short_jumps(process: DiffusionProcess, times: Sequence[int], most: float = 1e6) -> None:
+    """An ε head's jump multiplies its errors by κ = √(ᾱ_s/ᾱ_t); with literal retention that overflows float32."""
+    log_alpha_bar = process.log_alpha_bar[torch.tensor(times)]
+    kappa = torch.exp(0.5 * log_alpha_bar.diff().max()).item()
+    if kappa > most:
+        raise ValueError(
+            f"with an ε head, the longest of {len(times) - 1} steps would multiply errors by {kappa:.0e}; "
+            f"expected at most {most:.0e}. Take more steps (up to T = {process.steps}), or the solver "
+            "dpmpp_2m, which uses the heads alone."
+        )
 
 
 def solve_dpmpp_2m(

@@ -9,8 +9,8 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from attrs import field, frozen
-from attrs.validators import in_
+from attrs import evolve, field, frozen
+from attrs.validators import in_, optional
 from torch import Tensor
 
 from mtdiffusion.interfaces import WeightSchedule
@@ -69,9 +69,11 @@ class Retention:
 
     Attributes:
         log_alpha_bar: ``[T + 1]`` float64, 0 at t = 0 and falling.
+        curve: the name of the curve it comes from, if any.
     """
 
     log_alpha_bar: Tensor
+    curve: str | None = None
 
     @classmethod
     def from_alphas(cls, alphas: Tensor, modalities: int = 1, kind: str = "compensated") -> Retention:
@@ -109,8 +111,8 @@ class Retention:
         if kind not in RETENTIONS:
             raise ValueError(f"retention: expected one of {', '.join(RETENTIONS)}, found {kind!r}")
         if kind == "rectified_flow":
-            return cls(torch.log1p(-(_flow_time(steps) ** 2)))
-        return cls.from_alphas(CURVES[curve](steps), modalities, kind)
+            return cls(torch.log1p(-(_flow_time(steps) ** 2)), curve)
+        return evolve(cls.from_alphas(CURVES[curve](steps), modalities, kind), curve=curve)
 
     @property
     def steps(self) -> int:
@@ -154,15 +156,15 @@ class SNRMatched(WeightSchedule):
     """The default: m_t^(i) = g_i √(SNR_t (1 − ᾱ_t)) for a chosen SNR curve, whatever the retention.
 
     Attributes:
-        curve: a name in :data:`CURVES`.
+        curve: a name in :data:`CURVES`; None: the retention's own, or cosine if it has none.
         gains: g_i per modality; empty means 1 for all.
     """
 
-    curve: str = field(default="cosine", validator=in_(CURVES))
+    curve: str | None = field(default=None, validator=optional(in_(CURVES)))
     gains: tuple[float, ...] = ()
 
     def signal(self, retention: Retention, modalities: int) -> Tensor:
-        log_snr = curve_log_snr(self.curve, retention.steps)
+        log_snr = curve_log_snr(self.curve or retention.curve or "cosine", retention.steps)
         signal = torch.exp(0.5 * (log_snr + torch.log(retention.variance)))
         signal[0] = 1.0  # the limit: SNR = ∞ and σ = 0 at t = 0
         return signal[:, None] * _gains(self.gains, modalities)

@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mtdiffusion_engine import checkpoint as ckpt
-from mtdiffusion_engine.experiment import Experiment, load_experiment
+from mtdiffusion_engine.experiment import Experiment, load_experiment, require_same
 from mtdiffusion_engine.monitor import Monitor
 from mtdiffusion_engine.pictures import read_visibility, sample_sheet, save_png
 from mtdiffusion_engine.run import Run, load_run
@@ -60,10 +60,8 @@ def _train(experiment: Experiment, out: Path, registry: Registry, resume: bool, 
         with Monitor(trainer, console) as monitor:
             trainer.train(monitor.progress, monitor.samples)
     except KeyboardInterrupt:
-        if not ckpt.list_checkpoints(out):
-            raise
         raise KeyboardInterrupt(
-            f"stopped at step {trainer.step}; its checkpoint is saved. Continue with: "
+            f"stopped; the checkpoint of step {_trained_steps(out)} is saved. Continue with: "
             f"mtdiffusion train --resume --out {out}"
         ) from None
     print(f"trained: {out}")
@@ -77,6 +75,7 @@ def sample(args: Namespace) -> None:
     visible = {name: read_visibility(Path(text)) for name, text in _pairs("--visible", args.visible).items()}
     changes = {name: getattr(args, name) for name in ("steps", "solver", "eta", "guidance", "draw")}
     samples = run.sample(args.n, observed=observed, visible=visible, generate=args.generate, seed=args.seed, **changes)
+    samples = {name: x.cpu() for name, x in samples.items()}
     request = {
         "run": str(run.path),
         "checkpoint": run.checkpoint.name,
@@ -162,24 +161,22 @@ def _evaluate(run: Run) -> dict[str, Any]:
 
 
 def print_metrics(metrics: Mapping[str, Any]) -> None:
-    """A table of metrics ``target|observed/metric``, a block for each ``target|observed``."""
-    table = Table("target | given", "metric", "value")
-    last = ""
+    """A table of metrics ``target|observed/metric``: a row for each ``target|observed``."""
+    groups: dict[str, list[str]] = {}
     for key, value in sorted(metrics.items()):
         group, _, metric = key.rpartition("/")
-        if group != last and last:
-            table.add_section()
-        shown = f"{value:.4f}" if isinstance(value, float) else str(value)
-        table.add_row(group.replace("|", " | ") if group != last else "", metric, shown)
-        last = group
+        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+        groups.setdefault(group, []).append(f"{metric}={shown}")
+    table = Table("target | given", "metrics")
+    for group, cells in groups.items():
+        table.add_row(group.replace("|", " | "), "  ".join(cells))
     Console(highlight=False).print(table)
 
 
 def gallery(args: Namespace) -> None:
     """Draw the gallery of a run."""
-    print(
-        f"gallery: {_gallery(load_run(args.run, device=args.device), args.out or args.run / 'gallery.png', args.seed)}"
-    )
+    run = load_run(args.run, device=args.device)
+    print(f"gallery: {_gallery(run, args.out or run.path / GALLERY, args.seed)}")
 
 
 def _gallery(run: Run, out: Path, seed: int) -> Path:
@@ -195,8 +192,11 @@ def demo(args: Namespace) -> None:
     registry = Registry.discover()
     experiment = load_experiment(args.config, args.set, registry)
     out: Path = args.out
+    begun = (out / "config.toml").is_file()
+    if begun:
+        require_same(experiment, out, registry)
     if _trained_steps(out) < experiment.training.steps:
-        _train(experiment, out, registry, (out / "config.toml").is_file(), args.device)
+        _train(experiment, out, registry, begun, args.device)
     run = load_run(out, device=args.device)
     metrics, picture = out / METRICS, out / GALLERY
     if _is_older(metrics, run.checkpoint):

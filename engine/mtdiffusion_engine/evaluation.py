@@ -17,7 +17,7 @@ from torch import Tensor
 from mtdiffusion import MultimodalDiffusion, SamplerSettings, sample, variational_bound
 from mtdiffusion.conditioning import random_holes
 from mtdiffusion_engine.data import ModalityData
-from mtdiffusion_registry.evaluation import Evaluator
+from mtdiffusion_registry import Evaluator, UserError
 
 if TYPE_CHECKING:
     from mtdiffusion_engine.run import Run
@@ -26,9 +26,15 @@ Metrics = dict[str, float | int]
 
 
 def complete_samples(data: ModalityData, limit: int | None = None) -> dict[str, Tensor]:
-    """The first samples that have every modality, by name."""
+    """The first samples that have every modality, by name.
+
+    Raises:
+        UserError: if there is none.
+    """
     batch = data.batch(range(len(data)))
     rows = (batch.presence.amin(1) > 0).nonzero()[:limit, 0]
+    if len(rows) == 0:
+        raise UserError(f"{data.what}: no sample has every modality, so there is nothing to compare with")
     return {name: x[rows] for name, x in batch.x.items()}
 
 
@@ -93,7 +99,10 @@ def evaluate(
     def judge(target: str, given: str, generated: dict[str, Tensor]) -> None:
         metrics = model.modality(target).metrics(generated[target], test[target])
         for evaluator in evaluators:
-            metrics |= evaluator.conditional(target, generated, test)
+            judged = evaluator.conditional(target, generated, test)
+            if clash := sorted(set(metrics) & set(judged)):
+                raise UserError(f"evaluation.evaluators: two give {', '.join(clash)} of {target}; keep one")
+            metrics |= judged
         results.update({f"{target}|{given}/{metric}": value for metric, value in metrics.items()})
         results[f"{target}|{given}/samples"] = count
 

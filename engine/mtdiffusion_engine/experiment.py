@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from attrs import Factory, field, frozen
-from attrs.validators import and_, deep_mapping, ge, gt, in_, le, min_len
+from attrs.validators import and_, deep_iterable, deep_mapping, ge, gt, in_, le, lt, min_len, optional
 
 from mtdiffusion import (
     DiffusionProcess,
@@ -52,7 +52,7 @@ class LatentConfig:
     height: int = field(validator=ge(1))
     width: int = field(validator=ge(1))
     layout: Literal["own", "shared"] = field(default="own", validator=in_(("own", "shared")))
-    channels: int | None = None
+    channels: int | None = field(default=None, validator=optional(ge(1)))
 
 
 @frozen
@@ -98,7 +98,7 @@ class ConditioningConfig:
     observed: float = field(default=0.7, validator=_share)
     singleton: float = field(default=0.5, validator=_share)
     partial: float = field(default=0.15, validator=_share)
-    hidden_share: tuple[float, float] = (0.1, 0.75)
+    hidden_share: tuple[float, float] = field(default=(0.1, 0.75), validator=deep_iterable(_share))
     subsets: dict[str, float] = field(factory=dict, validator=deep_mapping(value_validator=gt(0.0)))
 
     def build(self) -> SubsetDistribution:
@@ -121,7 +121,8 @@ class TrainingConfig:
         precision: "float32" or "bfloat16" (autocast).
         seed: of initialisation, data order and noise.
         workers: processes that load data; 0 loads in the training process.
-        log_every, checkpoint_every, sample_every: in steps; 0 turns it off.
+        log_every: steps between reports.
+        checkpoint_every, sample_every: in steps; 0 turns it off.
         keep: how many checkpoints are kept.
     """
 
@@ -131,7 +132,7 @@ class TrainingConfig:
     learning_rate: float = field(default=2e-3, validator=gt(0.0))
     warmup: int = field(default=200, validator=ge(0))
     weight_decay: float = field(default=0.01, validator=ge(0.0))
-    beta2: float = field(default=0.99, validator=and_(gt(0.0), le(1.0)))
+    beta2: float = field(default=0.99, validator=and_(gt(0.0), lt(1.0)))
     clip: float = field(default=1.0, validator=gt(0.0))
     ema: float = field(default=0.998, validator=_share)
     precision: Literal["float32", "bfloat16"] = field(default="float32", validator=in_(("float32", "bfloat16")))
@@ -157,7 +158,7 @@ class EvaluationConfig:
         evaluators: judges of whole samples.
     """
 
-    samples: int | None = None
+    samples: int | None = field(default=None, validator=optional(ge(1)))
     batch_size: int = field(default=256, validator=ge(1))
     steps: int = field(default=12, validator=ge(1))
     hidden_share: float = field(default=0.25, validator=_share)
@@ -184,8 +185,15 @@ class Experiment:
 
     def __attrs_post_init__(self) -> None:
         for name in self.modalities:
-            if not name.isidentifier():
-                raise ValueError(f"modalities: {name!r} cannot name a modality; use letters, digits and underscores")
+            if not name.isidentifier() or hasattr(torch.nn.ModuleDict, name):
+                raise ValueError(
+                    f"modalities: {name!r} cannot name a modality; expected letters, digits and underscores, and not a "
+                    "name that modules use themselves (such as values, items, type)"
+                )
+        if self.model.parameterisation == "epsilon_head" and self.loss.l1 == 0:
+            raise ValueError(
+                "model.parameterisation = 'epsilon_head' needs loss.l1 above 0: nothing else trains that head"
+            )
         unknown = {part for key in self.conditioning.subsets for part in key.split("+")} - set(self.modalities)
         if unknown:
             raise ValueError(
@@ -293,7 +301,7 @@ def _build_model(experiment: Experiment) -> MultimodalDiffusion:
     names = list(experiment.modalities)
     settings = experiment.process
     retention = Retention.from_curve(settings.curve, settings.steps, len(names), settings.retention)
-    schedule = settings.weights.build(names) if settings.weights is not None else SNRMatched(settings.curve)
+    schedule = settings.weights.build(names) if settings.weights is not None else SNRMatched()
     process = DiffusionProcess.build(retention, schedule, len(names))
     # A backbone's inputs depend on the encoders' read-outs, and heads on the backbone's features; encoders on neither.
     readout = sum(_probe(experiment, layout)[name].encoder.readout_dim for name in names)

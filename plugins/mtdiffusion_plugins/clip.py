@@ -8,11 +8,12 @@ from typing import ClassVar
 
 import torch
 from attrs import field, frozen
-from attrs.validators import ge, gt
+from attrs.validators import ge, gt, optional
 from torch import Tensor
 from torch.nn import functional as F
 
 from mtdiffusion import Decoder, Encoder, Features, FeatureSpec, LatentSpec, Modality, Params
+from mtdiffusion.loss import low_before_high
 from mtdiffusion_plugins.drawing import vector_tiles
 from mtdiffusion_plugins.embedders.open_clip import ImageEmbedder, load_embedder
 from mtdiffusion_plugins.files import open_picture, read_vector
@@ -160,9 +161,9 @@ class ClipConfig(ModalityConfig):
     model: str | None = None
     pretrained: str | None = None
     checkpoint: str | None = None
-    code_channels: int | None = None
+    code_channels: int | None = field(default=None, validator=optional(ge(1)))
     loss_weight: float = field(default=0.3, validator=gt(0.0))
-    snr_clamp: tuple[float, float] = (1.0, 1.0)
+    snr_clamp: tuple[float, float] = field(default=(1.0, 1.0), validator=low_before_high)
     field: str | None = None
 
     def __attrs_post_init__(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mtdiffusion import Decoder, Encoder, Features, FeatureSpec, LatentSpec, Modality, Params
+from mtdiffusion.loss import low_before_high
 from mtdiffusion_plugins.files import read_image, write_image
 from mtdiffusion_plugins.heads import (
     MapHead,
@@ -155,7 +156,7 @@ class ImageConfig(ModalityConfig):
     code_channels: int = field(default=4, validator=ge(1))
     levels: int = field(default=256, validator=ge(2))
     loss_weight: float = field(default=1.0, validator=gt(0.0))
-    snr_clamp: tuple[float, float] = (0.05, 5.0)
+    snr_clamp: tuple[float, float] = field(default=(0.05, 5.0), validator=low_before_high)
     field: str | None = None
 
     def latent_channels(self, height: int, width: int) -> int:

@@ -8,11 +8,12 @@ from typing import ClassVar
 
 import torch
 from attrs import field, frozen
-from attrs.validators import ge, gt
+from attrs.validators import ge, gt, optional
 from torch import Tensor
 from torch.nn import functional as F
 
 from mtdiffusion import Decoder, Encoder, Features, FeatureSpec, LatentSpec, Modality, Params
+from mtdiffusion.loss import low_before_high
 from mtdiffusion_plugins.drawing import text_tiles
 from mtdiffusion_plugins.files import read_json_value
 from mtdiffusion_plugins.heads import VectorEncoder, VectorHead, check_batch, check_range
@@ -113,9 +114,9 @@ class LabelConfig(ModalityConfig):
     kind: ClassVar[str] = "label"
     classes: int = field(validator=ge(2))
     names: tuple[str, ...] = field(default=())
-    code_channels: int | None = None
+    code_channels: int | None = field(default=None, validator=optional(ge(1)))
     loss_weight: float = field(default=0.1, validator=gt(0.0))
-    snr_clamp: tuple[float, float] = (1.0, 1.0)
+    snr_clamp: tuple[float, float] = field(default=(1.0, 1.0), validator=low_before_high)
     field: str | None = None
 
     @names.validator

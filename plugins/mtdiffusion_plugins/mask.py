@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mtdiffusion import Decoder, Encoder, Features, FeatureSpec, LatentSpec, Modality, Params
+from mtdiffusion.loss import low_before_high
 from mtdiffusion_plugins.files import colour_of_class, read_mask, write_mask
 from mtdiffusion_plugins.heads import MapHead, check_batch, check_channels, check_range, patch_size
 from mtdiffusion_registry.configs import ModalityConfig
@@ -143,7 +144,7 @@ class MaskConfig(ModalityConfig):
     size: int = field(validator=ge(1))
     classes: int = field(default=2, validator=ge(2))
     loss_weight: float = field(default=0.3, validator=gt(0.0))
-    snr_clamp: tuple[float, float] = (1.0, 1.0)
+    snr_clamp: tuple[float, float] = field(default=(1.0, 1.0), validator=low_before_high)
     field: str | None = None
 
     def latent_channels(self, height: int, width: int) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 from attrs import field, frozen
-from attrs.validators import deep_mapping, ge, in_, instance_of, min_len
+from attrs.validators import deep_mapping, ge, in_, instance_of, min_len, optional
 
 from mtdiffusion import DirectWeights, SNRMatched, TargetSignal, WeightSchedule
 from mtdiffusion.schedules import CURVES
@@ -32,12 +32,12 @@ class SNRMatchedConfig(WeightScheduleConfig):
     """m_t^(i) = g_i √(SNR_t (1 − ᾱ_t)), the default.
 
     Attributes:
-        curve: the SNR's noise curve: cosine, linear or rectified_flow.
+        curve: the SNR's noise curve: cosine, linear or rectified_flow; None: the process's.
         gains: g_i by modality; 1 where not given.
     """
 
     kind: ClassVar[str] = "snr_matched"
-    curve: str = field(default="cosine", validator=in_(tuple(CURVES)))
+    curve: str | None = field(default=None, validator=optional(in_(tuple(CURVES))))
     gains: dict[str, float] = field(factory=dict, validator=_non_negative)
 
     def build(self, names: Sequence[str]) -> WeightSchedule:

@@ -111,14 +111,16 @@ def test_the_backbone_is_shown_z_then_the_aggregate_then_visibility() -> None:
 
 
 def test_readouts_are_the_matched_filters_of_z_and_of_the_aggregate() -> None:
-    model = picture_and_label("own")
-    visible = torch.zeros(1, 2, 4, 4)
-    visible[:, 1] = 1
+    model = picture_and_label("own", own_channels=False)
+    visible = torch.zeros(2, 2, 4, 4)
+    visible[1, 1] = 1
     _forward(model, visible)
     shown, _, vector = _shown(model)
     codebook = model.modality("label").encoder.codes
-    for source, found in ((shown[:, 4:5], vector[:, 4:7]), (shown[:, 9:10], vector[:, 7:10])):
-        torch.testing.assert_close(found, torch.einsum("bchw,kchw->bk", source, codebook))
+    of_z, of_aggregate = vector[:, 4:7], vector[:, 7:10]
+    torch.testing.assert_close(of_z, torch.einsum("bchw,kchw->bk", shown[:, 4:5], codebook))
+    torch.testing.assert_close(of_aggregate, torch.einsum("bchw,kchw->bk", shown[:, 9:10], codebook))
+    assert of_aggregate.any(1).tolist() == [False, True]
 
 
 def test_own_channels_show_the_clean_code_only_where_it_is_seen() -> None:

@@ -190,12 +190,14 @@ def test_snr_matched_schedules_end_in_noise(curve: str, kind: str) -> None:
     assert terminal_warning(process, ["image", "label"]) is None
 
 
-def test_the_terminal_warning_names_only_the_modality_that_is_loud() -> None:
-    process = DiffusionProcess.build(Retention.from_curve(steps=100), SNRMatched(gains=(1.0, 1e4)), 2)
+def test_the_terminal_warning_names_only_the_modality_above_the_limit() -> None:
+    # σ_T = 1 to rounding, so the SNR is m_T²: 0.005 and 0.02, either side of the default limit of 0.01.
+    process = DiffusionProcess(_float64(0.0, -50.0), torch.stack([_float64(1.0, 1.0), _float64(0.005, 0.02).sqrt()]))
     warning = terminal_warning(process, ["image", "label"])
     assert warning is not None
-    assert "label" in warning
+    assert "label 0.02" in warning
     assert "image" not in warning
+    assert terminal_warning(process, ["image", "label"], limit=0.03) is None
 
 
 @pytest.mark.parametrize(

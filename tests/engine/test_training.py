@@ -59,6 +59,11 @@ def assert_same(run: Path, other: Path) -> None:
     assert [key for key in first if not torch.equal(first[key], second[key])] == []
 
 
+def flat(model: nn.Module) -> Tensor:
+    """All weights in one vector."""
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
 
@@ -98,6 +103,7 @@ def test_a_run_that_crashed_before_its_first_checkpoint_starts_again(uninterrupt
     assert_same(run, uninterrupted)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_the_step_under_way_and_saves_it(uninterrupted: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     trainer = Trainer(toy(), run, REGISTRY, device="cpu")
@@ -109,6 +115,7 @@ def test_ctrl_c_ends_the_step_under_way_and_saves_it(uninterrupted: Path, tmp_pa
     assert_same(run, uninterrupted)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_the_second_ctrl_c_acts_at_once() -> None:
     with pytest.raises(KeyboardInterrupt), deferred_interrupt() as interrupted:
         assert not interrupted()
@@ -116,6 +123,14 @@ def test_the_second_ctrl_c_acts_at_once() -> None:
         assert interrupted()
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_where_ctrl_c_is_ignored_it_stays_ignored(ctrl_c: None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with deferred_interrupt() as interrupted:
+        signal.raise_signal(signal.SIGINT)
+        assert not interrupted()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_training_in_a_thread_leaves_signals_alone() -> None:
@@ -174,12 +189,12 @@ def test_two_half_batches_accumulate_to_the_step_of_a_whole_one(
     weights, norms = [], []
     for i, sizes in enumerate((("training.batch_size=8", "training.accumulate=1"), ("training.batch_size=4",))):
         experiment = toy(*sizes, "training.clip=1e9", "training.weight_decay=0.0", "training.steps=3")
-        before = torch.cat([p.detach().flatten() for p in build_model(experiment).parameters()])
+        before = flat(build_model(experiment))
         trainer = Trainer(experiment, tmp_path / str(i), REGISTRY, device="cpu")
         reports: list[Progress] = []
         trainer.train(reports.append)
         norms.append([report.norm for report in reports])  # Adam's steps do not tell the gradient's scale
-        weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+        weights.append(flat(trainer.model))
         assert not torch.equal(weights[-1], before)
     assert torch.allclose(weights[0], weights[1], atol=1e-6)
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
@@ -197,6 +212,17 @@ def test_the_average_warms_up() -> None:
             share = min(decay, (1 + n) / (10 + n))
             expected = math.sin(n) if expected is None else share * expected + (1 - share) * math.sin(n)
             assert average.module.weight.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_trainer_averages_the_weights_of_every_step(tmp_path: Path) -> None:
+    trainer = Trainer(toy("training.steps=5"), tmp_path / "run", REGISTRY, device="cpu")
+    steps: list[Tensor] = []
+    trainer.train(lambda _: steps.append(flat(trainer.model)))
+    expected = steps[0]
+    for n, weights in enumerate(steps[1:], start=1):
+        expected = torch.lerp(expected, weights, 1 - (1 + n) / (10 + n))
+    assert torch.allclose(flat(trainer.averaged_model), expected, atol=1e-6)
+    assert not torch.allclose(flat(trainer.averaged_model), steps[-1], atol=1e-6)
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:

@@ -100,6 +100,11 @@ class Judge(Evaluator):
     def __init__(self, config: JudgeConfig, train: Mapping[str, Tensor]) -> None:
         self.input, self.target = config.input, config.target
         x, y = train[self.input], train[self.target]
+        if x.ndim != 4 or y.ndim != 1 or y.is_floating_point():
+            raise UserError(
+                f"evaluators.judge: expected pictures as input and class indices as target, found {self.input!r} "
+                f"{list(x.shape[1:])} and {self.target!r} {list(y.shape[1:])} of {y.dtype}"
+            )
         self.classifier = train_classifier(x, y, width=config.width, epochs=config.epochs, seed=config.seed)
         self.train_features = self._features(x)
 
