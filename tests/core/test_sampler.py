@@ -432,8 +432,30 @@ def test_guidance_extrapolates_an_epsilon_head_too() -> None:
     settings = SamplerSettings(1, "ddim", guidance=3.0)
     sample(model, 5, observed={"label": x["label"]}, settings=settings)
     conditional, blind = seen_epsilon[0].chunk(2)
-    torch.testing.assert_close(seen_epsilon[1], blind + 3 * (conditional - blind))
-    assert not torch.allclose(conditional, blind)
+    # In the label's own channel, the last, ε is known and no head's is asked.
+    torch.testing.assert_close(seen_epsilon[1][:, :4], (blind + 3 * (conditional - blind))[:, :4])
+    assert not torch.allclose(conditional[:, :4], blind[:, :4])
+
+
+def test_epsilon_is_known_where_a_modality_is_seen_in_channels_of_its_own() -> None:
+    torch.manual_seed(0)
+    model, x = picture_and_label(epsilon_head=True), data(5)
+    assert model.epsilon_head is not None
+    torch.nn.init.normal_(model.epsilon_head.weight)
+    observation = model.observe(x, model.visibility(5, {"label": x["label"]}))
+    z, t = torch.randn(5, *model.layout.latent.shape), torch.full((5,), 7)
+    prediction = model(z, t, observation)
+    truth = model.process.epsilon(z, model.encode(x), t)
+    torch.testing.assert_close(prediction.epsilon[:, 4:], truth[:, 4:])
+    assert not torch.allclose(prediction.epsilon[:, :4], truth[:, :4])
+
+
+def test_jumps_too_long_for_an_epsilon_head_are_refused() -> None:
+    model, _ = picture_and_label(epsilon_head=True), data(1)
+    literal = Retention.from_curve("cosine", 400, 2, "literal")
+    model.process = DiffusionProcess.build(literal, SNRMatched(), 2)
+    with pytest.raises(ValueError, match=r"longest of 5 steps would multiply errors by .* more steps \(up to T = 400\)"):
+        sample(model, 1, settings=SamplerSettings(5, "ddim"))
 
 
 # Requests -----------------------------------------------------------------------------------------------------------
