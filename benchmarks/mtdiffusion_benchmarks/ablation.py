@@ -23,11 +23,10 @@ from typing import Any
 import torch
 from attrs import evolve, field, frozen
 
-from mtdiffusion import SamplerSettings
 from mtdiffusion_engine.checkpoint import write_json
-from mtdiffusion_engine.evaluation import complete_samples, evaluate
+from mtdiffusion_engine.evaluation import complete_samples, evaluate, evaluate_joint
 from mtdiffusion_engine.experiment import Experiment, load_experiment, resolved
-from mtdiffusion_engine.run import load_run
+from mtdiffusion_engine.run import Run, load_run
 from mtdiffusion_engine.trainer import Trainer
 from mtdiffusion_registry import Registry, UserError
 from mtdiffusion_registry.config import load_toml, structure
@@ -108,30 +107,27 @@ def run_cell(
     )
 
 
-def _evaluate(run: Any, experiment: Experiment) -> dict[str, float | int]:
-    """A run's metrics with the variant's own sampling, and joint samples by ancestral sampling beside them."""
+def _evaluate(run: Run, experiment: Experiment) -> dict[str, float | int]:
+    """A run's metrics with the variant's own sampling, and joint samples by DDIM beside them."""
     config = experiment.evaluation
     train = complete_samples(run.data("train"))
     test = complete_samples(run.data("test"), config.samples)
     judges = [evaluator.build(train) for evaluator in config.evaluators]
-
-    def at(joint: SamplerSettings, bound_times: int = 0) -> dict[str, float | int]:
-        return evaluate(
-            run.model,
-            test,
-            judges,
-            conditional=evolve(experiment.sampling, steps=config.steps),
-            joint=joint,
-            hidden_share=config.hidden_share,
-            bound_times=bound_times,
-            batch_size=config.batch_size,
-            seed=config.seed,
-        )
-
-    metrics = at(experiment.sampling, config.bound_times)
-    ancestral = at(evolve(experiment.sampling, solver="ancestral"))
-    metrics |= {f"ancestral/{key}": value for key, value in ancestral.items() if key.startswith("joint/")}
-    return metrics
+    metrics = evaluate(
+        run.model,
+        test,
+        judges,
+        conditional=evolve(experiment.sampling, steps=config.steps),
+        joint=experiment.sampling,
+        hidden_share=config.hidden_share,
+        bound_times=config.bound_times,
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
+    ddim = evolve(experiment.sampling, solver="ddim")
+    count = int(metrics["joint/samples"])
+    joint = evaluate_joint(run.model, count, judges, ddim, batch_size=config.batch_size, seed=config.seed)
+    return metrics | {f"ddim/{key}": value for key, value in joint.items()}
 
 
 def tabulate(cells: Iterable[Mapping[str, Any]], metrics: Iterable[str]) -> str:

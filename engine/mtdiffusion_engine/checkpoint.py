@@ -3,7 +3,7 @@
 ::
 
     RUN/config.toml                      the resolved experiment
-    RUN/checkpoints/step-00005000/       model, ema, optimizer (.safetensors) and state.json
+    RUN/checkpoints/step-00005000/       model, ema, optimizer (.safetensors) and state.json (with the experiment)
     RUN/tensorboard/
 """
 

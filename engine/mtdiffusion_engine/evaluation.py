@@ -7,7 +7,7 @@ Keys read ``target|observed/metric``: ``label|image/accuracy``, ``image|label+ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -62,7 +62,7 @@ def evaluate_run(run: Run, progress: Callable[[str], None] = lambda _: None) -> 
 def evaluate(
     model: MultimodalDiffusion,
     test: Mapping[str, Tensor],
-    evaluators: list[Evaluator],
+    evaluators: Sequence[Evaluator],
     *,
     conditional: SamplerSettings,
     joint: SamplerSettings,
@@ -125,11 +125,10 @@ def evaluate(
         generated = draw([name], conditional, {name: holes})
         judge(name, f"{name}:part", generated)
     progress("joint samples")
-    generated = draw([], joint)
+    results |= evaluate_joint(model, count, evaluators, joint, batch_size=batch_size, seed=seed)
     for evaluator in evaluators:
-        results.update({f"joint/{metric}": value for metric, value in evaluator.joint(generated).items()})
         results.update({f"real/{metric}": value for metric, value in evaluator.real(test).items()})
-    results["joint/samples"] = results["real/samples"] = count
+    results["real/samples"] = count
     if bound_times:
         progress("the bound")
         device = model.owner.device
@@ -138,4 +137,24 @@ def evaluate(
             x = {name: test[name][rows].to(device) for name in names}
             total += float(variational_bound(model, x, times=bound_times, generator=generator).bits_per_dim.sum())
         results["joint/bound_bits_per_dim"] = total / count
+    return results
+
+
+def evaluate_joint(
+    model: MultimodalDiffusion,
+    count: int,
+    evaluators: Sequence[Evaluator],
+    settings: SamplerSettings,
+    *,
+    batch_size: int = 256,
+    seed: int = 0,
+) -> Metrics:
+    """Metrics of samples with nothing observed: keys ``joint/metric``."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]
+    parts = [sample(model, size, settings=settings, generator=generator) for size in sizes]
+    generated = {name: torch.cat([part[name].cpu() for part in parts]) for name in model.names}
+    results: Metrics = {"joint/samples": count}
+    for evaluator in evaluators:
+        results.update({f"joint/{metric}": value for metric, value in evaluator.joint(generated).items()})
     return results

@@ -138,8 +138,9 @@ class Trainer:
         )
         if resume and (checkpoints := ckpt.list_checkpoints(run)):
             self._resume(checkpoints[-1])
+        self.resolved = resolved(experiment, registry)
         if self.main:
-            dump_toml(resolved(experiment, registry), run / "config.toml")
+            dump_toml(self.resolved, run / "config.toml")
         self.objective = self.accelerator.prepare_model(Objective(self.model, experiment.loss))
 
     def _resume(self, folder: Path) -> None:
@@ -170,7 +171,12 @@ class Trainer:
             model=self.model.state_dict(),
             ema=self.ema.module.state_dict(),
             optimizer=self.optimizer,
-            state={"ema_updates": int(self.ema.n_averaged), "seed": self.config.seed},
+            # Data order and noise are functions of the seed and the step: with them the state is whole.
+            state={
+                "ema_updates": int(self.ema.n_averaged),
+                "seed": self.config.seed,
+                "experiment": self.resolved,
+            },
             keep=self.config.keep,
         )
         self._saved = self.step

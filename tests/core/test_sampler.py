@@ -454,7 +454,9 @@ def test_jumps_too_long_for_an_epsilon_head_are_refused() -> None:
     model, _ = picture_and_label(epsilon_head=True), data(1)
     literal = Retention.from_curve("cosine", 400, 2, "literal")
     model.process = DiffusionProcess.build(literal, SNRMatched(), 2)
-    with pytest.raises(ValueError, match=r"longest of 5 steps would multiply errors by .* more steps \(up to T = 400\)"):
+    with pytest.raises(
+        ValueError, match=r"longest of 5 steps would multiply errors by .* more steps \(up to T = 400\)"
+    ):
         sample(model, 1, settings=SamplerSettings(5, "ddim"))
 
 

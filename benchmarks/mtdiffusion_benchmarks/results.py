@@ -1,0 +1,89 @@
+"""The tables of README.md and docs/results.md, from the committed results alone.
+
+::
+
+    python -m mtdiffusion_benchmarks.results            # rewrite the tables
+    python -m mtdiffusion_benchmarks.results --check    # exit with 1 if they are not what the results say
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+ROWS: Mapping[str, str] = {
+    "label → image: the judge reads the label given": "image|label/judge_accuracy",
+    "mask → image: the judge reads the true label": "image|mask/judge_accuracy",
+    "CLIP embedding → image: the judge reads the true label": "image|clip/judge_accuracy",
+    "image with holes → image: the digit is kept": "image|image:part/judge_accuracy",
+    "image → label: accuracy": "label|image/accuracy",
+    "CLIP embedding → label: accuracy": "label|clip/accuracy",
+    "image → mask: mean IoU": "mask|image/miou",
+    "image → CLIP embedding: cosine": "clip|image/cosine",
+    "image, mask and label together: judge and label agree": "joint/judge_agreement",
+    "joint images: Fréchet distance in the judge's features": "joint/fid_judge",
+    "bound, bits per dimension of all modalities": "joint/bound_bits_per_dim",
+    "real held-out images: the judge's accuracy": "real/judge_accuracy",
+    "real held-out images: Fréchet distance to the training images": "real/fid_judge",
+}
+RESULTS = Path("benchmarks/results")
+TARGETS = (Path("README.md"), Path("docs/results.md"))
+START, END = "<!-- {} -->", "<!-- /{} -->"
+
+
+def metrics_table(runs: Mapping[str, Mapping[str, float]]) -> str:
+    """A row a figure, a column a run."""
+    lines = ["| | " + " | ".join(runs) + " |", "|---|" + "---|" * len(runs)]
+    for title, key in ROWS.items():
+        cells = [f"{run[key]:.3f}" for run in runs.values() if key in run]
+        if len(cells) == len(runs):
+            lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def blocks(results: Path) -> dict[str, str]:
+    """Every table by the name of its place in the documents."""
+    runs = {
+        path.parent.name: json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(results.glob("*/metrics.json"))
+    }
+    made = {name: metrics_table({name: run}) for name, run in runs.items()}
+    digits = {name: run for name, run in runs.items() if name.startswith("digits")}
+    if digits:
+        made["digits"] = metrics_table(digits)
+    for path in sorted(results.glob("*/table.md")):
+        made[path.parent.name] = path.read_text(encoding="utf-8").strip()
+    return made
+
+
+def fill(text: str, tables: Mapping[str, str]) -> str:
+    """A document with each table between its two markers."""
+    for name, table in tables.items():
+        start, end = START.format(name), END.format(name)
+        if start in text and end in text:
+            head, _, rest = text.partition(start)
+            text = head + start + "\n" + table + "\n" + end + rest.partition(end)[2]
+    return text
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m mtdiffusion_benchmarks.results", description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args(arguments)
+    tables, stale = blocks(RESULTS), []
+    for path in TARGETS:
+        old = path.read_text(encoding="utf-8")
+        new = fill(old, tables)
+        if new != old:
+            stale.append(str(path))
+            if not options.check:
+                path.write_text(new, encoding="utf-8")
+    print(f"{'out of date' if options.check else 'rewritten'}: {', '.join(stale) or 'none'}")
+    return 1 if options.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

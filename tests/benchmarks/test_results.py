@@ -1,0 +1,45 @@
+"""The documents say what the committed results say."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mtdiffusion_benchmarks.results import fill, main, metrics_table
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_tables_are_those_of_the_results(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_a_changed_result_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("README.md", "docs/results.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    folder = tmp_path / "benchmarks/results/digits-demo"
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps({"label|image/accuracy": 0.123}))
+    monkeypatch.chdir(tmp_path)
+    assert main(["--check"]) == 1
+    assert main([]) == 0
+    assert "| image → label: accuracy | 0.123 |" in (tmp_path / "README.md").read_text()
+    assert main(["--check"]) == 0
+
+
+def test_a_table_has_a_column_a_run_and_leaves_out_what_a_run_lacks() -> None:
+    runs = {"a": {"label|image/accuracy": 0.5, "real/fid_judge": 2.0}, "b": {"label|image/accuracy": 0.25}}
+    assert metrics_table(runs).splitlines() == [
+        "| | a | b |",
+        "|---|---|---|",
+        "| image → label: accuracy | 0.500 | 0.250 |",
+    ]
+
+
+def test_only_what_stands_between_the_markers_is_replaced() -> None:
+    text = "before\n<!-- a -->\nold\n<!-- /a -->\nafter <!-- b -->"
+    assert fill(text, {"a": "new", "b": "none"}) == "before\n<!-- a -->\nnew\n<!-- /a -->\nafter <!-- b -->"
