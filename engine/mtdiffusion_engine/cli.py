@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 TRACEBACK_VARIABLE = "MTDIFFUSION_TRACEBACK"
-SOLVERS = ("dpmpp_2m", "ddim", "ancestral")
+SOLVERS = ("ancestral", "ddim", "dpmpp_2m")
 
 
 class _Parser(argparse.ArgumentParser):

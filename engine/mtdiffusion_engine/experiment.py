@@ -160,7 +160,7 @@ class EvaluationConfig:
 
     samples: int | None = field(default=None, validator=optional(ge(1)))
     batch_size: int = field(default=256, validator=ge(1))
-    steps: int = field(default=12, validator=ge(1))
+    steps: int = field(default=25, validator=ge(1))
     hidden_share: float = field(default=0.25, validator=_share)
     bound_times: int = field(default=20, validator=ge(0))
     seed: int = field(default=0, validator=ge(0))

@@ -163,7 +163,7 @@ def test_retention_does_not_matter_without_noise_at_matched_snr() -> None:
     out = []
     for kind in ("compensated", "literal", "rectified_flow"):
         model, _ = gaussian_model(retention=Retention.from_curve("cosine", 1000, 3, kind))
-        out.append(sample(model, 20, settings=SamplerSettings(30), generator=torch.Generator().manual_seed(0)))
+        out.append(sample(model, 20, settings=SamplerSettings(30, "dpmpp_2m"), generator=torch.Generator().manual_seed(0)))
     for name in out[0]:
         torch.testing.assert_close(out[1][name], out[0][name], rtol=0, atol=1e-5)
         torch.testing.assert_close(out[2][name], out[0][name], rtol=0, atol=1e-2)  # its σ_T is 0.999: 1e-3 of z_T
@@ -177,7 +177,7 @@ def test_drawn_samples_have_the_true_law() -> None:
         model,
         8000,
         observed={name: x.expand(8000, -1) for name, x in given.items()},
-        settings=SamplerSettings(25, draw=True),
+        settings=SamplerSettings(25, "dpmpp_2m", draw=True),
         generator=torch.Generator().manual_seed(0),
     )
     drawn = torch.cat([out["pose"], out["sound"]], 1)
@@ -190,7 +190,7 @@ def test_what_is_left_out_is_not_returned_and_the_rest_is_its_marginal(monkeypat
     model, joint = gaussian_model("own")
     basis = NoiseBasis(1, model.layout.latent.numel)
     monkeypatch.setattr(mtdiffusion.sampler, "standard_normal", basis)
-    out = sample(model, basis.batch, generate=["sound", "pose"], settings=SamplerSettings(50))
+    out = sample(model, basis.batch, generate=["sound", "pose"], settings=SamplerSettings(50, "dpmpp_2m"))
     assert list(out) == ["pose", "sound"]
     mean, covariance = basis.law(torch.cat([out["pose"], out["sound"]], 1))
     at = joint.index(["pose", "sound"])
@@ -401,7 +401,7 @@ def test_guidance_on_logits_is_a_power_of_bayes_rule(monkeypatch: pytest.MonkeyP
     model, x = picture_and_label(), data(5)
     decoder = model.modality("label").decoder
     monkeypatch.setattr(decoder, "mode", lambda params: params["logits"])
-    settings = SamplerSettings(1, guidance=guidance)
+    settings = SamplerSettings(1, "dpmpp_2m", guidance=guidance)
     given = {"picture": x["picture"]}
     found = sample(model, 5, observed=given, settings=settings, generator=torch.Generator().manual_seed(0))["label"]
     z = torch.randn(5, *model.layout.latent.shape, generator=torch.Generator().manual_seed(0))
@@ -582,4 +582,16 @@ def test_a_wrong_request_is_named(request_: dict[str, object], message: str) -> 
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
+        SamplerSettings(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eta": 0.5}, "eta: 0.5 is a setting of the solver ddim, found ancestral"),
+        ({"guidance": 2.0, "conditioning": "replacement"}, "guidance: 2.0 needs the observed aggregate"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         SamplerSettings(**settings)  # type: ignore[arg-type]

@@ -1,0 +1,97 @@
+"""The documents' configurations, keys and code are those of the package."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import attrs
+import pytest
+
+from mtdiffusion import LossWeights, SamplerSettings
+from mtdiffusion_engine import experiment as ex
+from mtdiffusion_registry import Registry
+from mtdiffusion_registry.config import structure
+
+ROOT = Path(__file__).parents[1]
+REGISTRY = Registry.discover()
+CONFIGURATION = (ROOT / "docs/configuration.md").read_text()
+KINDS = [
+    (group, kind)
+    for group in ("modality", "backbone", "dataset", "weight_schedule", "evaluator")
+    for kind in REGISTRY.kinds(group)
+]
+SECTIONS = {
+    "latent": ex.LatentConfig,
+    "process": ex.ProcessConfig,
+    "model": ex.ModelConfig,
+    "conditioning": ex.ConditioningConfig,
+    "loss": LossWeights,
+    "training": ex.TrainingConfig,
+    "sampling": SamplerSettings,
+    "evaluation": ex.EvaluationConfig,
+}
+
+
+def complete_configurations() -> list[tuple[str, dict]]:
+    found = []
+    for name in ("README.md", "docs/configuration.md"):
+        for block in re.findall(r"```toml\n(.*?)```", (ROOT / name).read_text(), re.S):
+            table = tomllib.loads(block)
+            if {"data", "modalities", "latent", "backbone"} <= set(table):
+                found.append((name, table))
+    return found
+
+
+def documented(text: str) -> dict[str, str]:
+    """Keys of the first table in a text, and the default that stands beside each."""
+    rows = re.findall(r"^\| `(\w+)` \| [^|]*\| ([^|]*) \|", text.partition("\n\n## ")[0], re.M)
+    keys: dict[str, str] = {}
+    for key, default in rows:
+        if key in keys:
+            break
+        keys[key] = default.strip().strip("`")
+    return keys
+
+
+def default_of(attribute: attrs.Attribute) -> str:
+    value = attribute.default
+    if value is attrs.NOTHING:
+        return "required"
+    if isinstance(value, attrs.Factory):  # type: ignore[arg-type]
+        value = value.factory()
+    if value is None:
+        return "not set"
+    if isinstance(value, tuple):
+        value = list(value)
+    return {True: "true", False: "false"}[value] if isinstance(value, bool) else str(value).replace("'", '"')
+
+
+def test_there_are_complete_configurations_to_check() -> None:
+    assert len(complete_configurations()) >= 3
+
+
+@pytest.mark.parametrize("table", [table for _, table in complete_configurations()])
+def test_a_complete_configuration_builds_a_model(table: dict) -> None:
+    experiment = structure(REGISTRY, table, ex.Experiment, "document")
+    assert ex.build_model(experiment).names == list(table["modalities"])
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_key_of_a_section_is_documented_with_its_default(section: str) -> None:
+    _, _, text = CONFIGURATION.partition(f"\n## {section}\n")
+    keys = documented(text)
+    for attribute in attrs.fields(SECTIONS[section]):
+        assert keys[attribute.name].strip('"') == default_of(attribute).strip('"'), attribute.name
+
+
+@pytest.mark.parametrize(("group", "kind"), KINDS)
+def test_every_key_of_a_kind_is_documented_with_its_default(group: str, kind: str) -> None:
+    heading = next(
+        match.end()
+        for match in re.finditer(rf"^\*\*.*`{kind}`.*$", CONFIGURATION, re.M)
+        if documented(CONFIGURATION[match.end() :]).keys()
+        >= {a.name for a in attrs.fields(REGISTRY.config_class(group, kind))}
+    )
+    keys = documented(CONFIGURATION[heading:])
+    for attribute in attrs.fields(REGISTRY.config_class(group, kind)):
+        assert keys[attribute.name].strip('"') == default_of(attribute).strip('"'), attribute.name
