@@ -95,3 +95,18 @@ def test_every_key_of_a_kind_is_documented_with_its_default(group: str, kind: st
     keys = documented(CONFIGURATION[heading:])
     for attribute in attrs.fields(REGISTRY.config_class(group, kind)):
         assert keys[attribute.name].strip('"') == default_of(attribute).strip('"'), attribute.name
+
+
+def test_the_modality_of_the_tutorial_keeps_the_contract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, test = re.findall(r"```python\n(.*?)```", (ROOT / "docs/plugins.md").read_text(), re.S)[:2]
+    (tmp_path / "mtdiffusion_brightness.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    namespace: dict = {}
+    exec(test, namespace)
+    namespace["test_contract"]()
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"

@@ -739,33 +739,45 @@ def _check_sample_fields(sample: object, where: str) -> None:
     assert isinstance(sample, dict)
     for name, value in sample.items():
         what = f"{where}[{name!r}]"
-        problem = _field_problem(value)
+        problem = _field_problem(name, value)
         _require(
             problem is None,
-            "fields are: image float32 [channels, h, w] in [-1, 1]; mask int64 [h, w] >= 0; label int64 [] >= 0; "
-            "embedding float32 [D] of unit norm; caption str",
+            "a field is a string or a finite tensor of float32 or int64; and by its name, an image is float32 "
+            "[channels, h, w] in [-1, 1], a mask int64 [h, w] >= 0, a label int64 [] >= 0, an embedding float32 [D] of "
+            "unit norm",
             f"{what} is {problem}",
-            "convert it in __getitem__",
+            "convert it in __getitem__, or give a field of another sort another name",
         )
 
 
-def _field_problem(value: object) -> str | None:
+def _field_problem(name: str, value: object) -> str | None:
+    """What is wrong with a field, if anything. Only names with a convention bind a shape."""
     if isinstance(value, str):
         return None
     if not isinstance(value, Tensor):
         return _kind_of(value)
     what = f"{value.dtype} of shape {tuple(value.shape)}"
+    if value.dtype not in (torch.float32, torch.int64):
+        return what
     if not torch.isfinite(value).all():
         return f"{what} with values that are not finite"
-    if (value.dtype, value.dim()) == (torch.float32, 3):
-        low, high = value.min().item(), value.max().item()
-        return None if low >= -1 - 1e-6 and high <= 1 + 1e-6 else f"{what} from {low:.3g} to {high:.3g}"
-    if (value.dtype, value.dim()) == (torch.float32, 1):
-        norm = value.norm().item()
-        return None if abs(norm - 1) < 1e-3 else f"{what} of norm {norm:.3g}"
-    if value.dtype == torch.int64 and value.dim() in (0, 2):
-        return None if value.min().item() >= 0 else f"{what} with {value.min().item()}"
-    return what
+    if name in _CONVENTIONS and (value.dtype, value.dim()) != _CONVENTIONS[name]:
+        return what
+    if name == "image" and value.abs().max().item() > 1 + 1e-6:
+        return f"{what} from {value.min().item():.3g} to {value.max().item():.3g}"
+    if name in ("mask", "label") and value.min().item() < 0:
+        return f"{what} with {value.min().item()}"
+    if name == "embedding" and abs(value.norm().item() - 1) > 1e-3:
+        return f"{what} of norm {value.norm().item():.3g}"
+    return None
+
+
+_CONVENTIONS = {
+    "image": (torch.float32, 3),
+    "mask": (torch.int64, 2),
+    "label": (torch.int64, 0),
+    "embedding": (torch.float32, 1),
+}
 
 
 def _equal_samples(a: Mapping[str, Tensor | str], b: Mapping[str, Tensor | str]) -> bool:

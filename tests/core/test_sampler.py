@@ -163,7 +163,9 @@ def test_retention_does_not_matter_without_noise_at_matched_snr() -> None:
     out = []
     for kind in ("compensated", "literal", "rectified_flow"):
         model, _ = gaussian_model(retention=Retention.from_curve("cosine", 1000, 3, kind))
-        out.append(sample(model, 20, settings=SamplerSettings(30, "dpmpp_2m"), generator=torch.Generator().manual_seed(0)))
+        out.append(
+            sample(model, 20, settings=SamplerSettings(30, "dpmpp_2m"), generator=torch.Generator().manual_seed(0))
+        )
     for name in out[0]:
         torch.testing.assert_close(out[1][name], out[0][name], rtol=0, atol=1e-5)
         torch.testing.assert_close(out[2][name], out[0][name], rtol=0, atol=1e-2)  # its σ_T is 0.999: 1e-3 of z_T

@@ -610,7 +610,14 @@ class Samples(Dataset):
             label = torch.tensor(-1)
         if self.how == "norm":
             embedding = embedding * 2
-        sample: dict[str, Tensor | str] = {"image": image, "label": label, "embedding": embedding, "caption": "x"}
+        waveform = torch.full((2, 100), torch.nan if self.how == "nan" else 3.0)  # a field of a sort of its own
+        sample: dict[str, Tensor | str] = {
+            "image": image[0] if self.how == "grey" else image,
+            "label": label,
+            "embedding": embedding,
+            "caption": "x",
+            "waveform": waveform,
+        }
         if index % 2:
             del sample["label"]
         return sample
@@ -632,6 +639,8 @@ def test_data_sets() -> None:
         "augmented": r'a sample is the same every time.\n  found: "test"\[0\] differs',
         "reseeded": r'a sample is the same every time.\n  found: "test"\[0\] of a second build differs',
         "bytes": r"\['image'\] is torch.float32 of shape \(3, 8, 8\) from -255",
+        "grey": r"\['image'\] is torch.float32 of shape \(8, 8\)",
+        "nan": r"\['waveform'\] is torch.float32 of shape \(2, 100\) with values that are not finite",
         "double": r"\['image'\] is torch.float64 of shape",
         "ignore_index": r"\['label'\] is torch.int64 of shape \(\) with -1",
         "norm": r"\['embedding'\] is torch.float32 of shape \(5,\) of norm 2",
