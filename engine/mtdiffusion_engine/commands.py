@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor
 from mtdiffusion_engine import checkpoint as ckpt
 from mtdiffusion_engine.experiment import Experiment, load_experiment, require_same
 from mtdiffusion_engine.monitor import Monitor
-from mtdiffusion_engine.pictures import read_visibility, sample_sheet, save_png
+from mtdiffusion_engine.pictures import read_visibility, sample_sheet
 from mtdiffusion_engine.run import Run, load_run
 from mtdiffusion_engine.trainer import Trainer
 from mtdiffusion_registry import Registry, UserError
@@ -88,7 +88,7 @@ def sample(args: Namespace) -> None:
         "seed": args.seed,
     }
     with _new_folder(args.out) as folder:
-        _write_samples(run, samples, folder)
+        _write_samples(run, samples, observed, folder)
         ckpt.write_json(folder / "request.json", request)
     print(f"{args.n} samples of {', '.join(samples)}: {args.out} (at a glance: {args.out / 'samples.png'})")
 
@@ -127,12 +127,12 @@ def _new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_samples(run: Run, samples: Mapping[str, Tensor], folder: Path) -> None:
+def _write_samples(run: Run, samples: Mapping[str, Tensor], given: Iterable[str], folder: Path) -> None:
     for name, x in samples.items():
         (folder / name).mkdir()
         for i, one in enumerate(x):
             run.modality(name).write(one, folder / name, f"{i:04d}")
-    save_png(sample_sheet(run.model, samples), folder / "samples.png")
+    sample_sheet(run.model, samples, frozenset(given), f"Samples of {run.path.name}").save(folder / "samples.png")
 
 
 def evaluate(args: Namespace) -> None:

@@ -6,68 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from mtdiffusion import MultimodalDiffusion, sample
 from mtdiffusion.conditioning import random_holes
 from mtdiffusion_engine.evaluation import complete_samples
+from mtdiffusion_engine.pictures import Block, draw_blocks
 
 if TYPE_CHECKING:
     from mtdiffusion_engine.run import Run
-
-_TILE, _GAP, _MARGIN, _LEFT, _HEADER = 56, 4, 16, 132, 34
-_INK, _QUIET, _GIVEN, _PAPER = (24, 26, 32), (110, 114, 124), (0, 114, 178), (255, 255, 255)
-
-
-class Block:
-    """One titled block of the gallery: a row of tiles a modality, the given ones marked."""
-
-    def __init__(self, title: str, rows: Mapping[str, Tensor], given: frozenset[str]) -> None:
-        self.title = title
-        self.rows = rows
-        self.given = given
-
-    @property
-    def height(self) -> int:
-        return _HEADER + len(self.rows) * (_TILE + _GAP) + _MARGIN
-
-
-def tile(picture: Tensor) -> Image.Image:
-    """``[3, h, w]`` in [0, 1] as a square tile; nearest-neighbour, so that small pictures stay crisp."""
-    pixels = (picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    image = Image.fromarray(np.ascontiguousarray(pixels))
-    small = max(image.size) <= _TILE
-    return image.resize((_TILE, _TILE), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
-
-
-def draw_blocks(title: str, blocks: list[Block], columns: int) -> Image.Image:
-    """The blocks below one another under a title."""
-    width = _MARGIN + _LEFT + columns * (_TILE + _GAP) + _MARGIN
-    top = _MARGIN + 40
-    page = Image.new("RGB", (width, top + sum(block.height for block in blocks)), _PAPER)
-    draw = ImageDraw.Draw(page)
-    large, medium, small = (ImageFont.load_default(size) for size in (22, 17, 14))
-    draw.text((_MARGIN, _MARGIN), title, fill=_INK, font=large)
-    for block in blocks:
-        draw.line((_MARGIN, top, width - _MARGIN, top), fill=(222, 224, 230))
-        draw.text((_MARGIN, top + 9), block.title, fill=_INK, font=medium)
-        y = top + _HEADER
-        for name, pictures in block.rows.items():
-            given = name in block.given
-            colour = _GIVEN if given else _QUIET
-            draw.text((_MARGIN, y + _TILE / 2), name, fill=colour, font=small, anchor="lm")
-            if given:
-                draw.text((_MARGIN, y + _TILE / 2 + 15), "given", fill=colour, font=small, anchor="lm")
-                right = _MARGIN + _LEFT + len(pictures) * (_TILE + _GAP) - 2
-                draw.rectangle((_MARGIN + _LEFT - 4, y - 3, right, y + _TILE + 1), outline=_GIVEN, width=2)
-            for column, picture in enumerate(pictures):
-                page.paste(tile(picture), (_MARGIN + _LEFT + column * (_TILE + _GAP), y))
-            y += _TILE + _GAP
-        top += block.height
-    return page
 
 
 def _render(model: MultimodalDiffusion, samples: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -84,7 +32,7 @@ def draw_gallery(run: Run, path: Path, seed: int = 0, columns: int = 12) -> Path
     n = len(rows)
 
     joint = sample(model, n, settings=settings, generator=generator)
-    blocks = [Block("everything generated together", _render(model, joint), frozenset())]
+    blocks = [Block("everything generated together", _render(model, joint))]
     for given in model.names if len(model.names) > 1 else []:
         out = sample(model, n, observed={given: test[given]}, settings=settings, generator=generator)
         blocks.append(Block(f"given {given} alone (held-out data)", _render(model, out), frozenset([given])))
@@ -109,5 +57,5 @@ def draw_gallery(run: Run, path: Path, seed: int = 0, columns: int = 12) -> Path
         blocks.append(Block(f"given {name} with holes", shown, frozenset([f"{name} seen"])))
     path.parent.mkdir(parents=True, exist_ok=True)
     title = f"One model, {len(model.names)} modalities: {', '.join(model.names)}"
-    draw_blocks(title, blocks, n).save(path)
+    draw_blocks(title, blocks).save(path)
     return path

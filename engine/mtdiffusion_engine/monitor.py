@@ -6,6 +6,7 @@ import time
 from types import TracebackType
 from typing import Self
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -83,7 +84,7 @@ class Monitor:
         model = self._trainer.averaged_model
         settings = self._trainer.experiment.sampling
         drawn = sample(model, self._grid, settings=settings, generator=torch.Generator().manual_seed(0))
-        self._writer.add_image("samples", sample_sheet(model, drawn), step)
+        self._writer.add_image("samples", np.asarray(sample_sheet(model, drawn)), step, dataformats="HWC")
 
 
 def describe(means: dict[str, float], weights: LossWeights) -> str:

@@ -1,63 +1,102 @@
-"""Pictures for people: samples side by side, and visibility maps from files."""
+"""Pictures for people: blocks of samples under titles, and visibility maps from files."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from attrs import frozen
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torch.nn import functional as F
 
 from mtdiffusion import MultimodalDiffusion
 from mtdiffusion_registry import UserError
 
-_BACKGROUND = 0.12
-_GAP = 2
+TILE = 64
+"""Side of a tile in pixels."""
+_GAP, _MARGIN, _LEFT, _HEADER = 4, 16, 132, 34
+_INK, _QUIET, _GIVEN, _PAPER = (24, 26, 32), (110, 114, 124), (0, 114, 178), (255, 255, 255)
 
 
-def sample_sheet(model: MultimodalDiffusion, samples: Mapping[str, Tensor], most: int = 16) -> Tensor:
-    """The first samples side by side, a row for each modality: ``[3, height, width]`` in [0, 1]."""
-    return contact_sheet({name: model.modality(name).render(x[:most]).float().cpu() for name, x in samples.items()})
+@frozen(eq=False)
+class Block:
+    """Rows of pictures under a title.
 
-
-def contact_sheet(rows: Mapping[str, Tensor], side: int = 64) -> Tensor:
-    """Pictures in rows, each row under its name: ``[3, height, width]`` in [0, 1].
-
-    Args:
-        rows: pictures ``[n, 3, h, w]`` in [0, 1], by the row's name. Small ones are enlarged by whole pixels.
-        side: of a tile, at least; larger pictures keep their size.
+    Attributes:
+        title: what they show.
+        rows: pictures ``[n, 3, h, w]`` in [0, 1], by the row's name.
+        given: names of the rows that were given rather than generated; they are marked.
     """
-    side = max(side, *(size for pictures in rows.values() for size in pictures.shape[-2:]))
-    columns = max(len(pictures) for pictures in rows.values())
-    width = columns * (side + _GAP) + _GAP
-    lines = []
-    for name, pictures in rows.items():
-        line = torch.full((3, side + _GAP, width), _BACKGROUND)
-        height, length = pictures.shape[-2:]
-        scale = side // max(height, length)
-        large = F.interpolate(pictures, scale_factor=scale, mode="nearest")
-        top, left = (side - height * scale) // 2, (side - length * scale) // 2
-        for i, picture in enumerate(large):
-            x = _GAP + i * (side + _GAP) + left
-            line[:, top : top + picture.shape[1], x : x + picture.shape[2]] = picture
-        lines += [_caption(name, width), line]
-    return torch.cat(lines, 1)
+
+    title: str
+    rows: Mapping[str, Tensor]
+    given: frozenset[str] = frozenset()
+
+    @property
+    def height(self) -> int:
+        return _HEADER + len(self.rows) * (TILE + _GAP) + _MARGIN
 
 
-def _caption(text: str, width: int, height: int = 16) -> Tensor:
-    strip = Image.new("L", (width, height), round(_BACKGROUND * 255))
-    ImageDraw.Draw(strip).text((_GAP, height / 2), text, fill=220, font=ImageFont.load_default(11), anchor="lm")
-    return (torch.from_numpy(np.array(strip)).float() / 255).expand(3, -1, -1)
+def tile(picture: Tensor) -> Image.Image:
+    """``[3, h, w]`` in [0, 1] on a square tile: small pictures enlarged by whole pixels, large ones made smaller."""
+    image = to_image(picture)
+    factor = TILE / max(image.size)
+    if factor >= 1:
+        image = image.resize((image.width * int(factor), image.height * int(factor)), Image.Resampling.NEAREST)
+    else:
+        image.thumbnail((TILE, TILE), Image.Resampling.LANCZOS)
+    page = Image.new("RGB", (TILE, TILE), _PAPER)
+    page.paste(image, ((TILE - image.width) // 2, (TILE - image.height) // 2))
+    return page
 
 
-def save_png(picture: Tensor, path: Path) -> Path:
-    """Write ``[3, h, w]`` in [0, 1] as a picture of 8 bits."""
-    pixels = (picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    Image.fromarray(pixels).save(path, format="PNG")
-    return path
+def draw_blocks(title: str, blocks: Sequence[Block]) -> Image.Image:
+    """The blocks below one another under a title."""
+    columns = max(len(pictures) for block in blocks for pictures in block.rows.values())
+    width = max(_MARGIN + _LEFT + columns * (TILE + _GAP) + _MARGIN, 480)
+    top = _MARGIN + 40
+    page = Image.new("RGB", (width, top + sum(block.height for block in blocks)), _PAPER)
+    draw = ImageDraw.Draw(page)
+    large, medium, small = (ImageFont.load_default(size) for size in (22, 17, 14))
+    draw.text((_MARGIN, _MARGIN), title, fill=_INK, font=large)
+    for block in blocks:
+        draw.line((_MARGIN, top, width - _MARGIN, top), fill=(222, 224, 230))
+        draw.text((_MARGIN, top + 9), block.title, fill=_INK, font=medium)
+        y = top + _HEADER
+        for name, pictures in block.rows.items():
+            given = name in block.given
+            colour = _GIVEN if given else _QUIET
+            draw.text((_MARGIN, y + TILE / 2), name, fill=colour, font=small, anchor="lm")
+            if given:
+                draw.text((_MARGIN, y + TILE / 2 + 15), "given", fill=colour, font=small, anchor="lm")
+                right = _MARGIN + _LEFT + len(pictures) * (TILE + _GAP) - 2
+                draw.rectangle((_MARGIN + _LEFT - 4, y - 3, right, y + TILE + 1), outline=_GIVEN, width=2)
+            for column, picture in enumerate(pictures):
+                page.paste(tile(picture), (_MARGIN + _LEFT + column * (TILE + _GAP), y))
+            y += TILE + _GAP
+        top += block.height
+    return page
+
+
+def sample_sheet(
+    model: MultimodalDiffusion,
+    samples: Mapping[str, Tensor],
+    given: frozenset[str] = frozenset(),
+    title: str = "Samples",
+    most: int = 16,
+) -> Image.Image:
+    """The first samples side by side, a row for each modality."""
+    rows = {name: model.modality(name).render(x[:most]).float().cpu() for name, x in samples.items()}
+    what = f"given {', '.join(sorted(given))}" if given else "everything generated together"
+    return draw_blocks(title, [Block(what, rows, given)])
+
+
+def to_image(picture: Tensor) -> Image.Image:
+    """``[3, h, w]`` in [0, 1] as a picture of 8 bits."""
+    pixels = (picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(np.ascontiguousarray(pixels))
 
 
 def read_visibility(path: Path) -> Tensor:
