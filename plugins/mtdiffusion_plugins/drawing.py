@@ -10,13 +10,13 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 
-def text_tiles(words: Sequence[str], side: int = 48) -> Tensor:
+def text_tiles(words: Sequence[str], side: int = 64) -> Tensor:
     """Each word on a dark tile: ``[B, 3, side, side]`` in [0, 1]."""
     tiles = []
     for word in words:
         tile = Image.new("RGB", (side, side), (28, 30, 38))
         draw = ImageDraw.Draw(tile)
-        size = max(8, min(30, int(1.5 * side / max(len(word), 1))))
+        size = max(8, min(40, int(1.5 * side / max(len(word), 1))))
         draw.text((side / 2, side / 2), word, fill=(255, 214, 120), font=ImageFont.load_default(size), anchor="mm")
         tiles.append(torch.from_numpy(np.array(tile)))
     return torch.stack(tiles).permute(0, 3, 1, 2).float() / 255
