@@ -1,4 +1,4 @@
-"""The composite loss L0 + L1 + L2 + L3 (Chen et al. 2024, eq. 8; docs/mathematics.md, section 4), and the exact bound.
+"""The composite loss L0 + L1 + L2 + L3 (Chen et al. 2024; docs/mathematics.md, section 4), and the exact bound.
 
 Everything stays per sample ``[B]``; weights, presence and observation multiply there, and the mean comes last.
 """

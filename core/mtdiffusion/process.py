@@ -1,6 +1,6 @@
 """The multimodal diffusion process: marginals, posterior and jumps t → s, for any number of modalities.
 
-``q(z_t | z_{t-1}, X) = N(√a_t (z_{t-1} + Σ_i w_t^(i) e_i), (1 − a_t) I)`` (Chen et al. 2024, eq. 3), in the closed
+``q(z_t | z_{t-1}, X) = N(√a_t (z_{t-1} + Σ_i w_t^(i) e_i), (1 − a_t) I)`` (Chen et al. 2024), in the closed
 forms of docs/mathematics.md. Codes e are ``[B, N, C, H, W]``, times t ``[B]`` (int64), presence ``[B, N]`` (0 where a
 sample lacks a modality: then m^(i) = 0 for it).
 """
@@ -134,7 +134,7 @@ class DiffusionProcess:
         """M_s for s < t from z_t, a separately predicted ε and the codes: ``[B, C, H, W]``.
 
         ``κ (z_t − σ_t ε) − Σ_i (κ m_t^(i) − m_s^(i)) e_i`` with κ = √(ᾱ_s/ᾱ_t): the paper's parameterisation, of which
-        s = t − 1 is eq. 6, and N = 1 with w_{t>0} = 0 is DDIM's. κ grows with the jump, and errors of ε with it.
+        s = t − 1 is its μ_θ, and N = 1 with w_{t>0} = 0 is DDIM's. κ grows with the jump, and errors of ε with it.
         """
         kappa = torch.exp(0.5 * (self.log_alpha_bar[s] - self.log_alpha_bar[t]))
         denoised = z - per_sample(self.variance(t).sqrt(), z) * epsilon

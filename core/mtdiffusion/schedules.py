@@ -22,7 +22,7 @@ _FLOW_END = 1e-3
 
 
 def _cosine(steps: int) -> Tensor:
-    """Nichol & Dhariwal 2021, eq. 17: ᾱ(u) = cos²(π/2 · (u + s)/(1 + s)), each 1 − α_t capped at 0.999."""
+    """Nichol & Dhariwal 2021: ᾱ(u) = cos²(π/2 · (u + s)/(1 + s)), each 1 − α_t capped at 0.999."""
     u = torch.arange(steps + 1, dtype=torch.float64) / steps
     alpha_bar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
     return 1 - torch.clamp(1 - alpha_bar[1:] / alpha_bar[:-1], max=0.999)

@@ -71,7 +71,7 @@ def gaussian_objective(mean: Tensor, log_scale: Tensor, x: Tensor) -> Tensor:
 def discretised_gaussian_nll(mean: Tensor, log_scale: Tensor, x: Tensor, levels: int) -> Tensor:
     """−log P(x) of x on ``levels`` evenly spaced values in [−1, 1], in nats: ``[B]``.
 
-    The Gaussian's mass in the bin around each value; the outermost bins reach to infinity (Ho et al. 2020, eq. 13).
+    The Gaussian's mass in the bin around each value; the outermost bins reach to infinity (Ho et al. 2020).
     """
     sigma = scale_of(log_scale, mean).double()
     half = 1.0 / (levels - 1)
