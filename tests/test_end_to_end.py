@@ -13,7 +13,13 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.slow
 def test_one_model_learns_every_direction(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    changes = ["training.steps=250", "backbone.channels=24", "sampling.steps=20", "evaluation.bound_times=0"]
+    changes = [
+        "training.steps=250",
+        "backbone.channels=24",
+        "sampling.steps=20",
+        "evaluation.bound_times=0",
+        "evaluation.joint_draws=2",
+    ]
     train = ["train", str(ROOT / "configs/digits-demo.toml"), "--out", str(run), "--device", "cpu", "--set", *changes]
     assert main(train) == 0
     assert main(["evaluate", str(run), "--samples", "128", "--steps", "8", "--device", "cpu"]) == 0
@@ -25,3 +31,6 @@ def test_one_model_learns_every_direction(tmp_path: Path) -> None:
     assert metrics["clip|image/cosine"] > 0.75
     assert metrics["joint/judge_agreement"] > 0.4
     assert metrics["real/judge_accuracy"] > 0.97
+    assert metrics["joint/draws"] == 2
+    assert metrics["joint/fid_judge_std"] > 0
+    assert metrics["joint/samples"] == metrics["label|image/samples"] == 128

@@ -7,6 +7,7 @@ Keys read ``target|observed/metric``: ``label|image/accuracy``, ``image|label+ma
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -53,6 +54,7 @@ def evaluate_run(run: Run, progress: Callable[[str], None] = lambda _: None) -> 
         joint=run.experiment.sampling,
         hidden_share=config.hidden_share,
         bound_times=config.bound_times,
+        joint_draws=config.joint_draws,
         batch_size=config.batch_size,
         seed=config.seed,
         progress=progress,
@@ -68,6 +70,7 @@ def evaluate(
     joint: SamplerSettings,
     hidden_share: float = 0.25,
     bound_times: int = 0,
+    joint_draws: int = 1,
     batch_size: int = 256,
     seed: int = 0,
     progress: Callable[[str], None] = lambda _: None,
@@ -78,6 +81,7 @@ def evaluate(
         conditional, joint: how to sample with something and with nothing observed.
         hidden_share: how much of a spatial modality is hidden to be filled in.
         bound_times: terms of L1 a sample in the bound; 0 leaves it out.
+        joint_draws: how many times n joint samples are drawn.
     """
     names = model.names
     count = len(next(iter(test.values())))
@@ -125,7 +129,7 @@ def evaluate(
         generated = draw([name], conditional, {name: holes})
         judge(name, f"{name}:part", generated)
     progress("joint samples")
-    results |= evaluate_joint(model, count, evaluators, joint, batch_size=batch_size, seed=seed)
+    results |= evaluate_joint(model, count, evaluators, joint, draws=joint_draws, batch_size=batch_size, seed=seed)
     for evaluator in evaluators:
         results.update({f"real/{metric}": value for metric, value in evaluator.real(test).items()})
     results["real/samples"] = count
@@ -146,15 +150,29 @@ def evaluate_joint(
     evaluators: Sequence[Evaluator],
     settings: SamplerSettings,
     *,
+    draws: int = 1,
     batch_size: int = 256,
     seed: int = 0,
 ) -> Metrics:
-    """Metrics of samples with nothing observed: keys ``joint/metric``."""
+    """Metrics of samples with nothing observed: keys ``joint/metric``.
+
+    Args:
+        count: samples a draw.
+        draws: independent draws; metrics are their mean, and with more than one there is ``joint/metric_std``, the
+            standard deviation between draws.
+    """
     generator = torch.Generator().manual_seed(seed)
     sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]
-    parts = [sample(model, size, settings=settings, generator=generator) for size in sizes]
-    generated = {name: torch.cat([part[name].cpu() for part in parts]) for name in model.names}
-    results: Metrics = {"joint/samples": count}
-    for evaluator in evaluators:
-        results.update({f"joint/{metric}": value for metric, value in evaluator.joint(generated).items()})
+    values: dict[str, list[float]] = {}
+    for _ in range(draws):
+        parts = [sample(model, size, settings=settings, generator=generator) for size in sizes]
+        generated = {name: torch.cat([part[name].cpu() for part in parts]) for name in model.names}
+        for evaluator in evaluators:
+            for metric, value in evaluator.joint(generated).items():
+                values.setdefault(f"joint/{metric}", []).append(value)
+    results: Metrics = {"joint/samples": count, "joint/draws": draws}
+    for key, drawn in values.items():
+        results[key] = statistics.mean(drawn)
+        if draws > 1:
+            results[f"{key}_std"] = statistics.stdev(drawn)
     return results

@@ -149,7 +149,9 @@ class EvaluationConfig:
     """What ``mtdiffusion evaluate`` does.
 
     Attributes:
-        samples: held-out samples conditioned on, and as many joint ones; None: all.
+        samples: held-out samples conditioned on; None: all.
+        joint_draws: how many times as many joint samples are drawn; their metrics are means over draws of that size, so
+            that a distance has the finite-sample bias of the held-out data's own, beside which it stands.
         batch_size: of sampling.
         steps: solver steps of the conditionals; joint samples take ``sampling.steps``.
         hidden_share: share of a spatial modality that is hidden when it is observed in part.
@@ -159,6 +161,7 @@ class EvaluationConfig:
     """
 
     samples: int | None = field(default=None, validator=optional(ge(1)))
+    joint_draws: int = field(default=3, validator=ge(1))
     batch_size: int = field(default=256, validator=ge(1))
     steps: int = field(default=25, validator=ge(1))
     hidden_share: float = field(default=0.25, validator=_share)
