@@ -130,13 +130,16 @@ def _evaluate(run: Run, experiment: Experiment) -> dict[str, float | int]:
     return metrics | {f"ddim/{key}": value for key, value in joint.items()}
 
 
+BAR = r"\|"  # a bar inside a cell of a Markdown table
+
+
 def tabulate(cells: Iterable[Mapping[str, Any]], metrics: Iterable[str]) -> str:
     """A Markdown table: a row a variant, mean ± standard deviation over seeds."""
     columns = list(metrics)
     rows: dict[str, list[Mapping[str, Any]]] = {}
     for cell in cells:
         rows.setdefault(str(cell["title"]), []).append(cell)
-    lines = ["| variant | seeds | " + " | ".join(f"`{c}`" for c in columns) + " |"]
+    lines = ["| variant | seeds | " + " | ".join(f"`{c.replace('|', BAR)}`" for c in columns) + " |"]
     lines.append("|---|---|" + "---|" * len(columns))
     for title, group in rows.items():
         values = [[float(cell["metrics"][column]) for cell in group] for column in columns]

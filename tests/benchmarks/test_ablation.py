@@ -58,4 +58,5 @@ def test_a_variant_that_is_not_there_is_named(spec: Path, tmp_path: Path, capsys
 def test_the_table_gives_mean_and_spread() -> None:
     cells = [{"title": "a", "metrics": {"x": value}} for value in (1.0, 2.0, 3.0)]
     cells.append({"title": "b", "metrics": {"x": 5.0}})
+    assert tabulate([{"title": "a", "metrics": {"b|c": 1}}], ["b|c"]).startswith(r"| variant | seeds | `b\|c` |")
     assert tabulate(cells, ["x"]).splitlines()[2:] == ["| a | 3 | 2.000 ± 1.000 |", "| b | 1 | 5.000 |"]
