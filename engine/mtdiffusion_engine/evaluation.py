@@ -40,7 +40,7 @@ def complete_samples(data: ModalityData, limit: int | None = None) -> dict[str, 
 
 
 def evaluate_run(run: Run, progress: Callable[[str], None] = lambda _: None) -> Metrics:
-    """All metrics of a run's model on its test split; a function of the run and of ``evaluation.seed`` alone."""
+    """All metrics of a run's model on its test split; the same every time on one machine with one number of threads."""
     config = run.experiment.evaluation
     train = complete_samples(run.data("train"))
     test = complete_samples(run.data("test"), config.samples)
