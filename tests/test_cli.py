@@ -117,6 +117,20 @@ def test_the_installed_command_works() -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_reader_that_stops_reading_is_no_error() -> None:
+    command = Path(sys.executable).with_name("mtdiffusion")
+    done = subprocess.run(
+        f"{command} plugins list | head -n 1; exit ${{PIPESTATUS[0]}}",
+        shell=True,
+        capture_output=True,
+        text=True,
+        executable="/bin/bash",
+    )
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert "GROUP" in done.stdout
+
+
 def test_no_command_shows_the_help(cli: Cli) -> None:
     result = cli()
     assert result.code == 0

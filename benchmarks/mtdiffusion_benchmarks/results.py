@@ -18,7 +18,7 @@ ROWS: Mapping[str, str] = {
     "label → image: the judge reads the label given": "image|label/judge_accuracy",
     "mask → image: the judge reads the true label": "image|mask/judge_accuracy",
     "CLIP embedding → image: the judge reads the true label": "image|clip/judge_accuracy",
-    "image with holes → image: the digit is kept": "image|image:part/judge_accuracy",
+    "image with holes → image: the class is kept": "image|image:part/judge_accuracy",
     "image → label: accuracy": "label|image/accuracy",
     "CLIP embedding → label: accuracy": "label|clip/accuracy",
     "image → mask: mean IoU": "mask|image/miou",
