@@ -28,6 +28,7 @@ ROWS: Mapping[str, str] = {
     "bound, bits per dimension of all modalities": "joint/bound_bits_per_dim",
     "real held-out images: the judge's accuracy": "real/judge_accuracy",
     "real held-out images: Fréchet distance to the training images": "real/fid_judge",
+    "the same, their classes drawn at random as joint samples' are": "real/fid_judge_iid",
 }
 RESULTS = Path("benchmarks/results")
 TARGETS = (Path("README.md"), Path("docs/results.md"))

@@ -10,6 +10,7 @@ from mtdiffusion_registry.configs import (
     Config,
     DatasetConfig,
     EvaluatorConfig,
+    MethodConfig,
     ModalityConfig,
     TaskConfig,
     WeightScheduleConfig,
@@ -17,6 +18,7 @@ from mtdiffusion_registry.configs import (
 from mtdiffusion_registry.errors import ConfigError, PluginError, UserError
 from mtdiffusion_registry.evaluation import Evaluator
 from mtdiffusion_registry.hookspecs import API_VERSION, hookimpl
+from mtdiffusion_registry.queries import Query
 from mtdiffusion_registry.registry import PluginInfo, Registry
 
 __all__ = [
@@ -28,9 +30,11 @@ __all__ = [
     "DatasetConfig",
     "Evaluator",
     "EvaluatorConfig",
+    "MethodConfig",
     "ModalityConfig",
     "PluginError",
     "PluginInfo",
+    "Query",
     "Registry",
     "TaskConfig",
     "UserError",

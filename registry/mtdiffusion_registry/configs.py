@@ -9,9 +9,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from attrs import frozen
+
+from mtdiffusion_registry.queries import Query
 
 if TYPE_CHECKING:  # importing the core imports torch, which listing plugins must not
     from torch import Tensor
@@ -114,31 +116,60 @@ class EvaluatorConfig(Config):
 
 @frozen
 class TaskConfig(Config):
-    """A task: which modality instances are given, and which are generated and judged.
-
-    Attributes:
-        name: what reports call it.
-        observed: names of the instances that are given.
-        generated: names of the instances that are generated, at least one.
-    """
+    """A task: which modality instances take part, what is asked, and how a joint model is trained for it."""
 
     group: ClassVar[str] = "task"
 
-    name: str
-    observed: tuple[str, ...]
-    generated: tuple[str, ...]
+    @abstractmethod
+    def instances(self) -> tuple[str, ...]:
+        """Names of the modality instances that take part; a benchmark's setting says what each is."""
 
-    def __attrs_post_init__(self) -> None:
-        if not self.generated:
-            raise ValueError("'generated' must name at least one modality")
-        if both := set(self.observed) & set(self.generated):
-            raise ValueError(f"a modality is either observed or generated, found in both: {', '.join(sorted(both))}")
+    @abstractmethod
+    def queries(self) -> tuple[Query, ...]:
+        """What a model is asked, each answer judged by the metrics of its targets and by the evaluators."""
+
+    def training(self) -> Mapping[str, Any]:
+        """Changes to the experiment of a joint model, as tables: ``{"conditioning": {"partial": 0.5}}``."""
+        return {}
+
+
+@frozen
+class MethodConfig(Config):
+    """A method: something that is trained on a problem and then answers queries.
+
+    Attributes:
+        role: "joint": one model for all of a task's queries; "control": a model for one of them alone, at the same
+            budget, which the joint model is measured against; "baseline": anything else worth comparing.
+    """
+
+    group: ClassVar[str] = "method"
+    role: ClassVar[Literal["joint", "control", "baseline"]] = "baseline"
+
+    @abstractmethod
+    def fit(self, problem: Any) -> Any:
+        """Train a ``mtdiffusion_benchmarks.interfaces.Problem``, or continue an interrupted training of it.
+
+        Returns:
+            A ``mtdiffusion_benchmarks.interfaces.Fitted``. (The registry knows neither by import: it comes before.)
+
+        Raises:
+            UserError: if it cannot work on this problem.
+            Diverged: if training gives numbers that are not finite.
+        """
 
 
 BASES: Mapping[str, type[Config]] = MappingProxyType(
     {
         base.group: base
-        for base in (ModalityConfig, BackboneConfig, DatasetConfig, WeightScheduleConfig, EvaluatorConfig, TaskConfig)
+        for base in (
+            ModalityConfig,
+            BackboneConfig,
+            DatasetConfig,
+            WeightScheduleConfig,
+            EvaluatorConfig,
+            TaskConfig,
+            MethodConfig,
+        )
     }
 )
 """The base class of each group."""

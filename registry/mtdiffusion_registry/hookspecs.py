@@ -11,6 +11,7 @@ from mtdiffusion_registry.configs import (
     BackboneConfig,
     DatasetConfig,
     EvaluatorConfig,
+    MethodConfig,
     ModalityConfig,
     TaskConfig,
     WeightScheduleConfig,
@@ -54,6 +55,11 @@ def mtdiffusion_tasks() -> list[type[TaskConfig]]:  # type: ignore[empty-body]
     """Tasks: what is given and what is generated."""
 
 
+@hookspec
+def mtdiffusion_methods() -> list[type[MethodConfig]]:  # type: ignore[empty-body]
+    """Methods of the benchmark: what is trained and compared."""
+
+
 HOOKS: Mapping[str, str] = MappingProxyType(
     {
         "modality": "mtdiffusion_modalities",
@@ -62,6 +68,7 @@ HOOKS: Mapping[str, str] = MappingProxyType(
         "weight_schedule": "mtdiffusion_weight_schedules",
         "evaluator": "mtdiffusion_evaluators",
         "task": "mtdiffusion_tasks",
+        "method": "mtdiffusion_methods",
     }
 )
 """The hook of each group."""

@@ -143,11 +143,35 @@ class Judge(Evaluator):
         return metrics
 
     def real(self, test: Mapping[str, Tensor]) -> dict[str, float]:
-        read = self._read(test[self.input])
+        """``judge_accuracy`` and ``fid_judge`` of the held-out split as it is; ``fid_judge_iid``: the distance when its
+        classes are drawn at random, as those of joint samples are.
+
+        A split that holds every class in equal number lies closer to the training split than independent samples of
+        the very same distribution do, so ``joint/fid_judge`` is to be read against ``real/fid_judge_iid``.
+        """
+        x, y = test[self.input], test[self.target].cpu()
+        features = self._features(x)
         return {
-            "judge_accuracy": (read == test[self.target].cpu()).double().mean().item(),
-            "fid_judge": frechet_distance(self.train_features, self._features(test[self.input])),
+            "judge_accuracy": (self._read(x) == y).double().mean().item(),
+            "fid_judge": frechet_distance(self.train_features, features),
+            "fid_judge_iid": self._redrawn_distance(features, y),
         }
+
+    def _redrawn_distance(self, features: Tensor, y: Tensor, draws: int = 20) -> float:
+        """Mean distance of the held-out features ``[n, D]`` with their class counts redrawn: each sample's class at
+        random from the split's own proportions, then samples of that class, none twice before all were taken."""
+        generator = torch.Generator().manual_seed(0)
+        of_class = [(y == label).nonzero()[:, 0] for label in range(int(y.max()) + 1)]
+        distances = []
+        for _ in range(draws):
+            counts = torch.bincount(y[torch.randint(len(y), (len(y),), generator=generator)], minlength=len(of_class))
+            rows = []
+            for label, count in zip(of_class, counts.tolist(), strict=True):
+                while count > 0:
+                    rows.append(label[torch.randperm(len(label), generator=generator)][:count])
+                    count -= len(rows[-1])
+            distances.append(frechet_distance(self.train_features, features[torch.cat(rows)]))
+        return sum(distances) / draws
 
 
 @frozen
