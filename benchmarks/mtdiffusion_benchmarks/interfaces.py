@@ -1,7 +1,7 @@
 """What the benchmark asks of a method: fit a problem, then answer queries.
 
-A method is a plugin: a config class (:class:`mtdiffusion_registry.MethodConfig`) whose ``fit`` takes a :class:`Problem` and
-returns a :class:`Fitted`. Nothing here knows a modality by name or kind.
+A method is a plugin: a config class (:class:`mtdiffusion_registry.MethodConfig`) whose ``fit`` takes a
+:class:`Problem` and returns a :class:`Fitted`. Nothing here knows a modality by name or kind.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from torch import Tensor
 from mtdiffusion import Modality
 from mtdiffusion_engine.data import ModalityData
 from mtdiffusion_engine.experiment import Experiment
+from mtdiffusion_engine.trainer import Diverged
 from mtdiffusion_registry import Query, Registry
+
+__all__ = ["Cost", "Curve", "Diverged", "Fitted", "Problem"]
 
 
 @frozen(eq=False)
@@ -25,8 +28,8 @@ class Problem:
     """What one cell of the matrix is about.
 
     Attributes:
-        experiment: data, modalities, backbone and budget (``experiment.training``: steps, batch size, learning rate, seed);
-            with the modalities of the task alone.
+        experiment: data, modalities, backbone and budget (``experiment.training``: steps, batch size, learning rate,
+            seed), with the modalities of the task alone.
         modalities: the task's modalities by instance name, as the joint model has them; not to be trained in place.
         queries: what will be asked.
         train: the training split through those modalities.
@@ -64,10 +67,6 @@ class Cost:
     parameters: int
     train_seconds: float
     flops_per_step: int
-
-
-class Diverged(Exception):
-    """Training gave numbers that are not finite; the cell is reported as diverged, not as a number."""
 
 
 class Fitted(ABC):

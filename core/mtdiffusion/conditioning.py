@@ -8,6 +8,7 @@ conditional and classifier-free guidance needs nothing more.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from attrs import field, frozen
@@ -144,8 +145,14 @@ class SubsetDistribution:
         return table[torch.multinomial(weights, batch, replacement=True, generator=generator)]
 
 
-def random_holes(share: Tensor, size: tuple[int, int], generator: torch.Generator | None = None) -> Tensor:
-    """Visibility maps ``[B, H, W]`` that hide a share ``[B]`` of the places, half as one box, half scattered."""
+def random_holes(
+    share: Tensor,
+    size: tuple[int, int],
+    generator: torch.Generator | None = None,
+    pattern: Literal["mixed", "box", "patches"] = "mixed",
+) -> Tensor:
+    """Visibility maps ``[B, H, W]`` that hide a share ``[B]`` of the places: as one "box", scattered ("patches"), or
+    half of the maps so and half so ("mixed")."""
     height, width = size
     batch = len(share)
     draws = torch.rand(batch, 3, generator=generator)
@@ -158,5 +165,6 @@ def random_holes(share: Tensor, size: tuple[int, int], generator: torch.Generato
     in_rows = (y >= top[:, None, None]) & (y < (top + box_h)[:, None, None])
     in_columns = (x >= left[:, None, None]) & (x < (left + box_w)[:, None, None])
     scattered = torch.rand(batch, height, width, generator=generator) < share[:, None, None]
-    hidden = torch.where((draws[:, 2] < 0.5)[:, None, None], in_rows & in_columns, scattered)
+    boxes = {"mixed": draws[:, 2] < 0.5, "box": draws[:, 2] >= 0, "patches": draws[:, 2] < 0}[pattern]
+    hidden = torch.where(boxes[:, None, None], in_rows & in_columns, scattered)
     return (~hidden).float()

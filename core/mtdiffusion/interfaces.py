@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -150,8 +151,11 @@ class Modality(nn.Module, ABC):
         loss_weight: λ_i, the scale of this modality's part of L2.
         snr_clamp: its weight over t is clamp(SNR_t, low, high): (1, 1) is uniform, (0, γ) min-SNR-γ (Hang et al. 2023).
         field: the data set's field that x comes from; None means the instance's own name.
+        metric_directions: "higher" or "lower", whichever is better, by name of a metric of :meth:`metrics` or
+            :meth:`predictive_metrics`. A metric without one is reported but never ranked.
     """
 
+    metric_directions: Mapping[str, str] = MappingProxyType({})
     loss_weight: float = 1.0
     snr_clamp: tuple[float, float] = (1.0, 1.0)
     field: str | None = None
@@ -178,6 +182,18 @@ class Modality(nn.Module, ABC):
     @abstractmethod
     def metrics(self, generated: Tensor, truth: Tensor) -> dict[str, float]:
         """Means over a batch of pairs, such as ``{"accuracy": 0.97}``: how close generated is to the truth."""
+
+    def predictive_metrics(self, params: Params, truth: Tensor) -> dict[str, float]:
+        """Means over a batch: how well the head's distribution predicts the truth.
+
+        Args:
+            params: the decoder's, of one evaluation of the network given what is observed: nothing is sampled.
+            truth: ``[B, ...]``.
+
+        Returns:
+            Metrics by names that :meth:`metrics` does not use; by default none.
+        """
+        return {}
 
     def derive(self, source: Tensor) -> Tensor:
         """x from its source field, a batch at a time. Called once for a data set and kept."""

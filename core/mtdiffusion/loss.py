@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 from attrs import Attribute, field, frozen
-from attrs.validators import ge, in_
+from attrs.validators import and_, ge, in_, le
 from torch import Tensor
 
 from mtdiffusion.conditioning import Observation
@@ -34,6 +34,8 @@ class LossWeights:
         l1_time: "elbo": the exact KL terms of the bound, per latent dimension. "snr": the same error of z_{t−1}
             weighted as ½ ‖ε − ε̂‖² · clamp(SNR_t) / SNR_t, per latent dimension.
         l1_clamp: (low, high) of that clamp; (0, inf) leaves the plain ε loss.
+        readout: share of the samples with something observed that are taken at t = T, where z tells nothing and every
+            head has to read its modality off what is observed.
     """
 
     l0: float = field(default=0.0, validator=ge(0.0))
@@ -42,6 +44,7 @@ class LossWeights:
     l3: float = field(default=0.0, validator=ge(0.0))
     l1_time: Literal["snr", "elbo"] = field(default="snr", validator=in_(("snr", "elbo")))
     l1_clamp: tuple[float, float] = field(default=(0.05, 5.0), validator=low_before_high)
+    readout: float = field(default=0.0, validator=and_(ge(0.0), le(1.0)))
 
 
 @frozen(eq=False)
@@ -156,6 +159,9 @@ def composite_loss(
     observation = model.observe(x, visible * presence[:, :, None, None])
     process = model.process
     t = draw_times(batch, process.steps, generator).to(codes.device)
+    if weights.readout > 0:
+        last = torch.rand(batch, generator=generator).to(codes.device) < weights.readout
+        t = torch.where(last & (observation.visible.amax((1, 2, 3)) > 0), process.steps, t)
     z = process.corrupt(codes, t, standard_normal(codes[:, 0], generator), presence)
     prediction = model(z, t, observation, presence)
     return _terms(model, x, codes, z, t, observation, presence, prediction, weights)

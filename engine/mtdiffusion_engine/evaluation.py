@@ -15,7 +15,7 @@ import torch
 from attrs import evolve
 from torch import Tensor
 
-from mtdiffusion import MultimodalDiffusion, SamplerSettings, sample, variational_bound
+from mtdiffusion import Modality, MultimodalDiffusion, SamplerSettings, sample, variational_bound
 from mtdiffusion.conditioning import random_holes
 from mtdiffusion_engine.data import ModalityData
 from mtdiffusion_registry import Evaluator, UserError
@@ -101,14 +101,8 @@ def evaluate(
         return {name: torch.cat([part[name] for part in parts]) for name in names}
 
     def judge(target: str, given: str, generated: dict[str, Tensor]) -> None:
-        metrics = model.modality(target).metrics(generated[target], test[target])
-        for evaluator in evaluators:
-            judged = evaluator.conditional(target, generated, test)
-            if clash := sorted(set(metrics) & set(judged)):
-                raise UserError(f"evaluation.evaluators: two give {', '.join(clash)} of {target}; keep one")
-            metrics |= judged
-        results.update({f"{target}|{given}/{metric}": value for metric, value in metrics.items()})
-        results[f"{target}|{given}/samples"] = count
+        judged = judge_target(model.modality(target), target, generated, test, evaluators)
+        results.update({f"{target}|{given}/{metric}": value for metric, value in judged.items()})
 
     subsets = [[name] for name in names] if len(names) > 1 else []
     if len(names) > 2:
@@ -142,6 +136,27 @@ def evaluate(
             total += float(variational_bound(model, x, times=bound_times, generator=generator).bits_per_dim.sum())
         results["joint/bound_bits_per_dim"] = total / count
     return results
+
+
+def judge_target(
+    modality: Modality,
+    target: str,
+    generated: Mapping[str, Tensor],
+    test: Mapping[str, Tensor],
+    evaluators: Sequence[Evaluator],
+) -> Metrics:
+    """The modality's own metrics of a generated target against the truth, and the evaluators', by name.
+
+    Raises:
+        UserError: if two of them give a metric of one name.
+    """
+    metrics: Metrics = dict(modality.metrics(generated[target], test[target]))
+    for evaluator in evaluators:
+        judged = evaluator.conditional(target, generated, test)
+        if clash := sorted(set(metrics) & set(judged)):
+            raise UserError(f"evaluation.evaluators: two give {', '.join(clash)} of {target}; keep one")
+        metrics |= judged
+    return metrics | {"samples": len(test[target])}
 
 
 def evaluate_joint(

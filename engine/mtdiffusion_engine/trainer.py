@@ -24,15 +24,21 @@ from mtdiffusion.process import terminal_warning
 from mtdiffusion_engine import checkpoint as ckpt
 from mtdiffusion_engine.data import Batch, StepSampler, derive_seed, load_data, training_batches
 from mtdiffusion_engine.experiment import (
+    PLUGINS_FILE,
     Experiment,
     TrainingConfig,
     build_model,
     choose_device,
+    origins,
     require_same,
     resolved,
 )
 from mtdiffusion_registry import Registry, UserError
 from mtdiffusion_registry.config import dump_toml
+
+
+class Diverged(UserError):
+    """The loss or its gradient is no longer finite."""
 
 
 class Objective(nn.Module):
@@ -140,6 +146,7 @@ class Trainer:
             self._resume(checkpoints[-1])
         self.resolved = resolved(experiment, registry)
         if self.main:
+            ckpt.write_json(run / PLUGINS_FILE, origins(experiment, registry))
             dump_toml(self.resolved, run / "config.toml")
         self.objective = self.accelerator.prepare_model(Objective(self.model, experiment.loss))
 
@@ -194,7 +201,7 @@ class Trainer:
             on_sample: called with the step every ``training.sample_every`` steps, to show what the model does by then.
 
         Raises:
-            UserError: if the loss is no longer finite; the last checkpoint stays.
+            Diverged: if the loss is no longer finite; the last checkpoint stays.
             KeyboardInterrupt: after Ctrl-C, once the step under way is done and a checkpoint is written.
         """
         stop = min(self.config.steps, stop_at or self.config.steps)
@@ -253,7 +260,7 @@ class Trainer:
 
     def _require_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
-            raise UserError(
+            raise Diverged(
                 f"training diverged: the {what} is {value} at step {self.step + 1}. Its last checkpoint stays in "
                 f"{self.run}. Lower training.learning_rate or training.clip, or check the data."
             )

@@ -185,3 +185,12 @@ def test_what_is_hidden_never_reaches_the_network(layout: str, epsilon_head: boo
     for name, key in (("picture", "mean"), ("label", "logits")):
         assert torch.equal(before.params[name][key], after.params[name][key])
         assert not torch.equal(before.params[name][key][0], moved.params[name][key][0])  # what is seen does reach it
+
+
+@pytest.mark.parametrize(("pattern", "boxes"), [("box", 1.0), ("patches", 0.0), ("mixed", 0.5)])
+def test_holes_are_boxes_or_scattered_as_asked(pattern: str, boxes: float) -> None:
+    """A box hides whole runs of rows and columns: what is hidden is the product of its hidden rows and columns."""
+    hidden = 1 - random_holes(torch.full((400,), 0.3), (12, 12), torch.Generator().manual_seed(0), pattern)  # type: ignore[arg-type]
+    product = hidden.amax(2)[:, :, None] * hidden.amax(1)[:, None, :]
+    share = (hidden == product).all(2).all(1).float().mean().item()
+    assert share == pytest.approx(boxes, abs=0.08)

@@ -380,3 +380,22 @@ def test_bits_per_dimension_count_the_dimensions_of_all_modalities() -> None:
     bound = variational_bound(picture_and_label(steps=3), data(3), generator=torch.Generator().manual_seed(0))
     assert bound.dims == 64 + 1
     torch.testing.assert_close(bound.bits_per_dim, bound.nats / 65 / math.log(2))
+
+
+def test_readouts_are_trained_at_the_last_time_where_something_is_observed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``readout = 1`` every sample with an observation is taken at t = T, and no other."""
+    model = picture_and_label()
+    latent = model.layout.latent
+    visible = torch.zeros(64, len(model.names), latent.height, latent.width)
+    visible[:32, 0] = 1
+    times: list[Tensor] = []
+    forward = type(model).forward
+
+    def note(self: MultimodalDiffusion, z: Tensor, t: Tensor, *rest: Tensor) -> Prediction:
+        times.append(t)
+        return forward(self, z, t, *rest)
+
+    monkeypatch.setattr(type(model), "forward", note)
+    composite_loss(model, data(64), LossWeights(readout=1.0), visible=visible)
+    assert bool((times[0][:32] == model.process.steps).all())
+    assert len(times[0][32:].unique()) > model.process.steps // 4

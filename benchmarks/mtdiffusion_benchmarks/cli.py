@@ -1,0 +1,96 @@
+"""``mtdiffusion bench``: run a profile, report on a folder, list what there is. Imports torch when it must."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand; its ``handler`` is what runs it."""
+    bench = commands.add_parser(
+        "bench",
+        help="does training jointly help, hurt, or is it free?",
+        description="Compare joint models with their controls over tasks, methods, data sets and seeds.",
+    )
+    bench.set_defaults(handler=run)
+    actions = bench.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    start = actions.add_parser("run", help="run a profile's cells", description="Run what is not done yet.")
+    start.add_argument(
+        "profile", metavar="PROFILE|FILE.toml", help="a profile that ships (see `bench list`), or a file"
+    )
+    start.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the results; may hold some")
+    start.add_argument(
+        "--only",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="cells SETTING/TASK/METHOD/SEED, with * for any, such as 'digits/*/joint/0'",
+    )
+    start.add_argument("--keep-runs", action="store_true", help="keep the checkpoints of finished cells")
+    start.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu or cuda (default: %(default)s)")
+
+    report = actions.add_parser("report", help="write report.html and report.md from the results")
+    report.add_argument("out", type=Path, metavar="DIR", help="folder of the results")
+
+    listing = actions.add_parser("list", help="list profiles, or a profile's cells")
+    listing.add_argument("profile", nargs="?", metavar="PROFILE|FILE.toml")
+    listing.add_argument("--out", type=Path, metavar="DIR", help="say which cells are done there")
+
+
+def run(args: argparse.Namespace) -> None:
+    """What ``mtdiffusion bench ACTION`` does."""
+    from mtdiffusion_registry import UserError
+
+    if args.action == "report":
+        from mtdiffusion_benchmarks.report import build_report
+
+        if not (args.out / "cells").is_dir():
+            raise UserError(f"{args.out}: no results here (no folder cells); make some with `mtdiffusion bench run`")
+        for path in build_report(args.out):
+            print(path)
+        return
+    from mtdiffusion_benchmarks.profile import load_profile, plan, shipped
+    from mtdiffusion_registry import Registry
+
+    registry = Registry.discover()
+    if args.action == "list":
+        if args.profile is None:
+            for name in shipped():
+                profile, path = load_profile(name, registry)
+                print(f"{name:10} {len(plan(profile)):4} cells  {profile.title}  ({path})")
+            return
+        profile, _ = load_profile(args.profile, registry)
+        for cell in plan(profile):
+            print(cell.id if args.out is None else f"{_state(args.out / 'cells' / f'{cell.stem}.json'):9} {cell.id}")
+        return
+    from mtdiffusion_benchmarks.runner import Runner
+
+    profile, path = load_profile(args.profile, registry)
+    cells = plan(profile, tuple(args.only))
+    runner = Runner(
+        profile,
+        path.parent,
+        args.out,
+        registry,
+        device=args.device,
+        keep_runs=args.keep_runs,
+        say=lambda text: print(text, flush=True),
+    )
+    states = runner.run(cells)
+    print(f"{len(cells)} cells: " + ", ".join(f"{count} {state}" for state, count in sorted(states.items())))
+    print(f"now: mtdiffusion bench report {args.out}")
+
+
+def _state(path: Path) -> str:
+    from mtdiffusion_engine.checkpoint import read_json
+    from mtdiffusion_registry import UserError
+
+    if not path.is_file():
+        return "to do"
+    try:
+        return str(read_json(path)["status"])
+    except UserError:
+        return "damaged"

@@ -1,0 +1,230 @@
+"""Profiles: a file that says which cells there are, and where each profile that ships lies."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from attrs import field, frozen
+from attrs.validators import min_len
+
+from mtdiffusion_engine.experiment import Experiment, resolved
+from mtdiffusion_registry import MethodConfig, Registry, TaskConfig, UserError
+from mtdiffusion_registry.config import apply_overrides, load_toml, structure, unstructure
+
+SHIPPED = Path(__file__).parent / "profiles"
+_NAME = re.compile(r"[A-Za-z0-9+.-]+(_[A-Za-z0-9+.-]+)*")  # single underscores: two divide the parts of a file's name
+
+
+@frozen
+class Setting:
+    """Data with all their modalities, the backbone and the budget.
+
+    Attributes:
+        config: the experiment's file, beside the profile.
+        title: what reports call it.
+        set: ``table.key=value`` changes to it.
+    """
+
+    config: str
+    title: str = ""
+    set: tuple[str, ...] = ()
+
+
+@frozen
+class Task:
+    """A task by name.
+
+    Attributes:
+        task: what is asked.
+        title: what reports call it.
+        paper: what of Chen et al. 2024 it corresponds to.
+    """
+
+    task: TaskConfig
+    title: str = ""
+    paper: str | None = None
+
+
+@frozen
+class Method:
+    """A method by name.
+
+    Attributes:
+        method: what is trained.
+        title: what reports call it.
+        set: ``table.key=value`` changes to the experiment that it is given.
+    """
+
+    method: MethodConfig
+    title: str = ""
+    set: tuple[str, ...] = ()
+
+
+@frozen
+class Block:
+    """A part of the matrix: every task with every method.
+
+    Attributes:
+        settings, tasks, methods: their names.
+        seeds: None: the profile's.
+    """
+
+    settings: tuple[str, ...] = field(validator=min_len(1))
+    tasks: tuple[str, ...] = field(validator=min_len(1))
+    methods: tuple[str, ...] = field(validator=min_len(1))
+    seeds: tuple[int, ...] | None = None
+
+
+@frozen
+class Profile:
+    """A benchmark's file.
+
+    Attributes:
+        title, description: for the report.
+        settings, tasks, methods: the axes, by name.
+        run: the parts of the matrix that are run, in this order.
+        seeds: of initialisation, data order, noise and evaluation.
+        set: changes to the experiment in every cell.
+        figures: how many samples a figure shows; 0: none. Figures are made for the first seed.
+    """
+
+    title: str
+    settings: dict[str, Setting]
+    tasks: dict[str, Task]
+    methods: dict[str, Method]
+    run: tuple[Block, ...] = field(validator=min_len(1))
+    description: str = ""
+    seeds: tuple[int, ...] = field(default=(0, 1, 2), validator=min_len(1))
+    set: tuple[str, ...] = ()
+    figures: int = 10
+
+    def __attrs_post_init__(self) -> None:
+        axes: dict[str, Mapping[str, Any]] = {
+            "settings": self.settings,
+            "tasks": self.tasks,
+            "methods": self.methods,
+        }
+        for axis, entries in axes.items():
+            for name in entries:
+                if not _NAME.fullmatch(name):
+                    raise ValueError(f"{axis}: {name!r} cannot be a name; expected letters, digits, + - . and single _")
+            for number, block in enumerate(self.run):
+                for name in getattr(block, axis):
+                    if name not in entries:
+                        raise ValueError(f"run[{number}].{axis}: no {name!r}; there are {', '.join(entries)}")
+
+
+@frozen
+class Cell:
+    """One entry of the matrix."""
+
+    setting: str
+    task: str
+    method: str
+    seed: int
+
+    @property
+    def id(self) -> str:
+        return f"{self.setting}/{self.task}/{self.method}/{self.seed}"
+
+    @property
+    def stem(self) -> str:
+        return f"{self.setting}__{self.task}__{self.method}__{self.seed}"
+
+
+def shipped() -> dict[str, Path]:
+    """The profiles that ship with the package, by name."""
+    return {path.stem: path for path in sorted(SHIPPED.glob("*.toml"))}
+
+
+def load_profile(name: str, registry: Registry) -> tuple[Profile, Path]:
+    """A profile that ships, or a file; and where it lies.
+
+    Raises:
+        UserError: if there is no such profile, or for whatever is wrong with it.
+    """
+    path = shipped().get(name, Path(name))
+    if not path.is_file():
+        raise UserError(f"{name}: no such profile or file; there are {', '.join(shipped())}")
+    return structure(registry, load_toml(path), Profile, str(path)), path
+
+
+def plan(profile: Profile, only: tuple[str, ...] = ()) -> list[Cell]:
+    """The profile's cells in order; with ``only``, those whose id SETTING/TASK/METHOD/SEED matches one of the patterns.
+
+    Raises:
+        UserError: if a pattern matches none.
+    """
+    cells: dict[str, Cell] = {}
+    for block in profile.run:
+        for seed in profile.seeds if block.seeds is None else block.seeds:
+            for setting in block.settings:
+                for task in block.tasks:
+                    for method in block.methods:
+                        cell = Cell(setting, task, method, seed)
+                        cells.setdefault(cell.id, cell)
+    chosen = [cell for cell in cells.values() if not only or any(fnmatch.fnmatchcase(cell.id, p) for p in only)]
+    for pattern in only:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in cells):
+            raise UserError(f"--only {pattern}: matches no cell; cells read as {next(iter(cells))} does")
+    return chosen
+
+
+def base_experiment(profile: Profile, setting: str, folder: Path, registry: Registry) -> Experiment:
+    """A setting's experiment with all its modalities. ``folder``: where the profile lies."""
+    path, changes = _source(profile, setting, folder)
+    return structure(registry, apply_overrides(load_toml(path), changes), Experiment, str(path))
+
+
+def cell_experiment(profile: Profile, cell: Cell, folder: Path, registry: Registry) -> Experiment:
+    """The experiment of one cell: the setting's, with the task's modalities alone, and the task's, the method's and the
+    seed's changes to it.
+
+    Raises:
+        UserError: if the setting lacks a modality of the task, or a change does not fit.
+    """
+    task, method = profile.tasks[cell.task].task, profile.methods[cell.method]
+    path, changes = _source(profile, cell.setting, folder)
+    tables = apply_overrides(load_toml(path), changes)
+    known = tables.get("modalities", {})
+    if missing := [name for name in task.instances() if name not in known]:
+        raise UserError(
+            f"{cell.id}: the setting has no modality named {', '.join(missing)}; it has {', '.join(known)} ({path})"
+        )
+    tables["modalities"] = {name: known[name] for name in task.instances()}
+    tables = _merged(tables, task.training())
+    own = [*method.set, f"training.seed={cell.seed}", f"evaluation.seed={cell.seed}"]
+    return structure(registry, apply_overrides(tables, own), Experiment, f"{cell.id} ({path})")
+
+
+def _source(profile: Profile, setting: str, folder: Path) -> tuple[Path, list[str]]:
+    entry = profile.settings[setting]
+    return folder / entry.config, [*entry.set, *profile.set]
+
+
+def _merged(tables: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(tables)
+    for key, value in changes.items():
+        merged[key] = _merged(merged.get(key, {}), value) if isinstance(value, Mapping) else value
+    return merged
+
+
+def description(profile: Profile, cell: Cell, experiment: Experiment, registry: Registry) -> dict[str, Any]:
+    """All that a cell's result depends on, as tables for JSON."""
+    return {
+        "experiment": resolved(experiment, registry),
+        "task": unstructure(registry, profile.tasks[cell.task].task),
+        "method": unstructure(registry, profile.methods[cell.method].method),
+    }
+
+
+def fingerprint(described: Mapping[str, Any]) -> str:
+    """A short hash of :func:`description`."""
+    text = json.dumps(described, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,347 @@
+"""Running cells: train, ask, measure, write one JSON a cell. Interrupted anywhere, it goes on where it stopped.
+
+Several processes, or several machines that share a folder, may run one profile into one folder at the same time: each
+cell is locked while it runs. Folders of different machines are merged by copying their ``cells`` together.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import asdict, frozen
+from torch import Tensor
+
+from mtdiffusion import Modality
+from mtdiffusion.conditioning import random_holes
+from mtdiffusion_benchmarks.figures import figures_of
+from mtdiffusion_benchmarks.interfaces import Diverged, Fitted, Problem
+from mtdiffusion_benchmarks.profile import Cell, Profile, base_experiment, cell_experiment, description, fingerprint
+from mtdiffusion_engine.checkpoint import read_json, write_json
+from mtdiffusion_engine.data import derive_seed, load_data
+from mtdiffusion_engine.evaluation import Metrics, complete_samples, judge_target
+from mtdiffusion_engine.experiment import Experiment, build_model
+from mtdiffusion_registry import Evaluator, Query, Registry, UserError
+
+SCHEMA = 1
+
+
+@frozen(eq=False)
+class Held:
+    """A setting in memory: its data with every modality, and its judges, which are the same for all of its cells."""
+
+    train: dict[str, Tensor]
+    test: dict[str, Tensor]
+    evaluators: list[Evaluator]
+
+
+class Runner:
+    """Runs a profile's cells into a folder.
+
+    Args:
+        source: the folder that the profile's file lies in.
+        out: where results go: ``cells/*.json``, ``profile.json``, and checkpoints in ``runs/`` until a cell is done.
+        keep_runs: keep the checkpoints of finished cells, too.
+
+    Raises:
+        UserError: if the folder holds results of another profile.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        source: Path,
+        out: Path,
+        registry: Registry,
+        *,
+        device: str = "cpu",
+        keep_runs: bool = False,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.profile, self.source, self.out, self.registry = profile, source, out, registry
+        self.device, self.keep_runs, self.say = device, keep_runs, say
+        self._held: dict[str, Held] = {}
+
+    def run(self, cells: Sequence[Cell]) -> dict[str, int]:
+        """Run what is not done yet.
+
+        Returns:
+            How many cells are "ok", "diverged", "failed", and how many were left to another process ("elsewhere").
+        """
+        self._check(cells)
+        (self.out / "cells").mkdir(parents=True, exist_ok=True)
+        write_json(self.out / "profile.json", summary(self.profile, cells, self.out))
+        states: dict[str, int] = {}
+        for number, cell in enumerate(cells, 1):
+            with _locked(self.out / "locks" / f"{cell.stem}.lock") as mine:
+                result = self._result(cell) if mine else None
+                if mine and result is None:
+                    self.say(f"[{number}/{len(cells)}] {cell.id}")
+                    result = self._run(cell)
+                    write_json(self._path(cell), result)
+                    self._remove_run(cell)
+                    self.say(f"[{number}/{len(cells)}] {cell.id}: {_told(result)}")
+            state = "elsewhere" if result is None else str(result["status"])
+            states[state] = states.get(state, 0) + 1
+        return states
+
+    def _path(self, cell: Cell) -> Path:
+        return self.out / "cells" / f"{cell.stem}.json"
+
+    def _result(self, cell: Cell) -> dict[str, Any] | None:
+        """The cell's result if it is there and whole; a damaged one is set aside and the cell run again."""
+        path = self._path(cell)
+        if not path.is_file():
+            return None
+        try:
+            result = read_json(path)
+        except UserError as error:
+            self.say(f"{error}; running the cell again")
+            return None
+        # A cell that failed may have been mended since: a diverged one would only diverge again.
+        return None if result.get("status") == "failed" else result
+
+    def _check(self, cells: Sequence[Cell]) -> None:
+        """Every cell's configuration is sound, and is that of the result that is there, before anything runs."""
+        for cell in cells:
+            mark = fingerprint(self._describe(cell))
+            result = self._result(cell)
+            if result is not None and result.get("fingerprint") != mark:
+                raise UserError(
+                    f"{self._path(cell)}: holds a result of another configuration of {cell.id} (fingerprint "
+                    f"{result.get('fingerprint')}, asked for {mark}). Give another --out, or remove the file"
+                )
+
+    def _describe(self, cell: Cell) -> dict[str, Any]:
+        experiment = cell_experiment(self.profile, cell, self.source, self.registry)
+        return description(self.profile, cell, experiment, self.registry)
+
+    def _run(self, cell: Cell) -> dict[str, Any]:
+        described = self._describe(cell)
+        method = self.profile.methods[cell.method]
+        result: dict[str, Any] = {
+            "schema": SCHEMA,
+            **asdict(cell),
+            "role": method.method.role,
+            "title": method.title or cell.method,
+            "status": "ok",
+            "reason": None,
+            "fingerprint": fingerprint(described),
+            "config": described,
+            "code": {"version": version("mtdiffusion"), "source": source_hash()},
+            "hardware": hardware(self.device),
+            "cost": None,
+            "metrics": {},
+            "directions": {},
+            "curve": [],
+            "figures": [],
+        }
+        try:
+            return result | self._measure(cell)
+        except Diverged as error:
+            return result | {"status": "diverged", "reason": str(error)}
+        except UserError as error:
+            return result | {"status": "failed", "reason": str(error)}
+
+    def _measure(self, cell: Cell) -> dict[str, Any]:
+        experiment = cell_experiment(self.profile, cell, self.source, self.registry)
+        held = self._hold(cell.setting)
+        model = build_model(experiment)
+        modalities = {name: model.modality(name) for name in model.names}
+        queries = self.profile.tasks[cell.task].task.queries()
+        problem = Problem(
+            experiment=experiment,
+            modalities=modalities,
+            queries=queries,
+            train=load_data(experiment, model, "train"),
+            folder=self.out / "runs" / cell.stem,
+            registry=self.registry,
+            device=self.device,
+            say=self.say,
+        )
+        problem.folder.parent.mkdir(parents=True, exist_ok=True)
+        fitted: Fitted = self.profile.methods[cell.method].method.fit(problem)
+        started = time.monotonic()
+        shown = self.profile.figures if cell.seed == self.profile.seeds[0] else 0
+        metrics, figures = measure(fitted, experiment, modalities, queries, held, shown)
+        return {
+            "cost": {
+                **asdict(fitted.cost),
+                "train_seconds": round(fitted.cost.train_seconds, 2),
+                "seconds_per_step": round(fitted.cost.train_seconds / fitted.cost.steps, 5),
+                "evaluate_seconds": round(time.monotonic() - started, 2),
+            },
+            "metrics": dict(sorted(metrics.items())),
+            "directions": _directions(modalities, held.evaluators),
+            "curve": fitted.curve,
+            "figures": figures,
+        }
+
+    def _hold(self, setting: str) -> Held:
+        if setting not in self._held:
+            experiment = base_experiment(self.profile, setting, self.source, self.registry)
+            model = build_model(experiment)
+            train = complete_samples(load_data(experiment, model, "train"))
+            test = complete_samples(load_data(experiment, model, "test"), experiment.evaluation.samples)
+            self.say(f"{setting}: training the judges")
+            evaluators = [evaluator.build(train) for evaluator in experiment.evaluation.evaluators]
+            self._held[setting] = Held(train, test, evaluators)
+        return self._held[setting]
+
+    def _remove_run(self, cell: Cell) -> None:
+        if self.keep_runs:
+            return
+        folder = self.out / "runs" / cell.stem
+        for path in sorted(folder.parent.glob(f"{folder.name}*"), reverse=True):
+            if path.is_file():
+                path.unlink()
+                continue
+            for inside in sorted(path.rglob("*"), reverse=True):
+                inside.rmdir() if inside.is_dir() else inside.unlink()
+            path.rmdir()
+
+
+def measure(
+    fitted: Fitted,
+    experiment: Experiment,
+    modalities: Mapping[str, Modality],
+    queries: Sequence[Query],
+    held: Held,
+    shown: int = 0,
+) -> tuple[Metrics, list[dict[str, Any]]]:
+    """Ask every query that the method answers; metrics by ``target|given/metric``, and figures of ``shown`` samples."""
+    config = experiment.evaluation
+    test = held.test
+    count = len(next(iter(test.values())))
+    size = (experiment.latent.height, experiment.latent.width)
+    metrics: Metrics = {}
+    figures: list[dict[str, Any]] = []
+    for number, query in enumerate(queries):
+        if not fitted.answers(query):
+            continue
+        # A stream of its own for each query: adding one changes no other's answer.
+        generator = torch.Generator().manual_seed(derive_seed(config.seed, number))
+        visible = None
+        if query.hidden:
+            # The same holes whatever the method and the seed.
+            holes = torch.Generator().manual_seed(derive_seed(0, number))
+            visible = random_holes(torch.full((count,), query.hidden), size, holes, query.pattern)
+        generated = _ask(fitted, query, test, visible, config.batch_size, generator)
+        if query.joint:
+            for evaluator in held.evaluators:
+                metrics |= {f"joint/{name}": value for name, value in evaluator.joint(generated).items()}
+            metrics["joint/samples"] = count
+        else:
+            for target in generated:
+                judged = judge_target(modalities[target], target, generated, test, held.evaluators)
+                metrics |= {f"{query.key(target)}/{name}": value for name, value in judged.items()}
+            for target, params in fitted.predict(query, test).items():
+                told = modalities[target].predictive_metrics(params, test[target])
+                metrics |= {f"{query.key(target)}/{name}": value for name, value in told.items()}
+        if shown:
+            figures += figures_of(query, generated, test, visible, modalities, shown)
+    for evaluator in held.evaluators:
+        metrics |= {f"real/{name}": value for name, value in evaluator.real(test).items()}
+    return metrics, figures
+
+
+def _ask(
+    fitted: Fitted,
+    query: Query,
+    test: Mapping[str, Tensor],
+    visible: Tensor | None,
+    batch_size: int,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    count = len(next(iter(test.values())))
+    parts = []
+    for rows in torch.split(torch.arange(count), batch_size):
+        x = {name: values[rows] for name, values in test.items()}
+        parts.append(fitted.generate(query, x, None if visible is None else visible[rows], generator))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _directions(modalities: Mapping[str, Modality], evaluators: Sequence[Evaluator]) -> dict[str, str]:
+    directions: dict[str, str] = {}
+    for modality in modalities.values():
+        directions |= modality.metric_directions
+    for evaluator in evaluators:
+        directions |= evaluator.metric_directions
+    return dict(sorted(directions.items()))
+
+
+def summary(profile: Profile, cells: Sequence[Cell], out: Path) -> dict[str, Any]:
+    """What the report needs to know beside the results: titles, in the profile's order, and which cells are planned."""
+    before: list[str] = []
+    if (out / "profile.json").is_file():
+        before = read_json(out / "profile.json").get("cells", [])
+    return {
+        "name": profile.title,
+        "title": profile.title,
+        "description": profile.description,
+        "seeds": list(profile.seeds),
+        "settings": {name: {"title": entry.title or name} for name, entry in profile.settings.items()},
+        "tasks": {name: {"title": entry.title or name, "paper": entry.paper} for name, entry in profile.tasks.items()},
+        "methods": {
+            name: {"title": entry.title or name, "role": entry.method.role} for name, entry in profile.methods.items()
+        },
+        "cells": sorted({*before, *(cell.id for cell in cells)}),
+    }
+
+
+def source_hash() -> str:
+    """A hash of the Python sources of the five packages: what code made a result, whether committed or not."""
+    digest = hashlib.sha256()
+    for name in ("mtdiffusion", "mtdiffusion_registry", "mtdiffusion_plugins", "mtdiffusion_engine"):
+        module = __import__(name)
+        folder = Path(str(module.__file__)).parent
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.relative_to(folder).as_posix().encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """On what a result was made."""
+    return {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Whether this process holds the lock; the system gives it back when a process ends, however it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def _told(result: Mapping[str, Any]) -> str:
+    if result["status"] != "ok":
+        return f"{result['status']}: {result['reason']}"
+    cost = result["cost"]
+    return f"ok, trained {cost['train_seconds']:.0f} s, asked {cost['evaluate_seconds']:.0f} s"

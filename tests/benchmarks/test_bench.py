@@ -1,0 +1,257 @@
+"""The benchmark's runner: the matrix, one result a cell, whatever interrupts it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from pathlib import Path
+
+import pytest
+
+from mtdiffusion_benchmarks.profile import Cell, load_profile, plan, shipped
+from mtdiffusion_benchmarks.runner import Runner
+from mtdiffusion_engine import cli
+from mtdiffusion_engine.trainer import Trainer
+from mtdiffusion_registry import Query, Registry, UserError
+
+CONFIG = """
+[data]
+kind = "digits"
+[latent]
+height = 8
+width = 8
+[modalities.image]
+kind = "image"
+size = 8
+channels = 1
+[modalities.label]
+kind = "label"
+classes = 10
+[backbone]
+kind = "unet"
+channels = 16
+[training]
+steps = 6
+batch_size = 8
+warmup = 1
+log_every = 2
+checkpoint_every = 2
+sample_every = 0
+[sampling]
+steps = 3
+[evaluation]
+steps = 2
+samples = 16
+[[evaluation.evaluators]]
+kind = "judge"
+epochs = 1
+width = 8
+"""
+
+PROFILE = """
+title = "tiny"
+seeds = [0, 1]
+figures = 2
+[settings.digits]
+config = "config.toml"
+[tasks."image+label"]
+paper = "joint image and label"
+task = { kind = "combination", modalities = ["image", "label"] }
+[tasks.masked]
+task = { kind = "combination", modalities = ["image"], masked = ["image"], hidden = [0.5], patterns = ["box"] }
+[methods.joint]
+title = "joint model"
+method = { kind = "joint" }
+[methods.class-conditional]
+method = { kind = "single", targets = ["image"], observed = ["label"] }
+[methods.hot]
+method = { kind = "joint" }
+set = ["training.learning_rate=1e30", "training.clip=1e30"]
+[[run]]
+settings = ["digits"]
+tasks = ["image+label"]
+methods = ["joint", "class-conditional"]
+[[run]]
+settings = ["digits"]
+tasks = ["masked"]
+methods = ["joint", "hot"]
+seeds = [0]
+"""
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "config.toml").write_text(CONFIG)
+    (folder / "profile.toml").write_text(PROFILE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def registry() -> Registry:
+    return Registry.discover()
+
+
+def runner_of(source: Path, out: Path, registry: Registry, **options: object) -> tuple[Runner, list[Cell], list[str]]:
+    profile, path = load_profile(str(source / "profile.toml"), registry)
+    said: list[str] = []
+    return Runner(profile, path.parent, out, registry, say=said.append, **options), plan(profile), said
+
+
+def results(out: Path) -> dict[str, dict]:
+    return {path.stem: json.loads(path.read_text()) for path in sorted((out / "cells").glob("*.json"))}
+
+
+def test_a_query_names_its_metrics() -> None:
+    assert Query().key("image") == "joint"
+    assert Query(("image", "mask"), ("label",)).key("label") == "label|image+mask"
+    assert Query((), ("image",), 0.75, "box").key("image") == "image|image:75%box"
+    with pytest.raises(ValueError, match="found in both: image"):
+        Query(("image",), ("image",))
+    with pytest.raises(ValueError, match="expected what to generate given image"):
+        Query(("image",))
+
+
+def test_the_matrix_is_the_blocks_in_order_each_cell_once(source: Path, registry: Registry) -> None:
+    profile, _ = load_profile(str(source / "profile.toml"), registry)
+    ids = [cell.id for cell in plan(profile)]
+    assert ids[:2] == ["digits/image+label/joint/0", "digits/image+label/class-conditional/0"]
+    assert len(ids) == len(set(ids)) == 6
+    assert [c.id for c in plan(profile, ("*/masked/hot/*",))] == ["digits/masked/hot/0"]
+    with pytest.raises(UserError, match=r"--only nothing\*: matches no cell"):
+        plan(profile, ("nothing*",))
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_the_profiles_that_ship_are_sound(name: str, registry: Registry, tmp_path: Path) -> None:
+    profile, path = load_profile(name, registry)
+    runner = Runner(profile, path.parent, tmp_path, registry, say=lambda _: None)
+    runner._check(plan(profile))  # every cell's configuration can be made
+
+
+def test_cells_are_measured_once_and_a_diverged_one_has_no_numbers(
+    source: Path, tmp_path: Path, registry: Registry
+) -> None:
+    out = tmp_path / "out"
+    runner, cells, _ = runner_of(source, out, registry)
+    assert runner.run(cells) == {"ok": 5, "diverged": 1}
+    found = results(out)
+    joint = found["digits__image+label__joint__0"]
+    assert {"label|image/accuracy", "image|label/judge_accuracy", "joint/fid_judge"} <= set(joint["metrics"])
+    assert "label|image/readout_accuracy" in joint["metrics"]
+    assert joint["directions"]["fid_judge"] == "lower"
+    assert joint["cost"]["flops_per_step"] > 1e6 and joint["cost"]["steps"] == 6
+    assert [point["step"] for point in joint["curve"]] == [2, 4, 6]
+    assert {figure["name"] for figure in joint["figures"]} == {"joint", "label|image", "image|label"}
+    assert not found["digits__image+label__joint__1"]["figures"]
+    alone = found["digits__image+label__class-conditional__0"]
+    assert alone["role"] == "control"
+    assert {key.split("/")[0] for key in alone["metrics"]} == {"image|label", "real"}  # only what it was trained for
+    assert "image|image:50%box/mse" in found["digits__masked__joint__0"]["metrics"]
+    hot = found["digits__masked__hot__0"]
+    assert hot["status"] == "diverged" and "training diverged" in hot["reason"]
+    assert hot["metrics"] == {} and hot["cost"] is None
+    assert not list((out / "runs").iterdir())
+    before = {path.name: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
+    again, cells, said = runner_of(source, out, registry)
+    assert again.run(cells) == {"ok": 5, "diverged": 1} and said == []
+    assert {path.name: path.stat().st_mtime_ns for path in (out / "cells").iterdir()} == before
+
+
+def test_an_interrupted_cell_goes_on_and_ends_as_if_it_had_not_been(
+    source: Path, tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cells, _ = runner_of(source, tmp_path / "whole", registry)
+    whole.run(cells[:1])
+    broken, cells, _ = runner_of(source, tmp_path / "broken", registry)
+    step = Trainer._one_step
+
+    def stops(self: Trainer, batches: object) -> object:
+        if self.step == 5:
+            raise KeyboardInterrupt
+        return step(self, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_one_step", stops)
+        with pytest.raises(KeyboardInterrupt):
+            broken.run(cells[:1])
+    assert results(tmp_path / "broken") == {}
+    broken.run(cells[:1])
+    (one,), (other,) = results(tmp_path / "whole").values(), results(tmp_path / "broken").values()
+    assert one["metrics"] == other["metrics"]
+    drop = "seconds"
+    assert [{k: v for k, v in p.items() if k != drop} for p in one["curve"]] == [
+        {k: v for k, v in p.items() if k != drop} for p in other["curve"]
+    ]
+
+
+def test_a_damaged_result_is_made_again_and_one_of_another_configuration_is_refused(
+    source: Path, tmp_path: Path, registry: Registry
+) -> None:
+    out = tmp_path / "out"
+    runner, cells, _ = runner_of(source, out, registry)
+    runner.run(cells[1:2])
+    (path,) = (out / "cells").iterdir()
+    whole = json.loads(path.read_text())
+    path.write_text(path.read_text()[:100])
+    runner, cells, said = runner_of(source, out, registry)
+    assert runner.run(cells[1:2]) == {"ok": 1}
+    assert any("running the cell again" in text for text in said)
+    assert json.loads(path.read_text())["metrics"] == whole["metrics"]
+    (source / "config.toml").write_text(CONFIG.replace("batch_size = 8", "batch_size = 4"))
+    runner, cells, _ = runner_of(source, out, registry)
+    with pytest.raises(UserError, match="holds a result of another configuration of digits/image"):
+        runner.run(cells[1:2])
+    assert json.loads(path.read_text())["metrics"] == whole["metrics"]
+
+
+def test_a_cell_that_another_process_runs_is_left_to_it(source: Path, tmp_path: Path, registry: Registry) -> None:
+    out = tmp_path / "out"
+    runner, cells, _ = runner_of(source, out, registry)
+    lock = out / "locks" / f"{cells[0].stem}.lock"
+    lock.parent.mkdir(parents=True)
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert runner.run(cells[:1]) == {"elsewhere": 1}
+    assert results(out) == {}
+
+
+def test_a_metric_whose_weights_are_missing_fails_its_cell_and_is_tried_again(
+    source: Path, tmp_path: Path, registry: Registry
+) -> None:
+    lacking = CONFIG + '[[evaluation.evaluators]]\nkind = "features"\nextractor = "inception"\n'
+    (source / "config.toml").write_text(lacking)
+    runner, cells, _ = runner_of(source, tmp_path / "out", registry)
+    assert runner.run(cells[1:2]) == {"failed": 1}
+    (cell,) = results(tmp_path / "out").values()
+    assert "weights" in cell["reason"] and cell["metrics"] == {}
+    assert runner._result(cells[1]) is None  # not taken for done
+
+
+def test_what_is_wrong_with_a_profile_is_said_at_once(source: Path, registry: Registry) -> None:
+    path = source / "profile.toml"
+    path.write_text(PROFILE.replace('methods = ["joint", "hot"]', 'methods = ["jiont"]'))
+    with pytest.raises(UserError, match="no 'jiont'; there are joint, class-conditional, hot"):
+        load_profile(str(path), registry)
+    path.write_text(PROFILE.replace('["image", "label"]', '["image", "sound"]'))
+    runner, cells, _ = runner_of(source, source / "out", registry)
+    with pytest.raises(UserError, match="the setting has no modality named sound; it has image, label"):
+        runner.run(cells)
+    assert not (source / "out" / "cells").exists()
+    with pytest.raises(UserError, match="no such profile or file; there are"):
+        load_profile("nothing", registry)
+
+
+def test_the_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    profile, out = str(source / "profile.toml"), str(tmp_path / "out")
+    assert cli.main(["bench", "list"]) == 0
+    assert "smoke" in capsys.readouterr().out
+    assert cli.main(["bench", "run", profile, "--out", out, "--only", "digits/masked/joint/0"]) == 0
+    assert "1 cells: 1 ok" in capsys.readouterr().out
+    assert cli.main(["bench", "list", profile, "--out", out]) == 0
+    assert "ok        digits/masked/joint/0" in capsys.readouterr().out
+    assert cli.main(["bench", "run", "nothing", "--out", out]) == 2
+    assert "no such profile" in capsys.readouterr().err
+    assert cli.main(["bench", "report", str(source)]) == 2
+    assert "no results here" in capsys.readouterr().err
