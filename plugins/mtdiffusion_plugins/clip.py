@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -76,6 +78,10 @@ class UnitVectorDecoder(Decoder):
 
 
 class ClipModality(Modality):
+    metric_directions: Mapping[str, str] = MappingProxyType(
+        {"cosine": "higher", "retrieval_at_1": "higher", "retrieval_at_5": "higher", "readout_cosine": "higher"}
+    )
+
     def __init__(self, encoder: Encoder, decoder: Decoder, config: ClipConfig) -> None:
         super().__init__(encoder, decoder)
         self.dim = config.dim
@@ -101,10 +107,18 @@ class ClipModality(Modality):
         return vector_tiles(x)
 
     def metrics(self, generated: Tensor, truth: Tensor) -> dict[str, float]:
-        """``cosine`` to the truth (mean), and ``retrieval_at_1``: how often the truth is the nearest in the batch."""
+        """``cosine`` to the truth (mean); ``retrieval_at_1`` and ``retrieval_at_5``: how often the truth is among that
+        many nearest (at most n) of the n truths in the batch, ties broken at random (in expectation)."""
         similarity = F.normalize(generated, dim=1) @ F.normalize(truth, dim=1).T
-        nearest = similarity.argmax(1) == torch.arange(len(truth), device=truth.device)
-        return {"cosine": similarity.diagonal().mean().item(), "retrieval_at_1": nearest.double().mean().item()}
+        own = similarity.diagonal()
+        nearer = (similarity > own[:, None]).sum(1)
+        tied = (similarity == own[:, None]).sum(1)  # itself among them
+        found = {k: ((min(k, len(truth)) - nearer) / tied).clamp(0, 1).mean().item() for k in (1, 5)}
+        return {"cosine": own.mean().item()} | {f"retrieval_at_{k}": share for k, share in found.items()}
+
+    def predictive_metrics(self, params: Params, truth: Tensor) -> dict[str, float]:
+        """``readout_cosine``: of the mean's direction to the truth."""
+        return {"readout_cosine": F.cosine_similarity(self.decoder.mode(params), truth).mean().item()}
 
     def derive(self, source: Tensor) -> Tensor:
         return self._embed(source) if self.derived else source

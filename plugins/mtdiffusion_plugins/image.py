@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import ClassVar, Literal
 
 import torch
@@ -103,6 +105,10 @@ class GaussianImageDecoder(Decoder):
 
 
 class ImageModality(Modality):
+    metric_directions: Mapping[str, str] = MappingProxyType(
+        {"mse": "lower", "psnr": "higher", "ssim": "higher", "readout_mse": "lower"}
+    )
+
     def __init__(self, encoder: Encoder, decoder: Decoder, config: ImageConfig) -> None:
         super().__init__(encoder, decoder)
         self.shape = (config.channels, config.size, config.size)
@@ -122,15 +128,41 @@ class ImageModality(Modality):
         return ((rgb + 1) / 2).clamp(0, 1)
 
     def metrics(self, generated: Tensor, truth: Tensor) -> dict[str, float]:
-        """``mse`` per pixel, and ``psnr`` in dB of pixels in [0, 1] (mean over images)."""
+        """``mse`` per pixel, and ``psnr`` in dB, of pixels in [0, 1]; ``ssim`` (Wang et al. 2004). Means over images.
+
+        SSIM's window is Gaussian, σ = 1.5, 11 × 11; of pictures smaller than that, uniform, of the largest odd side up
+        to 7 that fits, and there is none below 3 × 3. It is taken where the window lies inside of the picture.
+        """
         error = ((generated - truth) / 2).square().flatten(1).mean(1)
-        return {"mse": error.mean().item(), "psnr": (-10 * torch.log10(error.clamp(min=1e-10))).mean().item()}
+        metrics = {"mse": error.mean().item(), "psnr": (-10 * torch.log10(error.clamp(min=1e-10))).mean().item()}
+        if self.shape[-1] >= 3:
+            metrics["ssim"] = _ssim(generated, truth).item()
+        return metrics
+
+    def predictive_metrics(self, params: Params, truth: Tensor) -> dict[str, float]:
+        """``readout_mse``: of the mean, per pixel, of pixels in [0, 1]."""
+        return {"readout_mse": ((self.decoder.mode(params) - truth) / 2).square().mean().item()}
 
     def parse(self, text: str) -> Tensor:
         return read_image(Path(text), self.shape[0], self.shape[1])
 
     def write(self, x: Tensor, folder: Path, stem: str) -> Path:
         return write_image(x, folder / f"{stem}.png")
+
+
+def _ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Mean SSIM ``[]`` of pictures ``[B, C, h, h]`` in [−1, 1], h ≥ 3."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    side = a.shape[-1]
+    gaussian = side >= 11
+    window = 11 if gaussian else min(7, side - 1 + side % 2)
+    _, full = structural_similarity_index_measure(
+        a, b, gaussian_kernel=gaussian, kernel_size=window, data_range=2.0, return_full_image=True
+    )
+    # The margin is of windows that reach beyond the picture; releases of torchmetrics differ in whether they count it.
+    margin = window // 2
+    return full[..., margin:-margin, margin:-margin].mean()
 
 
 @frozen

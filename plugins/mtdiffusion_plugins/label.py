@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -17,6 +19,7 @@ from mtdiffusion.loss import low_before_high
 from mtdiffusion_plugins.drawing import text_tiles
 from mtdiffusion_plugins.files import read_json_value
 from mtdiffusion_plugins.heads import VectorEncoder, VectorHead, check_batch, check_range
+from mtdiffusion_plugins.metrics.calibration import expected_calibration_error
 from mtdiffusion_registry.configs import ModalityConfig
 from mtdiffusion_registry.errors import UserError
 from mtdiffusion_registry.hookspecs import hookimpl
@@ -58,6 +61,10 @@ class CategoricalDecoder(Decoder):
 
 
 class LabelModality(Modality):
+    metric_directions: Mapping[str, str] = MappingProxyType(
+        {"accuracy": "higher", "readout_accuracy": "higher", "nll": "lower", "ece": "lower"}
+    )
+
     def __init__(self, encoder: Encoder, decoder: Decoder, config: LabelConfig) -> None:
         super().__init__(encoder, decoder)
         self.classes = config.classes
@@ -79,6 +86,14 @@ class LabelModality(Modality):
     def metrics(self, generated: Tensor, truth: Tensor) -> dict[str, float]:
         """``accuracy``: the share that agrees."""
         return {"accuracy": (generated == truth).double().mean().item()}
+
+    def predictive_metrics(self, params: Params, truth: Tensor) -> dict[str, float]:
+        """``readout_accuracy`` of the most likely class; ``nll`` in nats; ``ece``, the expected calibration error."""
+        return {
+            "readout_accuracy": (self.decoder.mode(params) == truth).double().mean().item(),
+            "nll": self.decoder.nll(params, truth).mean().item(),
+            "ece": expected_calibration_error(params["logits"], truth),
+        }
 
     def parse(self, text: str) -> Tensor:
         """A class's index or name, or a JSON file as :meth:`write` makes it."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -15,6 +17,7 @@ from mtdiffusion import Decoder, Encoder, Features, FeatureSpec, LatentSpec, Mod
 from mtdiffusion.loss import low_before_high
 from mtdiffusion_plugins.files import colour_of_class, read_mask, write_mask
 from mtdiffusion_plugins.heads import MapHead, check_batch, check_channels, check_range, patch_size
+from mtdiffusion_plugins.metrics.calibration import expected_calibration_error
 from mtdiffusion_registry.configs import ModalityConfig
 from mtdiffusion_registry.hookspecs import hookimpl
 
@@ -85,6 +88,10 @@ class CategoricalMaskDecoder(Decoder):
 
 
 class MaskModality(Modality):
+    metric_directions: Mapping[str, str] = MappingProxyType(
+        {"miou": "higher", "iou_foreground": "higher", "pixel_accuracy": "higher", "nll": "lower", "ece": "lower"}
+    )
+
     def __init__(self, encoder: Encoder, decoder: Decoder, config: MaskConfig) -> None:
         super().__init__(encoder, decoder)
         self.size = config.size
@@ -120,6 +127,11 @@ class MaskModality(Modality):
             "iou_foreground": shared / either if either else 1.0,
             "pixel_accuracy": (generated == truth).double().mean().item(),
         }
+
+    def predictive_metrics(self, params: Params, truth: Tensor) -> dict[str, float]:
+        """Per pixel: ``nll`` in nats, and ``ece``, the expected calibration error."""
+        nll = self.decoder.nll(params, truth).mean() / self.decoder.dims
+        return {"nll": nll.item(), "ece": expected_calibration_error(params["logits"], truth)}
 
     def parse(self, text: str) -> Tensor:
         return read_mask(Path(text), self.size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,7 +15,13 @@ class Evaluator(ABC):
     """Judges samples given as a dict of tensors by modality name, each ``[B, ...]``.
 
     Each method returns metrics by name, and nothing where it has nothing to say.
+
+    Attributes:
+        metric_directions: "higher" or "lower", whichever is better, by metric. A metric without one is reported but
+            never ranked.
     """
+
+    metric_directions: Mapping[str, str] = MappingProxyType({})
 
     @abstractmethod
     def conditional(

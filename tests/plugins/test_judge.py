@@ -10,7 +10,7 @@ from mtdiffusion_registry import Registry, UserError
 def digits(split: str) -> dict[str, torch.Tensor]:
     data = Registry.discover().config_class("dataset", "digits")().build(split)
     samples = [data[i] for i in range(len(data))]
-    return {name: torch.stack([s[name] for s in samples]) for name in ("image", "label")}
+    return {name: torch.stack([s[name] for s in samples]) for name in ("image", "mask", "label")}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,58 @@ def test_noise_and_collapse_are_far_from_the_data(judged) -> None:
     one_digit = {"image": test["image"][test["label"] == 3]}
     assert judge.joint(noise)["fid_judge"] > 5 * real
     assert judge.joint(one_digit)["fid_judge"] > 5 * real
+    assert judge.joint(noise)["kid_judge"] > 5 * abs(judge.real(test)["kid_judge"])
+    assert judge.joint(noise)["memorisation_judge"] > 1.5 * judge.real(test)["memorisation_judge"]
+    for metric in ("precision_judge", "recall_judge"):
+        assert judge.joint(noise)[metric] < 0.1 < 0.5 < judge.real(test)[metric]
+    assert judge.joint(one_digit)["precision_judge"] > 0.5 > 0.2 > judge.joint(one_digit)["recall_judge"]
     assert judge.joint(one_digit)["class_entropy"] < 0.3 < 0.95 < judge.joint(test)["class_entropy"]
+
+
+def test_training_samples_are_seen_to_be_copies(judged) -> None:
+    judge, train, test = judged
+    copies = {"image": train["image"][:360], "label": train["label"][:360]}
+    assert judge.joint(copies)["memorisation_judge"] < 1e-3 < 0.7 < judge.real(test)["memorisation_judge"] < 1.4
+    assert judge.joint(copies)["precision_judge"] == 1
+
+
+DISTANCES = {"fid_judge", "kid_judge", "precision_judge", "recall_judge", "memorisation_judge"}
+
+
+def test_its_metrics_and_their_directions(judged) -> None:
+    judge, _, test = judged
+    conditional, joint, real = judge.conditional("image", test, test), judge.joint(test), judge.real(test)
+    assert conditional.keys() == {*DISTANCES, "judge_accuracy"}
+    assert joint.keys() == {*DISTANCES, "judge_agreement", "class_entropy"}
+    assert real.keys() == {*DISTANCES, "judge_accuracy", "fid_judge_iid"}
+    assert judge.joint({"image": test["image"]}).keys() == joint.keys() - {"judge_agreement"}
+    directed = (conditional.keys() | joint.keys() | real.keys()) - {"memorisation_judge", "class_entropy"}
+    assert judge.metric_directions.keys() == directed
+    lower = {name for name, direction in judge.metric_directions.items() if direction == "lower"}
+    assert lower == {"fid_judge", "kid_judge", "fid_judge_iid"}
+
+
+def test_one_sample_is_judged_by_what_one_sample_shows(judged) -> None:
+    judge, _, test = judged
+    one = {name: x[:1] for name, x in test.items()}
+    possible = {"precision_judge", "memorisation_judge"}
+    assert judge.conditional("image", one, one).keys() == {*possible, "judge_accuracy"}
+    assert judge.joint(one).keys() == {*possible, "judge_agreement", "class_entropy"}
+    assert judge.real(one).keys() == {*possible, "judge_accuracy"}
+
+
+def test_a_second_judge_reads_masks_under_a_name_of_its_own(judged) -> None:
+    judge, train, test = judged
+    second = JudgeConfig(input="mask", name="mask_judge", epochs=8, width=8).build(train)
+    assert second.real(test)["mask_judge_accuracy"] > 0.7
+    wrong = {"mask": test["mask"], "label": (test["label"] + 1) % 10}
+    assert second.joint(wrong)["mask_judge_agreement"] < 0.1
+    assert not judge.joint(test).keys() & second.joint(test).keys()
+    assert not judge.real(test).keys() & second.real(test).keys()
+    assert not judge.metric_directions.keys() & second.metric_directions.keys()
+    assert second.conditional("image", test, test) == {}
+    unknown = {"mask": test["mask"][:4] + 5}  # classes that the training split lacks
+    assert 0 <= second.joint(unknown)["mask_judge_class_entropy"] <= 1
 
 
 def test_it_is_the_same_every_time() -> None:
@@ -62,3 +113,10 @@ def test_it_is_the_same_every_time() -> None:
 def test_a_modality_that_is_not_there_is_named() -> None:
     with pytest.raises(UserError, match="no modality named 'picture'; there are image, label"):
         JudgeConfig(input="picture").build({"image": torch.zeros(1), "label": torch.zeros(1)})
+    train = {"image": torch.zeros(2, 1, 8, 8), "label": torch.zeros(2, dtype=torch.int64), "clip": torch.zeros(2, 32)}
+    with pytest.raises(UserError, match=r"pictures or masks as input .* found 'clip' \[32\] of torch.float32"):
+        JudgeConfig(input="clip").build(train)
+    with pytest.raises(UserError, match=r"class indices as target, found .* 'clip' \[32\] of torch.float32"):
+        JudgeConfig(target="clip").build(train)
+    with pytest.raises(ValueError, match="name"):
+        JudgeConfig(name="a/b")

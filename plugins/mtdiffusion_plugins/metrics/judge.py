@@ -1,7 +1,7 @@
 """An independent judge: a classifier of one modality by another, trained on the training split alone.
 
-Its reading of generated pictures says whether they show what they should; its features are those in which a Fréchet
-distance is taken (never called FID without saying so: the metric's name is ``fid_judge``).
+Its reading of generated pictures says whether they show what they should; its features are those in which distances to
+the training split are taken (never called FID without saying whose: the metric's name is ``fid_judge``).
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from typing import ClassVar
 
 import torch
 from attrs import field, frozen
-from attrs.validators import ge, gt
+from attrs.validators import ge, gt, matches_re
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mtdiffusion_plugins.metrics.distances import TrainingFeatures, frechet_distance
 from mtdiffusion_registry.configs import EvaluatorConfig
 from mtdiffusion_registry.errors import UserError
 from mtdiffusion_registry.evaluation import Evaluator
@@ -77,85 +78,90 @@ def train_classifier(x: Tensor, y: Tensor, *, width: int, epochs: int, seed: int
     return model.eval()
 
 
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Fréchet distance between Gaussians fitted to features ``[n, D]`` and ``[m, D]`` (Heusel et al. 2017)."""
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
-    class Given(nn.Module):
-        num_features = a.shape[1]
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x
-
-    fid = FrechetInceptionDistance(feature=Given(), input_img_size=(a.shape[1], 1, 1))
-    fid.set_dtype(torch.float64)
-    fid.update(a.double(), real=True)
-    fid.update(b.double(), real=False)
-    return float(fid.compute())
-
-
 class Judge(Evaluator):
-    """Reads ``target`` off ``input``."""
+    """Reads ``target`` off ``input``, and measures distances in the features by which it does."""
 
     def __init__(self, config: JudgeConfig, train: Mapping[str, Tensor]) -> None:
-        self.input, self.target = config.input, config.target
+        self.input, self.target, self.name = config.input, config.target, config.name
         x, y = train[self.input], train[self.target]
-        if x.ndim != 4 or y.ndim != 1 or y.is_floating_point():
+        if x.ndim not in (3, 4) or x.is_floating_point() != (x.ndim == 4) or y.ndim != 1 or y.is_floating_point():
             raise UserError(
-                f"evaluators.judge: expected pictures as input and class indices as target, found {self.input!r} "
-                f"{list(x.shape[1:])} and {self.target!r} {list(y.shape[1:])} of {y.dtype}"
+                "evaluators.judge: expected pictures or masks as input and class indices as target, found "
+                f"{self.input!r} {list(x.shape[1:])} of {x.dtype} and {self.target!r} {list(y.shape[1:])} of {y.dtype}"
             )
-        self.classifier = train_classifier(x, y, width=config.width, epochs=config.epochs, seed=config.seed)
-        self.train_features = self._features(x)
+        # Masks are shown as one channel a class; a class that the training split lacks is no channel.
+        self.mask_classes = torch.arange(int(x.max()) + 1) if x.ndim == 3 else None
+        self.classifier = train_classifier(
+            self._pictures(x), y, width=config.width, epochs=config.epochs, seed=config.seed
+        )
+        self.reference = TrainingFeatures(self._features(x), self.name, config.neighbours)
+        # The plain name is the first judge's; a second one needs its own.
+        self.entropy_name = "class_entropy" if self.name == "judge" else f"{self.name}_class_entropy"
+        self.metric_directions = {
+            **self.reference.directions,
+            f"{self.name}_accuracy": "higher",
+            f"{self.name}_agreement": "higher",
+            f"fid_{self.name}_iid": "lower",
+        }
+
+    def _pictures(self, x: Tensor) -> Tensor:
+        """``[B, channels, h, w]`` of pictures, or of masks ``[B, h, w]``."""
+        if self.mask_classes is None:
+            return x.cpu().float()
+        return (x.cpu()[:, None] == self.mask_classes[:, None, None]).float()
 
     @torch.no_grad()
     def _features(self, x: Tensor) -> Tensor:
-        return torch.cat([self.classifier.features(part) for part in torch.split(x.cpu().float(), 512)])
+        return torch.cat([self.classifier.features(self._pictures(part)) for part in torch.split(x, 512)])
 
     @torch.no_grad()
-    def _read(self, x: Tensor) -> Tensor:
-        return torch.cat([self.classifier(part).argmax(1) for part in torch.split(x.cpu().float(), 512)])
+    def _read(self, features: Tensor) -> Tensor:
+        return self.classifier.head(features).argmax(1)
 
     def conditional(
         self, target: str, generated: Mapping[str, Tensor], truth: Mapping[str, Tensor]
     ) -> dict[str, float]:
-        """``judge_accuracy``: how often the judge reads the true class off the generated; ``fid_judge``: to the
-        training split, in the judge's features."""
+        """``judge_accuracy``: how often the judge reads the true class off the generated; and the distances of
+        :meth:`TrainingFeatures.metrics` (``fid_judge``, ...) to the training split."""
         if target != self.input:
             return {}
-        read = self._read(generated[self.input])
+        features = self._features(generated[self.input])
         return {
-            "judge_accuracy": (read == truth[self.target].cpu()).double().mean().item(),
-            "fid_judge": frechet_distance(self.train_features, self._features(generated[self.input])),
+            f"{self.name}_accuracy": (self._read(features) == truth[self.target].cpu()).double().mean().item(),
+            **self.reference.metrics(features),
         }
 
     def joint(self, generated: Mapping[str, Tensor]) -> dict[str, float]:
         """``judge_agreement``: how often the judge reads the class that was generated with the picture;
-        ``class_entropy``: of the classes it reads, as a share of the greatest possible."""
-        read = self._read(generated[self.input])
-        metrics = {"fid_judge": frechet_distance(self.train_features, self._features(generated[self.input]))}
+        ``class_entropy``: of the classes it reads, as a share of the greatest possible (no direction: as real data's
+        is best); and the distances."""
+        features = self._features(generated[self.input])
+        read = self._read(features)
+        metrics = self.reference.metrics(features)
         if self.target in generated:
-            metrics["judge_agreement"] = (read == generated[self.target].cpu()).double().mean().item()
+            metrics[f"{self.name}_agreement"] = (read == generated[self.target].cpu()).double().mean().item()
         classes = self.classifier.head.out_features
         share = torch.bincount(read, minlength=classes).double() / len(read)
         entropy = -(share * share.clamp(min=1e-12).log()).sum()
-        metrics["class_entropy"] = (entropy / torch.tensor(float(classes)).log()).item()
+        metrics[self.entropy_name] = (entropy / torch.tensor(float(classes)).log()).item()
         return metrics
 
     def real(self, test: Mapping[str, Tensor]) -> dict[str, float]:
-        """``judge_accuracy`` and ``fid_judge`` of the held-out split as it is; ``fid_judge_iid``: the distance when its
-        classes are drawn at random, as those of joint samples are.
+        """``judge_accuracy`` and the distances of the held-out split as it is; ``fid_judge_iid``: the Fréchet distance
+        when its classes are drawn at random, as those of joint samples are.
 
         A split that holds every class in equal number lies closer to the training split than independent samples of
         the very same distribution do, so ``joint/fid_judge`` is to be read against ``real/fid_judge_iid``.
         """
         x, y = test[self.input], test[self.target].cpu()
         features = self._features(x)
-        return {
-            "judge_accuracy": (self._read(x) == y).double().mean().item(),
-            "fid_judge": frechet_distance(self.train_features, features),
-            "fid_judge_iid": self._redrawn_distance(features, y),
+        metrics = {
+            f"{self.name}_accuracy": (self._read(features) == y).double().mean().item(),
+            **self.reference.metrics(features),
         }
+        if len(y) > 1:
+            metrics[f"fid_{self.name}_iid"] = self._redrawn_distance(features, y)
+        return metrics
 
     def _redrawn_distance(self, features: Tensor, y: Tensor, draws: int = 20) -> float:
         """Mean distance of the held-out features ``[n, D]`` with their class counts redrawn: each sample's class at
@@ -170,23 +176,27 @@ class Judge(Evaluator):
                 while count > 0:
                     rows.append(label[torch.randperm(len(label), generator=generator)][:count])
                     count -= len(rows[-1])
-            distances.append(frechet_distance(self.train_features, features[torch.cat(rows)]))
+            distances.append(frechet_distance(self.reference.features, features[torch.cat(rows)]))
         return sum(distances) / draws
 
 
 @frozen
 class JudgeConfig(EvaluatorConfig):
-    """A classifier of ``target`` (class indices) by ``input`` (pictures).
+    """A classifier of ``target`` (class indices) by ``input`` (pictures or masks).
 
     Attributes:
         input: the modality it looks at.
         target: the modality it reads off it.
+        name: in its metrics' names, to tell several judges apart.
+        neighbours: k of precision and recall.
         epochs, width, seed: of its training.
     """
 
     kind: ClassVar[str] = "judge"
     input: str = "image"
     target: str = "label"
+    name: str = field(default="judge", validator=matches_re(r"\w+"))
+    neighbours: int = field(default=3, validator=ge(1))
     epochs: int = field(default=40, validator=ge(1))
     width: int = field(default=32, validator=gt(0))
     seed: int = field(default=0, validator=ge(0))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -61,6 +62,10 @@ def load_lpips(net: str, trunk: Path | None) -> nn.Module:
 
 class Lpips(Evaluator):
     """Mean LPIPS of a generated modality to the truth."""
+
+    metric_directions: Mapping[str, str] = MappingProxyType(
+        {"lpips_alex": "lower", "lpips_vgg": "lower", "lpips_squeeze": "lower"}
+    )
 
     def __init__(self, config: LpipsConfig) -> None:
         self.input, self.net = config.input, config.net

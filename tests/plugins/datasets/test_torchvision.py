@@ -1,0 +1,97 @@
+"""Published layouts, read from tiny copies of them."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mtdiffusion_plugins.datasets.torchvision import TorchvisionConfig
+from mtdiffusion_registry import UserError
+
+
+def picture(path: Path, colour: tuple[int, int, int] = (255, 0, 0), size: tuple[int, int] = (20, 12)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+def mask(path: Path, left: int, right: int, size: tuple[int, int] = (20, 12)) -> None:
+    """A mask whose left half is one value and whose right half is another."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = np.full((size[1], size[0]), left, np.uint8)
+    values[:, size[0] // 2 :] = right
+    image = Image.fromarray(values)
+    if "Segmentation" in str(path):
+        image = image.convert("P")
+        image.putdata(values.flatten().tolist())
+    image.save(path)
+
+
+def test_image_folder(tmp_path: Path) -> None:
+    picture(tmp_path / "train/cat/a.png")
+    picture(tmp_path / "train/dog/b.png", (0, 0, 255))
+    picture(tmp_path / "val/dog/c.png")
+    train = TorchvisionConfig(name="image_folder", root=str(tmp_path), size=8).build("train")
+    assert len(train) == 2 and int(train[1]["label"]) == 1
+    assert train[0]["image"].shape == (3, 8, 8)
+    assert torch.allclose(train[0]["image"][:, 4, 4], torch.tensor([1.0, -1.0, -1.0]))
+    assert len(TorchvisionConfig(name="image_folder", root=str(tmp_path), size=8).build("test")) == 1
+
+
+def test_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision.datasets import CIFAR10
+
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        entry = {"data": np.full((2, 3072), 255, np.uint8), "labels": [3, 7]}
+        (folder / name).write_bytes(pickle.dumps(entry))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [str(i) for i in range(10)]}))
+    monkeypatch.setattr(
+        CIFAR10, "train_list", [[name, None] for name, _ in CIFAR10.train_list]
+    )
+    monkeypatch.setattr(CIFAR10, "test_list", [[name, None] for name, _ in CIFAR10.test_list])
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": None})
+    train = TorchvisionConfig(name="cifar10", root=str(tmp_path)).build("train")
+    assert len(train) == 10 and int(train[1]["label"]) == 7
+    assert train[0]["image"].shape == (3, 32, 32) and bool((train[0]["image"] == 1).all())
+
+
+def test_voc(tmp_path: Path) -> None:
+    root = tmp_path / "VOCdevkit/VOC2012"
+    picture(root / "JPEGImages/one.jpg")
+    mask(root / "SegmentationClass/one.png", 15, 255)
+    (root / "ImageSets/Segmentation").mkdir(parents=True)
+    for split in ("train", "val"):
+        (root / f"ImageSets/Segmentation/{split}.txt").write_text("one\n")
+    sample = TorchvisionConfig(name="voc", root=str(tmp_path), size=8).build("test")[0]
+    assert sample["mask"].shape == (8, 8) and sample["mask"].dtype == torch.int64
+    assert sample["mask"][0, 0] == 15 and sample["mask"][0, 7] == 0  # void is background
+
+
+def test_cityscapes(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        picture(tmp_path / f"leftImg8bit/{split}/ulm/ulm_0_0_leftImg8bit.png")
+        mask(tmp_path / f"gtFine/{split}/ulm/ulm_0_0_gtFine_labelIds.png", 26, 0)  # car; unlabelled
+        for rest in ("instanceIds.png", "color.png", "polygons.json"):
+            (tmp_path / f"gtFine/{split}/ulm/ulm_0_0_gtFine_{rest}").touch()
+    sample = TorchvisionConfig(name="cityscapes", root=str(tmp_path), size=8).build("train")[0]
+    assert sample["mask"][0, 0] == 13 and sample["mask"][0, 7] == 19
+
+
+@pytest.mark.parametrize("name", ["image_folder", "cifar10", "voc", "cityscapes"])
+def test_what_is_not_there_is_named_with_the_layout_expected(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"data.root .*: no {name} \(train\) there: .*Expected root/"):
+        TorchvisionConfig(name=name, root=str(tmp_path)).build("train")
+
+
+def test_a_damaged_picture_is_named(tmp_path: Path) -> None:
+    picture(tmp_path / "train/cat/a.png")
+    (tmp_path / "train/cat/a.png").write_bytes(b"no picture")
+    data = TorchvisionConfig(name="image_folder", root=str(tmp_path)).build("train")
+    with pytest.raises(UserError, match="sample 0: cannot be read"):
+        data[0]
