@@ -29,6 +29,7 @@ SECTIONS = {
     "training": ex.TrainingConfig,
     "sampling": SamplerSettings,
     "evaluation": ex.EvaluationConfig,
+    "plugins": ex.PluginsConfig,
 }
 
 

@@ -3,6 +3,7 @@
 ::
 
     RUN/config.toml                      the resolved experiment
+    RUN/plugins.json                     where each of its kinds came from: distribution, version, module
     RUN/checkpoints/step-00005000/       model, ema, optimizer (.safetensors) and state.json (with the experiment)
     RUN/tensorboard/
 """

@@ -6,12 +6,23 @@ import argparse
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mtdiffusion_registry import PluginInfo, Registry
 
 TRACEBACK_VARIABLE = "MTDIFFUSION_TRACEBACK"
+COMMANDS = "mtdiffusion.commands"
+"""Entry points of modules that add a subcommand: ``add_parser(commands)``, which sets the default ``handler``."""
 SOLVERS = ("ancestral", "ddim", "dpmpp_2m")
+SCAFFOLDS = ("modality", "dataset", "backbone", "schedule", "task")
+SLOW_IMPORT = 1.0
+"""Seconds from which the import of a plugin is called slow: who lists or trains waits for it."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -135,37 +146,118 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help=argparse.SUPPRESS)
     on_device(demo)
 
+    for entry_point in entry_points(group=COMMANDS):
+        entry_point.load().add_parser(commands)
+
     plugins = command("plugins", "what is installed")
     actions = plugins.add_subparsers(dest="action", metavar="ACTION", required=True)
     listing = actions.add_parser("list", help="list plugins; imports none", description="List plugins; imports none.")
-    listing.add_argument("--verbose", action="store_true", help="show the modules, too")
+    listing.add_argument("--verbose", action="store_true", help="show modules, and import each plugin to time it")
+    listing.set_defaults(handler=_list_plugins)
+    new = actions.add_parser(
+        "new",
+        help="write a plugin package to start from",
+        description="Write a complete plugin package to start from: a working plugin, its tests and its metadata.",
+    )
+    new.add_argument("name", metavar="NAME", help="of the new kind, such as depth: the package is mtdiffusion-depth")
+    new.add_argument("--kind", required=True, choices=SCAFFOLDS, help="what it is")
+    new.add_argument("--out", type=Path, metavar="DIR", help="default: mtdiffusion-NAME; must not exist yet")
+    new.set_defaults(handler=_new_plugin)
+    checking = actions.add_parser(
+        "check",
+        help="check a plugin against its contract",
+        description="Check a plugin against its contract. Exit status: 0 if it keeps it, 1 if a check failed.",
+        allow_abbrev=False,
+    )
+    checking.add_argument("name", metavar="NAME", help="KIND, or GROUP.KIND")
+    checking.add_argument(
+        "--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="set a key of its configuration"
+    )
+    checking.add_argument("--latent", type=_positive, metavar="SIDE", help="of the largest latent (default: 8)")
+    checking.set_defaults(handler=_check_plugin)
     return parser
 
 
-def _list_plugins(verbose: bool) -> None:
+def _list_plugins(args: argparse.Namespace) -> None:
     from mtdiffusion_registry import Registry
 
-    plugins = Registry.discover().plugins()
-    rows = [("GROUP", "KIND", "DISTRIBUTION", "VERSION", "STATUS", "MODULE")]
-    rows += [
-        (info.group or "?", info.kind or info.entry_point, info.distribution, info.version, info.status, info.module)
-        for info in plugins
-    ]
-    if not verbose:
-        rows = [row[:-1] for row in rows]  # type: ignore[misc]
+    registry = Registry.discover()
+    rows = [["GROUP", "KIND", "DISTRIBUTION", "VERSION", "STATUS", *(["SECONDS", "MODULE"] if args.verbose else [])]]
+    notes = []
+    if args.verbose:
+        import mtdiffusion  # noqa: F401  # its import and torch's are no plugin's fault
+    for info in registry.plugins():
+        status, problem, more = info.status, info.reason, []
+        if args.verbose:
+            seconds, failure = _timed_import(registry, info) if info.status == "ok" else (None, "")
+            more = ["-" if seconds is None else f"{seconds:.2f}", info.module]
+            if failure:
+                status, problem = "broken", failure
+            elif seconds is not None and seconds > SLOW_IMPORT:
+                notes.append(
+                    f"{info.entry_point} of {info.owner}: slow: the import of {info.module} took {seconds:.1f} s; "
+                    "heavy libraries are better imported where they are used"
+                )
+        rows.append([info.group or "?", info.kind or info.entry_point, info.distribution, info.version, status, *more])
+        if status != "ok":
+            notes.append(f"{info.entry_point} of {info.owner}: {status}: {problem}")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    for info in plugins:
-        if info.status != "ok":
-            print(f"{info.entry_point} of {info.owner}: {info.status}: {info.reason}")
+    for note in notes:
+        print(note)
+
+
+def _timed_import(registry: Registry, info: PluginInfo) -> tuple[float, str]:
+    """How long it takes to load a plugin (none, if another of its module was loaded before), and what went wrong."""
+    from mtdiffusion_registry import UserError
+
+    started = time.perf_counter()
+    try:
+        registry.config_class(info.group, info.kind)
+    except UserError as error:
+        return time.perf_counter() - started, str(error)
+    return time.perf_counter() - started, ""
+
+
+def _new_plugin(args: argparse.Namespace) -> None:
+    from mtdiffusion_engine.scaffold import GROUPS, write_package
+    from mtdiffusion_registry import Registry
+
+    folder = write_package(args.name, GROUPS[args.kind], args.out, Registry.discover())
+    print(f"{folder}: written. Next: pip install -e '{folder}[dev]' && pytest {folder}")
+
+
+def _check_plugin(args: argparse.Namespace) -> int:
+    from mtdiffusion_registry import Registry, UserError
+    from mtdiffusion_registry.config import apply_overrides
+
+    known = {f"{info.group}.{info.kind}": info.kind for info in Registry.discover().plugins() if info.kind}
+    found = [full for full, kind in known.items() if args.name in (full, kind)]
+    if not found:
+        hint = _near(args.name, [*known, *known.values()])
+        raise UserError(f'there is no plugin "{args.name}"{hint} (see all: mtdiffusion plugins list)')
+    if len(found) > 1:
+        raise UserError(f'"{args.name}" is the kind of {len(found)} plugins; say which: {", ".join(found)}')
+
+    from mtdiffusion_registry.testing import conformance
+
+    options = {} if args.latent is None else {"height": args.latent, "width": args.latent}
+    contract = conformance(found[0], values=apply_overrides({}, args.set), **options).contract()
+    counts = {"ok": 0, "failed": 0, "skipped": 0}
+    for outcome in contract.outcomes():
+        counts[outcome.status] += 1
+        said = " ".join(outcome.reason.split()) or outcome.check.contract
+        print(f"{outcome.status:<8} {outcome.check.id:<18} {said}", flush=True)
+    print(f"{found[0]}: {', '.join(f'{count} {status}' for status, count in counts.items())}")
+    return 1 if counts["failed"] else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit status: 0, 2 for what the user can mend, 130 after Ctrl-C.
+        The exit status: 0, 1 if a plugin fails a check, 2 for what the user can mend, 130 after Ctrl-C.
     """
     parser = _parser()
     args = parser.parse_args(argv)
@@ -204,8 +296,8 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         print(f"mtdiffusion {version('mtdiffusion')}")
     elif args.command is None:
         parser.print_help()
-    elif args.command == "plugins":
-        _list_plugins(args.verbose)
+    elif handler := getattr(args, "handler", None):
+        return handler(args) or 0
     else:
         from mtdiffusion_engine import commands
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import attrs
 import torch
 from attrs import Factory, field, frozen
 from attrs.validators import and_, deep_iterable, deep_mapping, ge, gt, in_, le, lt, min_len, optional
@@ -24,8 +25,10 @@ from mtdiffusion import (
     SubsetDistribution,
 )
 from mtdiffusion.schedules import CURVES, RETENTIONS
+from mtdiffusion_engine.checkpoint import read_json
 from mtdiffusion_registry import (
     BackboneConfig,
+    Config,
     ConfigError,
     DatasetConfig,
     EvaluatorConfig,
@@ -35,6 +38,9 @@ from mtdiffusion_registry import (
     WeightScheduleConfig,
 )
 from mtdiffusion_registry.config import apply_overrides, load_toml, structure, unstructure
+
+PLUGINS_FILE = "plugins.json"
+"""Beside a run's config.toml: the distribution, version and module of each kind in it."""
 
 _share = and_(ge(0.0), le(1.0))
 
@@ -171,6 +177,17 @@ class EvaluationConfig:
 
 
 @frozen
+class PluginsConfig:
+    """Which of the installed plugins this experiment does without.
+
+    Attributes:
+        disable: names of entry points or distributions, or "*"; see :meth:`mtdiffusion_registry.Registry.blocking`.
+    """
+
+    disable: tuple[str, ...] = ()
+
+
+@frozen
 class Experiment:
     """One configuration file. Stored, resolved, with every checkpoint and every result."""
 
@@ -185,6 +202,7 @@ class Experiment:
     training: TrainingConfig = Factory(TrainingConfig)
     sampling: SamplerSettings = Factory(SamplerSettings)
     evaluation: EvaluationConfig = Factory(EvaluationConfig)
+    plugins: PluginsConfig | None = None
 
     def __attrs_post_init__(self) -> None:
         for name in self.modalities:
@@ -209,12 +227,45 @@ def load_experiment(path: Path, overrides: list[str], registry: Registry) -> Exp
     """Read a configuration file.
 
     Args:
+        path: the file; if it is a run's, its neighbour ``plugins.json`` says where a kind that is missing came from.
         overrides: ``table.key=value`` arguments that change it.
+        registry: where kinds are looked up, less those that ``plugins.disable`` names.
 
     Raises:
         UserError: for whatever is wrong with it.
     """
-    return structure(registry, apply_overrides(load_toml(path), overrides), Experiment, str(path))
+    tables = apply_overrides(load_toml(path), overrides)
+    recorded = path.with_name(PLUGINS_FILE)
+    if recorded.is_file():
+        registry = registry.with_origins(read_json(recorded))
+    return structure(registry.blocking(_disabled(tables), by="plugins.disable"), tables, Experiment, str(path))
+
+
+def _disabled(tables: Mapping[str, Any]) -> list[str]:
+    """``plugins.disable``, which must be known before kinds are looked up; structuring says what is wrong with it."""
+    plugins = tables.get("plugins")
+    names = plugins.get("disable") if isinstance(plugins, Mapping) else None
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
+def origins(experiment: Experiment, registry: Registry) -> dict[str, dict[str, str]]:
+    """The distribution, version and module of every kind that an experiment uses, by ``GROUP.KIND``."""
+    registry = registry.blocking(experiment.plugins.disable if experiment.plugins else ())
+    return {
+        f"{config.group}.{config.kind}": registry.origin(config.group, config.kind) for config in _kinds(experiment)
+    }
+
+
+def _kinds(value: Any) -> Iterator[Config]:
+    """The configs of registered kinds in an experiment, at any depth."""
+    if isinstance(value, Config):
+        yield value
+    if attrs.has(type(value)):
+        value = [getattr(value, attribute.name) for attribute in attrs.fields(type(value))]
+    elif isinstance(value, Mapping):
+        value = list(value.values())
+    for item in value if isinstance(value, list | tuple) else ():
+        yield from _kinds(item)
 
 
 def resolved(experiment: Experiment, registry: Registry) -> dict[str, Any]:
@@ -223,6 +274,7 @@ def resolved(experiment: Experiment, registry: Registry) -> dict[str, Any]:
 
 
 _FREE = (
+    "plugins.",
     "sampling.",
     "evaluation.",
     *(f"training.{key}." for key in ("workers", "log_every", "checkpoint_every", "sample_every", "keep")),

@@ -31,7 +31,7 @@ class Evaluator(ABC):
 
     @abstractmethod
     def joint(self, generated: Mapping[str, Tensor]) -> dict[str, float]:
-        """Of samples generated with nothing observed."""
+        """Of samples generated with nothing observed; {} where what it judges is not among them."""
 
     @abstractmethod
     def real(self, test: Mapping[str, Tensor]) -> dict[str, float]:

@@ -11,7 +11,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import Distribution, distributions
 from types import ModuleType
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 ENTRY_POINT_GROUP = "mtdiffusion.plugins"
 DISABLE_VARIABLE = "MTDIFFUSION_DISABLE_PLUGINS"
 DIRECT = "(registered directly)"
+OURS = "mtdiffusion"
+"""The distribution that a block list of ``*`` leaves."""
 
 Status = Literal["ok", "conflict", "blocked", "broken"]
 
@@ -64,6 +66,11 @@ class PluginInfo:
         """The distribution and its version."""
         return f"{self.distribution} {self.version}".rstrip()
 
+    @property
+    def origin(self) -> dict[str, str]:
+        """What to record of where a kind came from, for :meth:`Registry.with_origins`."""
+        return {"distribution": self.distribution, "version": self.version, "module": self.module}
+
 
 @frozen(eq=False, slots=False)
 class Registry:
@@ -74,6 +81,7 @@ class Registry:
 
     _plugins: tuple[PluginInfo, ...] = ()
     _direct: dict[tuple[str, str], type[Config]] = field(factory=dict)
+    _origins: Mapping[str, Mapping[str, str]] = field(factory=dict)
     _loaded: dict[tuple[str, str], type[Config]] = field(factory=dict, init=False)
 
     @classmethod
@@ -81,27 +89,55 @@ class Registry:
         """Find the plugins installed, importing none.
 
         Args:
-            block: names of entry points or of distributions to leave out, beside those in the environment variable
-                ``MTDIFFUSION_DISABLE_PLUGINS`` (comma separated).
+            block: what to leave out, as in :meth:`blocking`, beside what the environment variable
+                ``MTDIFFUSION_DISABLE_PLUGINS`` says (comma separated).
             paths: where to look; ``sys.path`` by default.
         """
         search = list(sys.path) if paths is None else [os.fspath(path) for path in paths]
-        blocked = {_normalised(name): "the block list" for name in block}
-        for name in os.environ.get(DISABLE_VARIABLE, "").split(","):
-            if name.strip():
-                blocked.setdefault(_normalised(name), DISABLE_VARIABLE)
+        found = cls(tuple(dict.fromkeys(_declared(search))))
+        return found.blocking(os.environ.get(DISABLE_VARIABLE, "").split(","), by=DISABLE_VARIABLE).blocking(block)
 
-        found = list(dict.fromkeys(_block(info, blocked) for info in _declared(search)))
-        rivals: dict[tuple[str, str], list[PluginInfo]] = {}
-        for info in found:
-            if info.status == "ok":
-                rivals.setdefault((info.group, info.kind), []).append(info)
-        for i, info in enumerate(found):
-            others = [rival for rival in rivals.get((info.group, info.kind), ()) if rival is not info]
-            if info.status == "ok" and others:
-                also = " and ".join(f"{rival.owner} (module {rival.module})" for rival in others)
-                found[i] = attrs.evolve(info, status="conflict", reason=f"also declared by {also}")
-        return cls(tuple(found))
+    def blocking(self, names: Iterable[str], by: str = "the block list") -> Registry:
+        """A new registry that leaves plugins out; what they were in conflict with can then be used.
+
+        Args:
+            names: of entry points or of distributions, up to case and ``-_.``; ``*`` is every distribution but
+                mtdiffusion. A name of something that is not installed changes nothing, so that one list serves many
+                machines.
+            by: whose wish it is, for messages.
+        """
+        blocked = {_normalised(name) for name in names if name.strip()}
+
+        def is_blocked(info: PluginInfo) -> bool:
+            distribution = _normalised(info.distribution)
+            return bool(blocked & {_normalised(info.entry_point), distribution}) or (
+                "*" in blocked and distribution != OURS
+            )
+
+        reason = f"blocked by {by}"
+        infos = (
+            attrs.evolve(info, status="blocked", reason=reason) if is_blocked(info) else info for info in self._plugins
+        )
+        return attrs.evolve(self, plugins=_with_conflicts(infos))
+
+    def with_origins(self, origins: Mapping[str, Mapping[str, str]]) -> Registry:
+        """A new registry that can say of a kind that is missing where it once came from.
+
+        Args:
+            origins: what :meth:`origin` said of each ``GROUP.KIND`` at the time.
+        """
+        return attrs.evolve(self, origins=origins)
+
+    def origin(self, group: str, kind: str) -> dict[str, str]:
+        """The distribution, version and module of a kind that can be asked for; imports nothing.
+
+        Raises:
+            UserError: as :meth:`config_class` does.
+        """
+        _check_group(group)
+        if cls := self._direct.get((group, kind)):
+            return _direct_info(cls).origin
+        return self._find(group, kind).origin
 
     def with_classes(self, *classes: type[Config]) -> Registry:
         """A new registry that knows these config classes too, for a notebook or a test.
@@ -120,7 +156,7 @@ class Registry:
             if problem := _class_problem(cls, group):
                 raise PluginError(f"cannot register {cls!r}: {problem}")
             direct[group, cls.kind] = cls
-        return Registry(self._plugins, direct)
+        return attrs.evolve(self, direct=direct)
 
     def plugins(self) -> list[PluginInfo]:
         """Everything that is installed or registered, also what cannot be used, sorted; imports nothing."""
@@ -130,8 +166,7 @@ class Registry:
                 infos.append(attrs.evolve(info, status="blocked", reason=f"replaced by {_name(cls)}"))
             else:
                 infos.append(info)
-        for (group, kind), cls in self._direct.items():
-            infos.append(PluginInfo(f"{group}.{kind}", group, kind, DIRECT, "", cls.__module__))
+        infos += [_direct_info(cls) for cls in self._direct.values()]
         order = {group: i for i, group in enumerate(GROUPS)}
         return sorted(infos, key=lambda info: (order.get(info.group, len(order)), info.entry_point, info.distribution))
 
@@ -174,14 +209,19 @@ class Registry:
             owners = " and ".join(f"{info.owner} (module {info.module})" for info in candidates)
             raise PluginError(
                 f"{name} is declared by more than one plugin: {owners}. "
-                f"Uninstall all but one, or leave distributions out: {DISABLE_VARIABLE}=NAME,NAME"
+                f"Uninstall all but one, or leave distributions out: plugins.disable in the configuration, or "
+                f"{DISABLE_VARIABLE}=NAME,NAME"
             )
         if candidates:
             if candidates[0].status == "broken":
                 raise _plugin_error(candidates[0], candidates[0].reason)
             return candidates[0]
         if infos:
-            raise UserError(f"{name} of {infos[0].owner} is installed but {infos[0].reason}")
+            raise UserError(
+                f"{name} of {infos[0].owner} is installed but {infos[0].reason}; take it off there to use it"
+            )
+        if origin := self._origins.get(name):
+            raise UserError(_missing(name, origin))
         known = self.kinds(group)
         broken = sum(info.status == "broken" for info in self._plugins)
         raise UserError(
@@ -198,6 +238,40 @@ def _normalised(name: str) -> str:
 
 def _name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _direct_info(cls: type[Config]) -> PluginInfo:
+    return PluginInfo(f"{cls.group}.{cls.kind}", cls.group, cls.kind, DIRECT, "", cls.__module__)
+
+
+def _missing(name: str, origin: Mapping[str, str]) -> str:
+    distribution, version, module = (origin.get(key, "") for key in ("distribution", "version", "module"))
+    if distribution == DIRECT:
+        return (
+            f"{name} is not installed. The run was trained with a class of the module {module} that was registered "
+            "directly: give load_run a registry that has it, Registry.discover().with_classes(...)"
+        )
+    return (
+        f"{name} is not installed. The run was trained with {distribution} {version} (module {module}), which provides "
+        f'it: pip install "{distribution}=={version}"'
+    )
+
+
+def _with_conflicts(infos: Iterable[PluginInfo]) -> tuple[PluginInfo, ...]:
+    """The same plugins, those of one name in conflict with each other and no others."""
+    infos = list(infos)
+    rivals: dict[tuple[str, str], list[PluginInfo]] = {}
+    for info in infos:
+        if info.status in ("ok", "conflict"):
+            rivals.setdefault((info.group, info.kind), []).append(info)
+    for i, info in enumerate(infos):
+        if info.status in ("ok", "conflict"):
+            others = [rival for rival in rivals[info.group, info.kind] if rival is not info]
+            also = " and ".join(f"{rival.owner} (module {rival.module})" for rival in others)
+            infos[i] = attrs.evolve(
+                info, status="conflict" if others else "ok", reason=f"also declared by {also}" if others else ""
+            )
+    return tuple(infos)
 
 
 def _check_group(group: str) -> None:
@@ -245,13 +319,6 @@ def _entry_points(distribution: Distribution, name: str) -> Iterator[PluginInfo]
             yield info(point.name, group, kind, point.value, None)
 
 
-def _block(info: PluginInfo, blocked: dict[str, str]) -> PluginInfo:
-    for name in (info.entry_point, info.distribution):
-        if by := blocked.get(_normalised(name)):
-            return attrs.evolve(info, status="blocked", reason=f"blocked by {by}")
-    return info
-
-
 def _plugin_error(info: PluginInfo, problem: str) -> PluginError:
     return PluginError(f"plugin {info.entry_point} of {info.owner} (module {info.module}): {problem}")
 
@@ -261,7 +328,11 @@ def _load(info: PluginInfo) -> type[Config]:
     try:
         module = importlib.import_module(info.module)
     except (Exception, SystemExit) as error:
-        raise _plugin_error(info, f"its import failed: {type(error).__name__}: {error}") from error
+        raise _plugin_error(
+            info,
+            f"its import failed: {type(error).__name__}: {error}. Upgrade or reinstall {info.distribution}, or do "
+            "without this kind",
+        ) from error
     if problem := _api_problem(module, info) or _hook_problem(module):
         raise _plugin_error(info, problem)
 
@@ -300,13 +371,14 @@ def _load(info: PluginInfo) -> type[Config]:
 def _api_problem(module: ModuleType, info: PluginInfo) -> str | None:
     stated = getattr(module, "MTDIFFUSION_API", None)
     ours = hookspecs.API_VERSION
+    here = f"this mtdiffusion has {ours}"
     if type(stated) is not int:
         found = "it does not state" if stated is None else f"found MTDIFFUSION_API = {stated!r}, not a number:"
         return f"{found} the plugin API it was written for; set MTDIFFUSION_API = {ours} in the module"
     if stated < ours:
-        return f"it was written for plugin API {stated}, this mtdiffusion has {ours}; upgrade {info.distribution}"
+        return f"it is of plugin API {stated}, {here}; upgrade {info.distribution}, or install an older mtdiffusion"
     if stated > ours:
-        return f"it needs plugin API {stated}, this mtdiffusion has {ours}; upgrade mtdiffusion"
+        return f"it is of plugin API {stated}, {here}; upgrade mtdiffusion, or install an older {info.distribution}"
     return None
 
 

@@ -43,6 +43,11 @@ def test_it_tells_right_from_wrong(judged) -> None:
     assert judge.conditional("label", test, test) == {}
 
 
+def test_it_has_nothing_to_say_of_samples_without_what_it_looks_at(judged) -> None:
+    judge, _, test = judged
+    assert judge.joint({"label": test["label"]}) == {}
+
+
 def test_noise_and_collapse_are_far_from_the_data(judged) -> None:
     judge, _, test = judged
     real = judge.real(test)["fid_judge"]

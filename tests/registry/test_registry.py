@@ -82,7 +82,8 @@ def test_a_failing_import_is_an_error_with_its_cause_and_only_for_who_asks(insta
     with pytest.raises(PluginError) as caught:
         registry.config_class("dataset", "toy")
     assert str(caught.value) == OWNER.format(module=module) + (
-        "its import failed: ModuleNotFoundError: No module named 'no_such_library'"
+        "its import failed: ModuleNotFoundError: No module named 'no_such_library'. "
+        "Upgrade or reinstall toy-plugin, or do without this kind"
     )
     assert isinstance(caught.value.__cause__, ModuleNotFoundError)
 
@@ -169,8 +170,8 @@ def test_one_unreadable_file_hides_no_other_plugin(install: Install) -> None:
     [
         ("MTDIFFUSION_API = 1", "", "it does not state the plugin API it was written for; set MTDIFFUSION_API = 1"),
         ("API = 1", "API = '1'", "found MTDIFFUSION_API = '1', not a number"),
-        ("API = 1", "API = 0", "it was written for plugin API 0, this mtdiffusion has 1; upgrade toy-plugin"),
-        ("API = 1", "API = 2", "it needs plugin API 2, this mtdiffusion has 1; upgrade mtdiffusion"),
+        ("API = 1", "API = 0", "it is of plugin API 0, this mtdiffusion has 1; upgrade toy-plugin"),
+        ("API = 1", "API = 2", "it is of plugin API 2, this mtdiffusion has 1; upgrade mtdiffusion"),
         (
             "mtdiffusion_datasets",
             "mtdiffusion_dataset",

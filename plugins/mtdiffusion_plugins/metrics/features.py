@@ -74,6 +74,8 @@ class FeatureDistances(Evaluator):
         return self.reference.metrics(self._features(generated[target])) if target == self.input else {}
 
     def joint(self, generated: Mapping[str, Tensor]) -> dict[str, float]:
+        if self.input not in generated:
+            return {}
         return self.reference.metrics(self._features(generated[self.input]))
 
     def real(self, test: Mapping[str, Tensor]) -> dict[str, float]:

@@ -135,6 +135,8 @@ class Judge(Evaluator):
         """``judge_agreement``: how often the judge reads the class that was generated with the picture;
         ``class_entropy``: of the classes it reads, as a share of the greatest possible (no direction: as real data's
         is best); and the distances."""
+        if self.input not in generated:
+            return {}
         features = self._features(generated[self.input])
         read = self._read(features)
         metrics = self.reference.metrics(features)

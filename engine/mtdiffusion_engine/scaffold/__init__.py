@@ -1,0 +1,117 @@
+"""``mtdiffusion plugins new``: a complete plugin package to start from.
+
+The templates beside this file are Jinja's. What they make works as it stands, and its own tests show it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import keyword
+import re
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from types import MappingProxyType
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from mtdiffusion_registry import API_VERSION, Registry, UserError
+
+GROUPS = MappingProxyType(
+    {
+        "modality": "modality",
+        "dataset": "dataset",
+        "backbone": "backbone",
+        "schedule": "weight_schedule",
+        "task": "task",
+    }
+)
+"""The group of each sort of plugin that can be written, by the name that the command line gives it."""
+
+FILES = MappingProxyType(
+    {
+        "pyproject.toml": "pyproject.toml.jinja",
+        "README.md": "README.md.jinja",
+        "LICENSE": "LICENSE.jinja",
+        ".gitignore": "gitignore.jinja",
+        ".github/workflows/ci.yml": "ci.yml.jinja",
+        "src/{package}/__init__.py": "{group}.py.jinja",
+        "src/{package}/py.typed": "py.typed.jinja",
+        "tests/test_{kind}.py": "test_{group}.py.jinja",
+    }
+)
+"""The files of a package, and the template of each."""
+
+
+LONGEST_NAME = 24
+"""In characters: with it, the lines of the templates stay within 120."""
+
+
+def write_package(name: str, group: str, out: Path | None, registry: Registry) -> Path:
+    """Write a package with a plugin of a new kind: all of it, or nothing.
+
+    Args:
+        name: of the kind: lower-case words joined by ``-`` or ``_``. The distribution is called ``mtdiffusion-NAME``.
+        group: of the plugin, one of the values of :data:`GROUPS`.
+        out: the folder, which must not exist; None: the distribution's name, here.
+        registry: which kinds there are already.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: if the name is no name or is taken, or if the folder exists.
+    """
+    kind, distribution = _names(name, group, registry)
+    folder = Path(distribution) if out is None else out
+    if folder.exists():
+        raise UserError(f"{folder}: already exists; nothing was written. Give another folder with --out")
+    environment = Environment(
+        loader=PackageLoader(__name__),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # what is written is source code, not HTML
+    )
+    package = distribution.replace("-", "_")
+    names = {"group": group, "kind": kind, "distribution": distribution, "package": package}
+    more = {"class_name": _camel(kind), "title": kind.replace("_", " "), "api": API_VERSION, "ours": _release()}
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.absolute().parent) as temporary:
+        partial = Path(temporary, folder.name)
+        for file, template in FILES.items():
+            path = partial / file.format(**names)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            text = environment.get_template(template.format(**names)).render(names, **more)
+            path.write_text(text, encoding="utf-8")
+        partial.rename(folder)
+    return folder
+
+
+def _names(name: str, group: str, registry: Registry) -> tuple[str, str]:
+    """The kind and the distribution's name."""
+    proper = re.fullmatch(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*", name) and not keyword.iskeyword(name)
+    if not proper or len(name) > LONGEST_NAME:
+        raise UserError(
+            f'NAME: found "{name}", expected the name of the new kind: lower-case words of letters and digits joined '
+            f'by "-" or "_", such as "depth" or "optical-flow", of at most {LONGEST_NAME} characters'
+        )
+    kind = name.replace("-", "_")
+    taken = [info for info in registry.plugins() if (info.group, info.kind) == (group, kind)]
+    if taken:
+        raise UserError(f'NAME: there is a {group} of kind "{kind}" already, of {taken[0].owner}; choose another name')
+    distribution = f"mtdiffusion-{kind.replace('_', '-')}"
+    package = distribution.replace("-", "_")
+    if importlib.util.find_spec(package):
+        raise UserError(f'NAME: there is a package "{package}" already, so "{name}" cannot be the name; choose another')
+    return kind, distribution
+
+
+def _camel(kind: str) -> str:
+    return "".join(word.capitalize() for word in kind.split("_"))
+
+
+def _release() -> str:
+    """The first two numbers of this mtdiffusion's version: the oldest that the new package is known to work with."""
+    return ".".join(version("mtdiffusion").split(".")[:2])

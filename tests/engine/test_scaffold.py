@@ -1,0 +1,129 @@
+"""What ``mtdiffusion plugins new`` writes can be installed, is found, and passes its own tests as it stands."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from mtdiffusion_engine.cli import SCAFFOLDS, main
+from mtdiffusion_engine.scaffold import FILES, GROUPS, LONGEST_NAME, write_package
+from mtdiffusion_registry import Registry, UserError
+
+LONGEST = "x-" + "y" * (LONGEST_NAME - 2)
+
+
+def run(*arguments: object, cwd: Path, path: Path | None = None) -> str:
+    """The output of a Python module as a program, with ``path`` on the path of modules."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment.pop("MTDIFFUSION_DISABLE_PLUGINS", None)
+    if path is not None:
+        environment["PYTHONPATH"] = str(path)
+    command = [sys.executable, "-m", *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A package of each kind, by kind."""
+    folder = tmp_path_factory.mktemp("packages")
+    for kind in GROUPS:
+        arguments = ["plugins", "new", f"new-{kind}", "--kind", kind, "--out", str(folder / kind)]
+        assert main(arguments) == 0
+    return {kind: folder / kind for kind in GROUPS}
+
+
+@pytest.fixture(scope="module")
+def site(packages: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that pip installed them into."""
+    site = tmp_path_factory.mktemp("site")
+    pip = ["pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--target", site]
+    run(*pip, *packages.values(), cwd=site)
+    return site
+
+
+def test_the_kinds_of_the_command_line_are_those_of_the_templates() -> None:
+    assert tuple(GROUPS) == SCAFFOLDS
+
+
+def test_each_is_found_once_it_is_installed(site: Path) -> None:
+    rows = [line.split() for line in run("mtdiffusion_engine.cli", "plugins", "list", cwd=site, path=site).splitlines()]
+    for kind, group in GROUPS.items():
+        assert [group, f"new_{kind}", f"mtdiffusion-new-{kind}", "0.1.0", "ok"] in rows
+
+
+@pytest.mark.slow
+def test_each_passes_its_own_tests(packages: dict[str, Path], site: Path) -> None:
+    """In one process, since the import of torch takes longer than most of them."""
+    options = ["-v", "-p", "no:cacheprovider", "--import-mode=importlib"]
+    out = run("pytest", *options, *(path / "tests" for path in packages.values()), cwd=site, path=site)
+    for kind in GROUPS:
+        for test in ("test_it_keeps_the_contract", "test_it_is_found_by_its_entry_point"):
+            assert f"test_new_{kind}.py::{test}" in out
+    assert "SKIPPED" not in out
+
+
+@pytest.mark.parametrize("name", ["x", LONGEST])
+def test_each_is_clean_whatever_its_name(name: str, tmp_path: Path) -> None:
+    registry = Registry.discover()
+    for kind, group in GROUPS.items():
+        write_package(name, group, tmp_path / kind, registry)
+    run("ruff", "check", "--no-cache", ".", cwd=tmp_path)
+    run("ruff", "format", "--no-cache", "--check", ".", cwd=tmp_path)
+
+
+def test_a_package_is_complete_and_says_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = write_package("optical-flow", "modality", None, Registry.discover())
+    assert folder == Path("mtdiffusion-optical-flow")
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    names = {"package": "mtdiffusion_optical_flow", "kind": "optical_flow"}
+    assert found == {file.format(**names) for file in FILES}
+    metadata = tomllib.loads((folder / "pyproject.toml").read_text())
+    assert metadata["project"]["name"] == "mtdiffusion-optical-flow"
+    assert metadata["project"]["entry-points"]["mtdiffusion.plugins"] == {
+        "modality.optical_flow": "mtdiffusion_optical_flow"
+    }
+    assert "class OpticalFlowConfig" in (folder / "src/mtdiffusion_optical_flow/__init__.py").read_text()
+    assert "${{ matrix.python }}" in (folder / ".github/workflows/ci.yml").read_text()
+    assert list(tmp_path.iterdir()) == [tmp_path / folder]
+
+
+@pytest.mark.parametrize("name", ["Depth", "de pth", "3d", "../depth", "depth-", "a--b", "class", "", LONGEST + "y"])
+def test_a_bad_name_is_refused_and_nothing_is_written(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f'NAME: found "{name}", expected the name of the new kind: lower-case words'):
+        write_package(name, "modality", tmp_path / "out", Registry.discover())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_is_taken_is_refused(tmp_path: Path) -> None:
+    registry = Registry.discover()
+    with pytest.raises(UserError, match='a backbone of kind "unet" already, of mtdiffusion'):
+        write_package("unet", "backbone", tmp_path / "out", registry)
+    with pytest.raises(UserError, match='there is a package "mtdiffusion_engine" already'):
+        write_package("engine", "modality", tmp_path / "out", registry)
+    assert list(tmp_path.iterdir()) == []
+    write_package("unet", "modality", tmp_path / "out", registry)  # another group's names are not in the way
+
+
+def test_a_folder_that_exists_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plugins", "new", "depth", "--kind", "modality", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"mtdiffusion: error: {tmp_path}: already exists; nothing was written.")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_finished_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_package("depth", "modality", tmp_path / "out", Registry.discover())
+    assert list(tmp_path.iterdir()) == []
