@@ -1,0 +1,112 @@
+"""The report as GitHub-flavoured Markdown: the headline and every number."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from mtdiffusion_benchmarks.report import headline, text
+from mtdiffusion_benchmarks.report.tables import ARROWS, REAL, SIGNS, Counts, Group, Results, best, split_key
+
+
+def render(results: Results) -> str:
+    """The whole document."""
+    return "\n\n".join(block.strip() for block in _blocks(results)) + "\n"
+
+
+def _blocks(results: Results) -> Iterator[str]:
+    yield f"# {_plain(results.profile.title)}"
+    if results.profile.description:
+        yield _plain(results.profile.description)
+    yield "\n".join(f"- {_plain(name)}: {_plain(value)}" for name, value in headline.facts(results))
+    yield "## Does training jointly help?"
+    for sentence in headline.sentences(results):
+        yield _plain(sentence)
+    rows = headline.counts(results)
+    if rows:
+        names = ["comparisons", *SIGNS, "median effect"]
+        yield _table(["", *names], ([_plain(label), *_counts(found)] for label, found in rows))
+    yield "## Transfer"
+    yield _plain(headline.TRANSFER)
+    yield _table(
+        ["setting", "task", "method", "metric", "joint", "control", "effect", "95% interval", "share", "verdict"],
+        _transfer_rows(results),
+    )
+    yield "## Results by task"
+    yield "Mean ± standard deviation over seeds; the best mean of a row is bold. Held-out real data stand last."
+    for setting, task, groups in results.by_task():
+        yield f"### {_plain(results.title('settings', setting))}: {_plain(results.title('tasks', task))}"
+        yield _task_table(results, groups)
+    yield "## Cost"
+    yield headline.COST
+    yield _table(
+        ["setting", "task", "method", "parameters", "FLOPs a step", "time a step", "steps × batch", "training"],
+        _cost_rows(results),
+    )
+    troubles = headline.troubles(results)
+    if troubles:
+        yield "## Diverged, failed and missing cells"
+        yield _table(["cell", "status", "reason"], ([_code(a), b, _plain(c)] for a, b, c in troubles))
+    yield "## How to read it"
+    yield "\n".join(f"- {_plain(line)}" for line in headline.reading(results))
+
+
+def _counts(found: Counts) -> list[str]:
+    numbers = (found.total, found.helps, found.hurts, found.free, found.undecided)
+    return [*map(str, numbers), "–" if found.median is None else text.percent(found.median)]
+
+
+def _transfer_rows(results: Results) -> Iterator[list[str]]:
+    for transfer in results.transfers:
+        group, control = transfer.group, transfer.control
+        names = [group.setting, group.task, group.method, transfer.key]
+        values = [_summary(group, transfer.key), f"{_summary(control, transfer.key)} ({_plain(control.method)})"]
+        found = transfer.comparison
+        told = ["–", "–", "–", "no seed in common"]
+        if found:
+            told = [
+                text.effect(found),
+                text.interval(found),
+                text.scale(found),
+                f"{SIGNS[found.verdict]} {found.verdict}",
+            ]
+        yield [*map(_code, names), *values, *told]
+
+
+def _task_table(results: Results, groups: Sequence[Group]) -> str:
+    rows = []
+    for key in headline.keys(groups):
+        leaders = best(results, groups, key)
+        arrow = ARROWS.get(results.direction(key) or "", "")
+        cells = [f"**{_summary(g, key)}**" if g.method in leaders else _summary(g, key) for g in groups]
+        rows.append([f"{_code(key)} {arrow if split_key(key)[0] != REAL else ''}".strip(), *cells])
+    return _table(["metric", *(f"{_plain(group.title)} ({group.state})" for group in groups)], rows)
+
+
+def _summary(group: Group, key: str) -> str:
+    if not group.ok:
+        return group.state
+    summary = group.summary(key)
+    return text.mean_std(summary) if summary else ""
+
+
+def _cost_rows(results: Results) -> Iterator[list[str]]:
+    for row in headline.costs(results):
+        names = [_code(row.group.setting), _code(row.group.task), _code(row.group.method)]
+        yield [*names, *(f"{value} ({ratio})" if ratio else value for value, ratio in row.values)]
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _plain(value: str) -> str:
+    """Text that Markdown takes for nothing else: no markup, no table's bar, no line's end."""
+    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(value.split()))
+
+
+def _code(value: str) -> str:
+    """As code; a table wants bars escaped there too. A backtick would end it: such a name is written as text."""
+    flat = " ".join(value.split())
+    return _plain(flat) if "`" in flat else "`" + flat.replace("|", "\\|") + "`"
