@@ -78,7 +78,7 @@ class Runner:
         """
         self._check(cells)
         (self.out / "cells").mkdir(parents=True, exist_ok=True)
-        write_json(self.out / "profile.json", summary(self.profile, cells, self.out))
+        write_json(self.out / "profile.json", summary(self.profile, cells, self.out), sort_keys=False)
         states: dict[str, int] = {}
         for number, cell in enumerate(cells, 1):
             with _locked(self.out / "locks" / f"{cell.stem}.lock") as mine:

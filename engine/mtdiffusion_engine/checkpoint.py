@@ -32,11 +32,11 @@ def require_free(folder: Path) -> None:
         raise UserError(f"{folder}: already exists; nothing was written. Give another folder, or remove it first.")
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, sort_keys: bool = True) -> None:
     """Write JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+    text = json.dumps(value, indent=2, sort_keys=sort_keys) + "\n"
     try:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)

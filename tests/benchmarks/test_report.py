@@ -394,9 +394,7 @@ def test_the_control_is_the_first_of_the_profile_and_of_the_same_task(tmp_path: 
 def test_a_metric_with_negative_values_is_compared_plainly(tmp_path: Path) -> None:
     profile, cells = small()
     for made in cells:
-        made["metrics"]["image|label/kid_judge"] = (
-            0.002 - 0.003 * (made["method"] == "joint") + 0.0001 * made["seed"] ** 2
-        )
+        made["metrics"]["image|label/kid_judge"] = -0.001 if made["method"] == "joint" else 0.002
         made["metrics"]["image|label/mse"] = 0.4
     folder = write(tmp_path / "x", profile, cells)
     results = read_results(folder)
@@ -466,6 +464,16 @@ def test_a_model_that_diverged_keeps_its_row_of_the_heat_map(page: str) -> None:
     row = re.search(r"<tr>(?:(?!</tr>).)*Image and segmentation mask(?:(?!</tr>).)*</tr>", shapes, re.S)
     assert row
     assert re.search(r'<td class="lost" colspan="\d+">diverged</td>', row[0])
+
+
+def test_values_that_are_not_finite_are_shown_as_such_and_not_compared(tmp_path: Path) -> None:
+    profile, cells = small()
+    cells[0]["metrics"]["label|image/nll"] = float("inf")
+    folder = write(tmp_path / "x", profile, cells)
+    results = read_results(folder)
+    assert [t.comparison for t in results.transfers if t.key == "label|image/nll"] == [None]
+    assert results.scales["nll"] == "value"
+    assert all("not finite" in path.read_text(encoding="utf-8") for path in build_report(folder))
 
 
 def test_missing_cells_are_named(page: str, document: str) -> None:

@@ -7,6 +7,7 @@ import math
 import pytest
 from scipy import stats
 
+from mtdiffusion_benchmarks.report import text
 from mtdiffusion_benchmarks.report.statistics import Comparison, compare, summarise
 
 
@@ -100,3 +101,27 @@ def test_differences_that_do_not_vary_give_no_interval() -> None:
 def test_what_is_not_finite_is_not_compared(value: float) -> None:
     assert compare({0: value, 1: 1.0}, {0: 1.0, 1: 1.0}, "lower", "value") is None
     assert compare({0: 1.0, 1: 1.0}, {0: 1.0, 1: value}, "lower", "value") is None
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ([0.9712, 0.9688], "0.9700 ± 0.0017"),
+        ([12.0, 15.0], "13.5 ± 2.1"),
+        ([360.0, 360.0], "360 ± 0"),
+        ([0.5], "0.500"),
+        ([-0.0021], "−0.00210"),
+        ([1234.5], "1,234.5"),
+        ([math.inf, 1.0], "not finite"),
+    ],
+)
+def test_a_mean_has_as_many_places_as_its_deviation_supports(values: list[float], told: str) -> None:
+    assert text.mean_std(summarise(values)) == told
+
+
+@pytest.mark.parametrize(
+    ("share", "told"),
+    [(0.123, "+12%"), (-0.0123, "−1.2%"), (0.0, "+0.0%"), (12.0, ">+999%"), (-12.0, "<−999%"), (-9.99, "−999%")],
+)
+def test_an_effect_is_a_signed_percentage_within_bounds(share: float, told: str) -> None:
+    assert text.percent(share) == told

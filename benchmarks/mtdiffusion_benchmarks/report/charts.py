@@ -100,7 +100,10 @@ def panel(group: Group, term: str) -> Panel | None:
 
 def terms(groups: Sequence[Group]) -> list[str]:
     """All terms that the groups' curves have, the whole loss first."""
-    found = {name for group in groups for cell in group.cells for point in cell.curve for name in point} - {"step"}
+    found = {name for group in groups for cell in group.cells for point in cell.curve for name in point} - {
+        "step",
+        "seconds",
+    }
     return sorted(found, key=lambda name: (name != "loss", name))
 
 

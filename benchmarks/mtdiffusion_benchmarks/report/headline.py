@@ -192,11 +192,12 @@ def reading(results: Results) -> list[str]:
         "baseline: anything else. Where several controls have a metric, the first of the profile is taken, preferably "
         "of the same task; it is named in the table.",
         "Effect, of the error: metrics that are shares of something right, better when higher, with all values in [0, "
-        f"1] ({by_scale['error']}) are compared by their errors: 1 − (1 − joint) / (1 − control). +20% is a fifth fewer errors.",
+        f"1] ({by_scale['error']}) are compared by their errors: 1 − (1 − joint) / (1 − control). +20% is "
+        "a fifth fewer errors.",
         "Effect, of the value: for all others, and where the control makes no error, the difference over the control's "
         "value. +20% of an error measure is a fifth less of it.",
-        f"Effect, absolute: metrics that take negative values ({by_scale['absolute']}) have no zero to be relative to; for "
-        "them, and where the control is 0, the plain difference stands. The depth of its colour says nothing.",
+        f"Effect, absolute: metrics that take negative values ({by_scale['absolute']}) have no zero to be relative to; "
+        "for them, and where the control is 0, the plain difference stands. The depth of its colour says nothing.",
         "Interval: Student's t over seeds, on differences paired by seed, scaled by the control's mean over the same "
         "seeds, which is taken as exact. ▲ helps: it lies above zero; ▼ hurts: below; ≈ free: zero is inside; ? "
         "undecided: there is no interval, for want of a second seed, or because the difference is the same, not zero, "

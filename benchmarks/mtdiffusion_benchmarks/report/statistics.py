@@ -78,8 +78,8 @@ def compare(
     Args:
         ours, theirs: a metric's value by seed.
         scale: of what the effect is to be a share. "error", for a metric that is itself a share of something right, in
-            [0, 1]: effect = 1 − (1 − ours) / (1 − theirs); where theirs has no error, "value". "value", for a metric that
-            has a zero: effect = ±(ours − theirs) / theirs; where theirs is 0, "absolute".
+            [0, 1]: effect = 1 − (1 − ours) / (1 − theirs); where theirs has no error, "value". "value", for a metric
+            that has a zero: effect = ±(ours − theirs) / theirs; where theirs is 0, "absolute".
 
     Returns:
         None if they have no seed in common, or a value that is not finite.

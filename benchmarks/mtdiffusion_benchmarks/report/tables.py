@@ -229,11 +229,13 @@ def _scales(cells: Iterable[Cell], directions: Mapping[str, Direction]) -> dict[
     values: dict[str, list[float]] = {}
     for cell in cells:
         for key, value in cell.metrics.items():
-            values.setdefault(split_key(key)[1], []).append(value)
+            found = values.setdefault(split_key(key)[1], [])
+            if math.isfinite(value):
+                found.append(value)
     scales: dict[str, Scale] = {}
     for metric, found in values.items():
-        share = directions.get(metric) == "higher" and max(found) <= 1
-        scales[metric] = "absolute" if min(found) < 0 else "error" if share else "value"
+        share = directions.get(metric) == "higher" and max(found, default=0.0) <= 1
+        scales[metric] = "absolute" if min(found, default=0.0) < 0 else "error" if share else "value"
     return scales
 
 

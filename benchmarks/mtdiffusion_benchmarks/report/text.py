@@ -28,8 +28,10 @@ def mean_std(summary: Summary) -> str:
     """``0.971 ± 0.004``; the mean alone where there is one seed."""
     if summary.std is None or not math.isfinite(summary.mean):
         return number(summary.mean)
+    if summary.std == 0:
+        return f"{number(summary.mean)} ± 0"
     # Two digits of the deviation, and the mean to the same place.
-    decimals = min(max(1 - math.floor(math.log10(summary.std)), 0), 6) if summary.std else _decimals(summary.mean)
+    decimals = min(max(1 - math.floor(math.log10(summary.std)), 0), 6)
     return f"{number(summary.mean, decimals)} ± {number(summary.std, decimals)}"
 
 
