@@ -298,12 +298,18 @@ def summary(profile: Profile, cells: Sequence[Cell], out: Path) -> dict[str, Any
 
 
 def source_hash() -> str:
-    """A hash of the Python sources of the five packages: what code made a result, whether committed or not."""
+    """A hash of the Python sources that a result depends on (all but the report's), committed or not."""
     digest = hashlib.sha256()
-    for name in ("mtdiffusion", "mtdiffusion_registry", "mtdiffusion_plugins", "mtdiffusion_engine"):
+    for name in (
+        "mtdiffusion",
+        "mtdiffusion_registry",
+        "mtdiffusion_plugins",
+        "mtdiffusion_engine",
+        "mtdiffusion_benchmarks",
+    ):
         module = __import__(name)
         folder = Path(str(module.__file__)).parent
-        for path in sorted(folder.rglob("*.py")):
+        for path in sorted(path for path in folder.rglob("*.py") if "report" not in path.parts):
             digest.update(path.relative_to(folder).as_posix().encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()[:12]

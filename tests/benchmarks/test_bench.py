@@ -130,6 +130,20 @@ def test_the_profiles_that_ship_are_sound(name: str, registry: Registry, tmp_pat
     runner._check(plan(profile))  # every cell's configuration can be made
 
 
+@pytest.mark.slow
+def test_the_smoke_profile_runs_every_task_and_method(tmp_path: Path, registry: Registry) -> None:
+    profile, path = load_profile("smoke", registry)
+    cells = plan(profile)
+    assert Runner(profile, path.parent, tmp_path, registry, say=lambda _: None).run(cells) == {"ok": len(cells)}
+    assert {type(method.method).__name__ for method in profile.methods.values()} == {
+        registry.config_class("method", info.kind).__name__
+        for info in registry.plugins()
+        if info.group == "method" and info.kind
+    }
+    assert cli.main(["bench", "report", str(tmp_path)]) == 0
+    assert "smoke" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
 def test_cells_are_measured_once_and_a_diverged_one_has_no_numbers(
     source: Path, tmp_path: Path, registry: Registry
 ) -> None:

@@ -1,0 +1,143 @@
+"""The packages under ``examples/`` are what a third party would write: installed by pip, they pass their own tests, and
+train and sample together. Nothing of them is importable here otherwise."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+PACKAGES = ("mtdiffusion-depth", "mtdiffusion-audio", "mtdiffusion-tokens")
+KINDS = {
+    "mtdiffusion-depth": {"modality depth"},
+    "mtdiffusion-audio": {"modality audio", "dataset digit_tones", "evaluator tone_reader", "task spoken_digits"},
+    "mtdiffusion-tokens": {"modality tokens"},
+}
+pytestmark = pytest.mark.slow
+
+
+def run(site: Path, *command: str | Path, cwd: Path) -> str:
+    """The output of a command that sees the installed packages and, of ours, only what is installed."""
+    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "COLUMNS": "200", "NO_COLOR": "1"}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def mtdiffusion(site: Path, *arguments: str | Path, cwd: Path) -> str:
+    return run(site, sys.executable, "-m", "mtdiffusion_engine.cli", *arguments, cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder into which pip has installed the three packages, without their dependencies, which are here already."""
+    folder = tmp_path_factory.mktemp("site")
+    # The build backend comes from the registry unless it is here.
+    options = ["--no-build-isolation"] if importlib.util.find_spec("hatchling") else []
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    packages = [EXAMPLES / name for name in PACKAGES]
+    run(folder, *pip, *options, "--target", folder, *packages, cwd=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``spoken-digits.toml``, five steps of it."""
+    folder = tmp_path_factory.mktemp("spoken")
+    changes = ["training.steps=5", "training.batch_size=8", "backbone.channels=16", "training.log_every=1"]
+    command = ["train", EXAMPLES / "spoken-digits.toml", "--out", "run", "--device", "cpu", "--set", *changes]
+    mtdiffusion(site, *command, cwd=folder)
+    return folder
+
+
+def test_they_are_found_and_imported_by_nobody_else(site: Path) -> None:
+    for module in ("mtdiffusion_depth", "mtdiffusion_audio", "mtdiffusion_tokens"):
+        assert importlib.util.find_spec(module) is None, f"{module} is installed here, so this file proves nothing"
+    lines = mtdiffusion(site, "plugins", "list", cwd=site).splitlines()
+    for package, kinds in KINDS.items():
+        rows = [line.split() for line in lines if package in line]
+        assert {f"{group} {kind}" for group, kind, *_ in rows} == kinds
+        assert all("ok" in row for row in rows)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_passes_its_own_tests(package: str, site: Path) -> None:
+    tests = EXAMPLES / package / "tests"
+    # From elsewhere, so that the package is imported as installed and not from its source.
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", tests, tests]
+    out = run(site, *command, cwd=site)
+    assert " passed" in out and "failed" not in out and "skipped" not in out
+
+
+def test_the_experiment_trains_all_four(trained: Path) -> None:
+    events = list((trained / "run").glob("**/*"))
+    assert any(path.suffix == ".safetensors" or "checkpoint" in path.name for path in events)
+    stored = (trained / "run" / "config.toml").read_text()
+    for kind in ("image", "label", "audio", "tokens", "digit_tones", "tone_reader"):
+        assert f'kind = "{kind}"' in stored
+
+
+def test_any_of_them_from_any(site: Path, trained: Path) -> None:
+    """From a label, then back from the files that this wrote."""
+    sample = ["sample", "run", "-n", "2", "--steps", "2", "--device", "cpu"]
+    mtdiffusion(site, *sample, "--observe", "label=3", "--out", "spoken", cwd=trained)
+    made = {name: sorted((trained / "spoken" / name).glob("*")) for name in ("image", "label", "audio", "tokens")}
+    assert {name: [path.suffix for path in paths] for name, paths in made.items()} == {
+        "image": [".png"] * 2,
+        "label": [".json"] * 2,
+        "audio": [".wav"] * 2,
+        "tokens": [".txt"] * 2,
+    }
+    assert all(json.loads(path.read_text())["label"] == 3 for path in made["label"])
+    given = ["--observe", f"audio={made['audio'][0]}", "--observe", f"tokens={made['tokens'][0]}"]
+    mtdiffusion(site, *sample, *given, "--out", "heard", cwd=trained)
+    assert len(list((trained / "heard" / "label").glob("*.json"))) == 2
+    assert (trained / "heard" / "audio" / "0000.wav").read_bytes() == made["audio"][0].read_bytes()
+
+
+def test_they_are_evaluated_by_their_own_judges(site: Path, trained: Path) -> None:
+    code = """
+from mtdiffusion_engine import load_run
+from mtdiffusion_engine.evaluation import complete_samples, evaluate
+run = load_run("run")
+few = run.settings(steps=2)
+train, test = complete_samples(run.data("train")), complete_samples(run.data("test"), 8)
+judges = [config.build(train) for config in run.experiment.evaluation.evaluators if config.kind == "tone_reader"]
+import json
+print(json.dumps(evaluate(run.model, test, judges, conditional=few, joint=few)))
+"""
+    metrics = json.loads(run(site, sys.executable, "-c", code, cwd=trained).splitlines()[-1])
+    assert metrics["real/tone_accuracy"] == 1.0
+    for key in (
+        "audio|label/tone_accuracy",
+        "joint/tone_agreement",
+        "label|audio/accuracy",
+        "tokens|image/exact_match",
+    ):
+        assert 0 <= metrics[key] <= 1
+    assert torch.isfinite(torch.tensor(list(metrics.values()), dtype=torch.float64)).all()
+
+
+def test_a_word_that_no_caption_has_is_refused_by_name(site: Path, trained: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "COLUMNS": "400", "NO_COLOR": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "mtdiffusion_engine.cli",
+        "sample",
+        "run",
+        "--observe",
+        "tokens=three darc strokes",
+    ]
+    done = subprocess.run(
+        [*command, "--out", "x"], cwd=trained, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "did you mean 'dark'" in done.stderr and "Traceback" not in done.stderr
