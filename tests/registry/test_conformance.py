@@ -1,4 +1,7 @@
-"""The conformance kit passes what is right and catches what is wrong: each broken part below differs in one place."""
+"""The conformance kit passes what is right and catches what is wrong.
+
+Each broken part differs from a right one in one place, and one check alone fails for it: the tables say which.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from attrs import evolve, field, frozen
+from attrs import define, evolve, field, frozen
+from fake_distributions import PLUGIN, Install
 from torch import Tensor, nn
 
 from mtdiffusion.interfaces import (
@@ -25,20 +29,47 @@ from mtdiffusion.interfaces import (
     WeightSchedule,
 )
 from mtdiffusion.schedules import Retention
-from mtdiffusion_registry import BackboneConfig, DatasetConfig, ModalityConfig, WeightScheduleConfig
+from mtdiffusion_registry import (
+    BackboneConfig,
+    Config,
+    DatasetConfig,
+    Evaluator,
+    EvaluatorConfig,
+    MethodConfig,
+    ModalityConfig,
+    Query,
+    TaskConfig,
+    WeightScheduleConfig,
+)
 from mtdiffusion_registry.testing import (
     ContractError,
     check_backbone,
     check_config,
     check_dataset,
+    check_evaluator,
+    check_method,
     check_modality,
+    check_task,
     check_weight_schedule,
+    conformance,
     installed,
 )
+from mtdiffusion_registry.testing.toys import EchoConfig
 
-# --- a spatial modality: grey pictures [B, 1, 16, 16], cut into patches -----------------------------------------------
 
-SIZE = 16
+def failed(plugin: str | Config, **options: Any) -> list[str]:
+    """The ids of the checks that fail."""
+    outcomes = list(conformance(plugin, **options).contract().outcomes())
+    for outcome in outcomes:
+        if isinstance(outcome.error, ContractError):
+            assert "\n  found: " in outcome.reason
+            assert "\n  to meet it: " in outcome.reason
+    return [outcome.check.id for outcome in outcomes if outcome.status == "failed"]
+
+
+# --- a spatial modality: grey pictures [B, 1, 8, 8], cut into patches -----------------------------------------------
+
+SIZE = 8
 
 
 def cut(x: Tensor, latent: LatentSpec) -> Tensor:
@@ -212,7 +243,8 @@ LABELS = torch.arange(8) % CLASSES
 def test_correct_modalities_pass_and_leave_the_random_state_alone() -> None:
     before = torch.get_rng_state()
     check_modality(PictureConfig(), examples=PICTURES)
-    check_modality(LabelConfig(), examples=LABELS, height=6, width=10)
+    check_modality(LabelConfig(), height=6, width=10)  # examples are drawn
+    check_modality(EchoConfig(), height=4, width=4)  # the kit's own modality
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -259,6 +291,11 @@ class SingleOnly(PatchEncoder):
         return super().forward(x).float()
 
 
+class IntegerCodes(PatchEncoder):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).long()
+
+
 # --- broken decoders --------------------------------------------------------------------------------------------------
 
 
@@ -270,6 +307,37 @@ class MeanOverBatch(GaussianHead):
 class Overflows(GaussianHead):
     def nll(self, params: Params, x: Tensor) -> Tensor:
         return super().nll(params, x) + torch.exp(params["mean"].flatten(1).sum(1) * 0 + 1000)
+
+
+class SqueezesBatch(GaussianHead):
+    def nll(self, params: Params, x: Tensor) -> Tensor:
+        return super().nll(params, x).squeeze()
+
+
+class ObjectiveOverBatch(GaussianHead):
+    def objective(self, params: Params, x: Tensor) -> Tensor:
+        return super().objective(params, x).mean()
+
+
+class NanWhereBlank(GaussianHead):
+    def objective(self, params: Params, x: Tensor) -> Tensor:
+        norm = x.flatten(1).norm(dim=1)
+        return super().objective(params, x) * norm / norm
+
+
+class ConstantOnCpu(GaussianHead):
+    def forward(self, features: Features) -> Params:
+        return {name: value * torch.ones(SIZE) for name, value in super().forward(features).items()}
+
+
+class ModeOutOfRange(CategoricalHead):
+    def mode(self, params: Params) -> Tensor:
+        return super().mode(params) + CLASSES
+
+
+class ModeOfFloats(CategoricalHead):
+    def mode(self, params: Params) -> Tensor:
+        return super().mode(params).float()
 
 
 class Detached(GaussianHead):
@@ -361,6 +429,15 @@ class ParseLeaks(Picture):
         return torch.load(text)
 
 
+class NoWeight(Picture):
+    loss_weight = 0.0
+
+
+class InfinitePrediction(Picture):
+    def predictive_metrics(self, params: Params, truth: Tensor) -> dict[str, float]:
+        return {"nll": math.nan}
+
+
 class DrawnAnew(Codebook):
     def __init__(self, latent: LatentSpec) -> None:
         super().__init__(latent)
@@ -368,68 +445,71 @@ class DrawnAnew(Codebook):
         self.codes = torch.randn(CLASSES, *latent.shape)
 
 
-ENCODERS = [
-    (ShapeLost, r"encoder\(x\) fills its share of the latent, \[B, c, H, W\]"),
-    (TooQuiet, "codes have a root mean square of about 1"),
-    (OverBatch, "the code of a sample does not depend on its batch"),
-    (SeesThroughHoles, "does not depend on what is hidden of x"),
-    (HidesNothing, r"observe\(x, 0\) is zero"),
-    (HidesHalf, "is zero where visible is 0"),
-    (ReadoutTooWide, r"readout\(z\) is \[B, readout_dim\]"),
-    (SingleOnly, r"modality.double\(\) computes in float64 \(the code\)"),
+PARTS: list[tuple[type, str]] = [
+    (ShapeLost, "encode"),
+    (IntegerCodes, "encode"),
+    (OverBatch, "encode"),
+    (TooQuiet, "code_scale"),
+    (SeesThroughHoles, "hidden"),
+    (HidesNothing, "observe"),
+    (HidesHalf, "observe"),
+    (ReadoutTooWide, "readout"),
+    (SingleOnly, "dtype"),
+    (DrawnAnew, "state"),
+    (NoBatch, "params"),
+    (MeanOverBatch, "nll"),
+    (Overflows, "nll"),
+    (SqueezesBatch, "nll"),
+    (ObjectiveOverBatch, "objective"),
+    (Detached, "gradients"),
+    (ModeOutOfRange, "mode"),
+    (ModeOfFloats, "mode"),
+    (SampleInvalid, "draw"),
+    (GlobalNoise, "generator"),
+    (CodeOfMode, "expected_encoding"),
+    (ConstantOnCpu, "device"),
+    (Blind, "head_learns"),
+    (Inverted, "head_learns"),
+    (NanWhereBlank, "missing"),
+    (NoWeight, "learns"),
+    (Gullible, "refusal"),
+    (Asserts, "refusal"),
+    (PoorPlaceholder, "placeholder"),
+    (TooBright, "render"),
+    (TensorMetrics, "metrics"),
+    (InfiniteMetrics, "metrics"),
+    (InfinitePrediction, "metrics"),
+    (WritesElsewhere, "files"),
+    (ParsesWithBatch, "files"),
+    (ParsesNoFile, "files"),
+    (ParseLeaks, "files"),
 ]
-DECODERS = [
-    (MeanOverBatch, r"nll is one number a sample, \[B\]"),
-    (Overflows, "nll is finite"),
-    (Detached, "the objective has gradients to the decoder's parameters"),
-    (NoBatch, "parameters have the batch first"),
-    (GlobalNoise, "the same generator state gives the same sample"),
-    (SampleInvalid, r"check accepts sample\(params\)"),
-    (Blind, "a head given a linear map of the code learns x"),
-]
-MODALITIES = [
-    (Gullible, "check refuses x with a NaN"),
-    (Asserts, "check refuses x with an axis too many by a ValueError"),
-    (PoorPlaceholder, r"check accepts placeholder\(B\)"),
-    (TooBright, r"render\(x\) is in \[0, 1\]"),
-    (TensorMetrics, "metrics are a dict of floats"),
-    (InfiniteMetrics, "metrics of x and x are finite"),
-    (WritesElsewhere, "write makes and returns folder/stem"),
-    (ParsesWithBatch, "without a batch axis"),
-    (ParseLeaks, "parse refuses what it cannot read by a ValueError"),
-]
 
 
-def broken(base: type[PictureConfig], **parts: object) -> PictureConfig:
-    return frozen(type("Broken", (base,), {"kind": "test_broken", "__annotations__": {}, **parts}))()
+def broken(part: type) -> tuple[PictureConfig, Tensor]:
+    """A config whose modality has this part, and data for it."""
+    of_labels = issubclass(part, Codebook | CategoricalHead | Label)
+    base, examples = (LabelConfig, LABELS) if of_labels else (PictureConfig, PICTURES)
+    role = "encoder" if issubclass(part, Encoder) else "decoder" if issubclass(part, Decoder) else "modality"
+    return frozen(type("Broken", (base,), {"kind": "test_broken", "__annotations__": {}, role: part}))(), examples
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        *((broken(PictureConfig, encoder=part), message) for part, message in ENCODERS),
-        *((broken(PictureConfig, decoder=part), message) for part, message in DECODERS),
-        *((broken(PictureConfig, modality=part), message) for part, message in MODALITIES),
-        (broken(LabelConfig, decoder=CodeOfMode), "is the mean code of 1024 samples"),
-        (broken(LabelConfig, modality=ParsesNoFile), "parse reads what write wrote"),
-        (broken(LabelConfig, decoder=Inverted), "a head given a linear map of the code learns x"),
-        (broken(LabelConfig, encoder=DrawnAnew), "built anew from the same state_dict gives the same outputs"),
-    ],
-    ids=lambda value: (
-        "" if isinstance(value, str) else "_".join(p.__name__ for p in (value.encoder, value.decoder, value.modality))
-    ),
-)
-def test_a_broken_part_is_caught(config: PictureConfig, message: str) -> None:
-    with pytest.raises(ContractError, match=message) as caught:
-        check_modality(config, examples=LABELS if isinstance(config, LabelConfig) else PICTURES)
-    assert "\n  found: " in str(caught.value)
-    assert "\n  to meet it: " in str(caught.value)
+@pytest.mark.parametrize(("part", "check"), PARTS, ids=lambda value: getattr(value, "__name__", value))
+def test_a_broken_part_fails_one_check_alone(part: type, check: str) -> None:
+    config, examples = broken(part)
+    assert failed(config, examples=examples, height=4, width=4) == [check]
+
+
+def test_all_of_a_contract_in_one_test_raises_what_failed() -> None:
+    config, examples = broken(MeanOverBatch)
+    with pytest.raises(ContractError, match=r"nll is one number a sample, \[B\]"):
+        check_modality(config, examples=examples)
 
 
 def test_the_first_latent_must_be_possible() -> None:
     with pytest.raises(ContractError, match="a modality can be built for the first latent") as caught:
         check_modality(PictureConfig(), examples=PICTURES, height=5, width=5)
-    assert "the latent must divide 16" in str(caught.value)
+    assert "the latent must divide 8" in str(caught.value)
 
 
 def test_a_config_must_come_back_from_toml() -> None:
@@ -448,6 +528,13 @@ def test_a_config_must_come_back_from_toml() -> None:
 
     with pytest.raises(ContractError, match="a config comes back from TOML"):
         check_config(Unwritable())
+
+    @define
+    class Unfrozen(Config):
+        group = "modality"
+
+    with pytest.raises(ContractError, match="a config is an instance of one of the config bases"):
+        check_config(Unfrozen())
 
     class Undecorated(PictureConfig):
         kind = "test_undecorated"
@@ -480,6 +567,20 @@ class SmallBackbone(Backbone):
 class IgnoresNoise(SmallBackbone):
     def hidden(self, z: Tensor, noise: Tensor, vector: Tensor) -> Tensor:
         return super().hidden(z, noise * 0, vector)
+
+
+class IgnoresZ(SmallBackbone):
+    def hidden(self, z: Tensor, noise: Tensor, vector: Tensor) -> Tensor:
+        return super().hidden(z * 0, noise, vector)
+
+
+class ShiftDrawnAnew(SmallBackbone):
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.shift = torch.randn(8, 1, 1)
+
+    def hidden(self, z: Tensor, noise: Tensor, vector: Tensor) -> Tensor:
+        return super().hidden(z, noise, vector) + self.shift
 
 
 class LogOfNoise(SmallBackbone):
@@ -530,26 +631,26 @@ def test_a_correct_backbone_passes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("backbone", "message"),
+    ("backbone", "check"),
     [
-        (IgnoresNoise, "does not depend on noise"),
-        (LogOfNoise, "features are finite"),
-        (WrongSpec, r"features.vector is as backbone.features says"),
-        (Unused, r"every parameter has a gradient .*\n  found: none for spare.weight, spare.bias"),
-        (BatchStatistics, "the features of a sample do not depend on its batch"),
-        (Frozen, "features can be fitted"),
-        (MapWithoutVector, "features.map does not depend on vector"),
+        (IgnoresZ, "inputs"),
+        (IgnoresNoise, "inputs"),
+        (MapWithoutVector, "inputs"),
+        (LogOfNoise, "features"),
+        (WrongSpec, "features"),
+        (BatchStatistics, "batch"),
+        (ShiftDrawnAnew, "state"),
+        (Unused, "gradients"),
+        (Frozen, "fits"),
     ],
+    ids=lambda value: getattr(value, "__name__", value),
 )
-def test_a_broken_backbone_is_caught(backbone: type[Backbone], message: str) -> None:
-    config = frozen(
-        type("Broken", (SmallBackboneConfig,), {"kind": "test_b", "backbone": backbone, "__annotations__": {}})
-    )()
-    with pytest.raises(ContractError, match=message):
-        check_backbone(config)
+def test_a_broken_backbone_fails_one_check_alone(backbone: type[Backbone], check: str) -> None:
+    namespace = {"kind": "test_b", "backbone": backbone, "__annotations__": {}}
+    assert failed(frozen(type("Broken", (SmallBackboneConfig,), namespace))()) == [check]
 
 
-# --- weight schedules and data sets -----------------------------------------------------------------------------------
+# --- the other groups ------------------------------------------------------------------------------------------------
 
 
 class Signal(WeightSchedule):
@@ -578,16 +679,13 @@ class SignalConfig(WeightScheduleConfig):
         return Signal(self.how)
 
 
-def test_weight_schedules() -> None:
+@pytest.mark.parametrize(
+    ("how", "check"),
+    [("short", "signal"), ("single", "signal"), ("infinite", "values"), ("random", "determinism")],
+)
+def test_a_broken_weight_schedule_fails_one_check_alone(how: str, check: str) -> None:
     check_weight_schedule(SignalConfig())
-    for how, message in {
-        "short": r"signal is \[T \+ 1, N\]",
-        "single": "signal is float64",
-        "infinite": "signal is finite",
-        "random": "signal is deterministic",
-    }.items():
-        with pytest.raises(ContractError, match=message):
-            check_weight_schedule(SignalConfig(how))
+    assert failed(SignalConfig(how)) == [check]
 
 
 class Samples(Dataset):
@@ -632,21 +730,142 @@ class SamplesConfig(DatasetConfig):
         return Samples(self.how if split == "test" else "right")
 
 
-def test_data_sets() -> None:
+@pytest.mark.parametrize(
+    ("how", "check", "found"),
+    [
+        ("empty", "length", 'the split "test" has samples'),
+        ("augmented", "determinism", r'found: "test"\[0\] differs'),
+        ("reseeded", "determinism", r'found: "test"\[0\] of a second build differs'),
+        ("bytes", "fields", r"\['image'\] is torch.float32 of shape \(3, 8, 8\) from -255"),
+        ("grey", "fields", r"\['image'\] is torch.float32 of shape \(8, 8\)"),
+        ("nan", "fields", r"\['waveform'\] is torch.float32 of shape \(2, 100\) with values that are not finite"),
+        ("double", "fields", r"\['image'\] is torch.float64 of shape"),
+        ("ignore_index", "fields", r"\['label'\] is torch.int64 of shape \(\) with -1"),
+        ("norm", "fields", r"\['embedding'\] is torch.float32 of shape \(5,\) of norm 2"),
+    ],
+)
+def test_a_broken_data_set_fails_one_check_alone(how: str, check: str, found: str) -> None:
     check_dataset(SamplesConfig())
-    for how, message in {
-        "empty": 'the split "test" has samples',
-        "augmented": r'a sample is the same every time.\n  found: "test"\[0\] differs',
-        "reseeded": r'a sample is the same every time.\n  found: "test"\[0\] of a second build differs',
-        "bytes": r"\['image'\] is torch.float32 of shape \(3, 8, 8\) from -255",
-        "grey": r"\['image'\] is torch.float32 of shape \(8, 8\)",
-        "nan": r"\['waveform'\] is torch.float32 of shape \(2, 100\) with values that are not finite",
-        "double": r"\['image'\] is torch.float64 of shape",
-        "ignore_index": r"\['label'\] is torch.int64 of shape \(\) with -1",
-        "norm": r"\['embedding'\] is torch.float32 of shape \(5,\) of norm 2",
-    }.items():
-        with pytest.raises(ContractError, match=message):
-            check_dataset(SamplesConfig(how))
+    assert failed(SamplesConfig(how)) == [check]
+    with pytest.raises(ContractError, match=found):
+        check_dataset(SamplesConfig(how))
+
+
+class Contrast(Evaluator):
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def conditional(self, target: str, generated: Any, truth: Any) -> dict[str, float]:
+        error = (generated[target] - truth[target]).double().abs().mean()
+        return {"error": error if self.how == "tensor" else error.item()}
+
+    def joint(self, generated: Any) -> dict[str, float]:
+        value = generated["image"].std().item()
+        return {"contrast": value + torch.rand(()).item() if self.how == "random" else value}
+
+    def real(self, test: Any) -> dict[str, float]:
+        return {"contrast": math.nan if self.how == "nan" else test["image"].std().item()}
+
+
+@frozen
+class ContrastConfig(EvaluatorConfig):
+    kind: ClassVar[str] = "test_contrast"
+    how: str = "right"
+
+    def build(self, train: Any) -> Evaluator:
+        return Contrast(self.how)
+
+
+@pytest.mark.parametrize(("how", "check"), [("tensor", "conditional"), ("nan", "real"), ("random", "determinism")])
+def test_a_broken_evaluator_fails_one_check_alone(how: str, check: str) -> None:
+    check_evaluator(ContrastConfig())
+    assert failed(ContrastConfig(how)) == [check]
+
+
+@frozen
+class AskConfig(TaskConfig):
+    kind: ClassVar[str] = "test_ask"
+    target: str = "label"
+    steps: ClassVar[object] = 3
+
+    def instances(self) -> tuple[str, ...]:
+        return ("image", "label")
+
+    def queries(self) -> tuple[Query, ...]:
+        return (Query(("image",), (self.target,)), Query())
+
+    def training(self) -> dict[str, Any]:
+        return {"training": {"steps": type(self).steps}}
+
+
+@frozen
+class TensorTraining(AskConfig):
+    kind: ClassVar[str] = "test_tensor_training"
+    steps: ClassVar[object] = torch.tensor(3)
+
+
+@frozen
+class GuessConfig(MethodConfig):
+    kind: ClassVar[str] = "test_guess"
+
+    def fit(self, problem: Any) -> Any:
+        return None
+
+
+@frozen
+class NoRole(GuessConfig):
+    kind: ClassVar[str] = "test_no_role"
+    role: ClassVar[Any] = "best"
+
+
+@frozen
+class FitsNothing(GuessConfig):
+    kind: ClassVar[str] = "test_fits_nothing"
+
+    def fit(self) -> Any:  # type: ignore[override]
+        return None
+
+
+def test_broken_tasks_and_methods_fail_one_check_alone() -> None:
+    check_task(AskConfig())
+    check_method(GuessConfig())
+    assert failed(AskConfig("mask")) == ["queries"]
+    assert failed(TensorTraining()) == ["training"]
+    assert failed(NoRole()) == ["role"]
+    assert failed(FitsNothing()) == ["fit"]
+
+
+# --- what is installed ------------------------------------------------------------------------------------------------
+
+
+TOY = (
+    PLUGIN.replace("def build(self, split): ...", "def build(self, split):\n        return Digits()")
+    + """
+from mtdiffusion.interfaces import Dataset
+import torch
+
+class Digits(Dataset):
+    def __len__(self):
+        return 3
+    def __getitem__(self, index):
+        return {"label": torch.tensor(index)}
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("code", "names", "check"),
+    [
+        (TOY, ("dataset.toy",), []),
+        (TOY, ("dataset.other",), ["entry_point"]),
+        (TOY.replace("API = 1", "API = 2"), ("dataset.toy",), ["entry_point"]),
+        ("import sklearn\n" + TOY, ("dataset.toy",), ["imports"]),
+    ],
+    ids=["right", "another kind", "another API", "heavy import"],
+)
+def test_an_entry_point(code: str, names: tuple[str, ...], check: list[str], install: Install) -> None:
+    install(code, names=names)
+    assert failed(names[0]) == check
 
 
 def test_installed_lists_a_group_without_importing() -> None:

@@ -1,0 +1,190 @@
+"""The conformance kit as its users meet it: in pytest, on the command line, and over all that is installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from fake_distributions import Install
+from PIL import Image
+
+from mtdiffusion_engine.cli import main
+from mtdiffusion_registry import Registry
+from mtdiffusion_registry.testing import CHECKS
+
+DATASET = """
+from typing import ClassVar
+import torch
+from attrs import frozen
+from mtdiffusion.interfaces import Dataset
+from mtdiffusion_registry import DatasetConfig, hookimpl
+
+MTDIFFUSION_API = 1
+
+class Labels(Dataset):
+    def __len__(self):
+        return 3
+    def __getitem__(self, index):
+        return {"label": torch.tensor(index - 1)}
+
+@frozen
+class Toy(DatasetConfig):
+    kind: ClassVar[str] = "toy"
+    shards: int
+    def build(self, split):
+        if self.shards > 1:
+            raise RuntimeError("only one shard")
+        return Labels()
+
+@hookimpl
+def mtdiffusion_datasets():
+    return [Toy]
+"""
+"""Its labels begin at -1, which breaks the convention for fields."""
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("PYTEST_VERSION", None)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_each_check_is_a_test_of_its_own(install: Install, tmp_path: Path) -> None:
+    install(DATASET)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    (tmp_path / "test_toy.py").write_text(
+        "from mtdiffusion_registry.testing import conformance\n"
+        "toy = conformance('dataset.toy', values={'shards': 1})\n"
+        "shards = conformance('dataset.toy', values={'shards': 2})\n"
+        "gone = conformance('dataset.gone')\n"
+    )
+    done = run(tmp_path, "-rA", "--tb=short")
+    for line in (
+        "PASSED test_toy.py::toy::config",
+        "FAILED test_toy.py::toy::fields",
+        "FAILED test_toy.py::shards::build",
+        "FAILED test_toy.py::gone::entry_point",
+    ):
+        assert line in done.stdout, done.stdout + done.stderr
+    assert "needs fields" in done.stdout  # determinism is skipped
+    assert "found: \"train\"[0]['label'] is torch.int64 of shape () with -1" in done.stdout
+    assert "testing/dataset.py" not in done.stdout  # a traceback of the kit says nothing
+    assert 'raise RuntimeError("only one shard")' in done.stdout
+    assert 'there is no dataset of kind "gone"' in done.stdout
+
+
+def test_without_the_pytest_plugin_it_says_so(tmp_path: Path) -> None:
+    (tmp_path / "test_toy.py").write_text(
+        "from mtdiffusion_registry.testing import conformance\ntoy = conformance('dataset.digits')\n"
+    )
+    done = run(tmp_path, "-p", "no:mtdiffusion")
+    assert done.returncode == 2
+    assert "which is not loaded: pytest -p mtdiffusion_registry.pytest_plugin" in done.stdout
+
+
+def test_a_project_without_the_kit_pays_nothing(tmp_path: Path) -> None:
+    (tmp_path / "test_other.py").write_text(
+        "import sys\n"
+        "class Odd:\n"
+        "    def __getattr__(self, name):\n"
+        "        raise RuntimeError(name)\n"
+        "odd = Odd()\n"
+        "def test_nothing_is_imported():\n"
+        "    assert 'mtdiffusion_registry.pytest_plugin' in sys.modules\n"
+        "    heavy = {'torch', 'numpy', 'cattrs', 'mtdiffusion', 'mtdiffusion_registry.testing'}\n"
+        "    assert not heavy & set(sys.modules)\n"
+    )
+    done = run(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_command_line_says_what_failed(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
+    install(DATASET)
+    assert main(["plugins", "check", "toy", "--set", "shards=1"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines[:-1]] == [check.id for check in CHECKS["dataset"]]
+    failed = [line for line in lines if line.startswith("failed")]
+    assert len(failed) == 1
+    assert failed[0].startswith("failed   fields ")
+    assert "to meet it: convert it in __getitem__" in failed[0]
+    assert lines[-2].split() == ["skipped", "determinism", "needs", "fields"]
+    assert lines[-1] == "dataset.toy: 6 ok, 1 failed, 1 skipped"
+
+    assert main(["plugins", "check", "dataset.toy", "--set", "shards=2"]) == 1
+    assert "RuntimeError: only one shard" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["imge"], 'there is no plugin "imge"; did you mean "image"?'),
+        (["label"], 'modality.label: missing key "classes"'),
+        (["label", "--set", "classes=1"], "classes"),
+        (["label", "--set", "clases=2"], "clases"),
+        (["dataset.digits", "--latent", "4"], "the checks of a dataset have no option height, width"),
+    ],
+)
+def test_bad_usage_is_no_failed_check(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plugins", "check", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert message in err
+    assert "Traceback" not in err
+    assert not out
+
+
+def test_a_kind_of_two_groups_must_say_which(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
+    install(DATASET, names=("dataset.label",))
+    assert main(["plugins", "check", "label"]) == 2
+    assert '"label" is the kind of 2 plugins; say which: modality.label, dataset.label' in capsys.readouterr().err
+
+
+VALUES = {
+    "modality.image": ["size=8", "channels=1"],
+    "modality.mask": ["size=8"],
+    "modality.label": ["classes=10"],
+    "modality.clip": ["dim=16"],
+    "dataset.shapes": ["count=20", "test_count=10"],
+    "dataset.photos": ["count=20", "test_count=10"],
+    "dataset.torchvision": ["name=image_folder"],
+    "dataset.folder": ['fields={label="label"}'],
+    "weight_schedule.target": ["knots=[1.0, 0.5, 0.0]"],
+    "evaluator.judge": ["epochs=2"],
+    "task.combination": ['modalities=["image", "label"]'],
+    "task.transition": ["source=image", "target=label"],
+    "method.single": ['targets=["label"]'],
+    "method.mae": ["target=image"],
+    "method.regression": ["target=label", 'observed=["image"]'],
+    "evaluator.lpips": ["net=squeeze"],
+}
+OURS = [f"{i.group}.{i.kind}" for i in Registry.discover().plugins() if i.distribution == "mtdiffusion"]
+
+
+def files(name: str, folder: Path) -> dict[str, Path]:
+    """Those that a plugin reads, by the key of its configuration, so that nothing is downloaded."""
+    if name == "dataset.folder":
+        (folder / "label.json").write_text(json.dumps({f"{index}": index % 3 for index in range(50)}))
+        return {"root": folder}
+    if name == "dataset.torchvision":
+        for split in ("train", "val"):
+            (folder / split / "grey").mkdir(parents=True)
+            Image.new("RGB", (40, 40), "grey").save(folder / split / "grey" / "0.png")
+        return {"root": folder}
+    if name in ("evaluator.lpips", "evaluator.features"):  # the layout that lpips asks for; features refuses it
+        torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), folder / "weights.pth")
+        return {"weights": folder / "weights.pth"}
+    return {}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_all_that_we_ship_keeps_its_contract(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = [*VALUES.get(name, []), *(f"{key}={path}" for key, path in files(name, tmp_path).items())]
+    status = main(["plugins", "check", name, *(["--set", *values] if values else [])])
+    out, err = capsys.readouterr()
+    assert status == 0, out + err
