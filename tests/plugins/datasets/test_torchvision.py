@@ -51,9 +51,7 @@ def test_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         entry = {"data": np.full((2, 3072), 255, np.uint8), "labels": [3, 7]}
         (folder / name).write_bytes(pickle.dumps(entry))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [str(i) for i in range(10)]}))
-    monkeypatch.setattr(
-        CIFAR10, "train_list", [[name, None] for name, _ in CIFAR10.train_list]
-    )
+    monkeypatch.setattr(CIFAR10, "train_list", [[name, None] for name, _ in CIFAR10.train_list])
     monkeypatch.setattr(CIFAR10, "test_list", [[name, None] for name, _ in CIFAR10.test_list])
     monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": None})
     train = TorchvisionConfig(name="cifar10", root=str(tmp_path)).build("train")
