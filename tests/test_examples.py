@@ -141,3 +141,17 @@ def test_a_word_that_no_caption_has_is_refused_by_name(site: Path, trained: Path
     )
     assert done.returncode == 2
     assert "did you mean 'dark'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_benchmark_takes_modalities_task_and_judge_that_it_does_not_know(site: Path, tmp_path: Path) -> None:
+    for name in ("spoken-digits.toml", "spoken-digits.bench.toml"):
+        text = (EXAMPLES / name).read_text(encoding="utf-8").replace("channels = 48", "channels = 16")
+        (tmp_path / name).write_text(text.replace("training.steps=1000", "training.steps=5"), encoding="utf-8")
+    mtdiffusion(site, "bench", "run", "spoken-digits.bench.toml", "--out", "out", "--only", "*/0", cwd=tmp_path)
+    cells = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (tmp_path / "out/cells").iterdir()}
+    assert {cell["status"] for cell in cells.values()} == {"ok"}, {name: cell["reason"] for name, cell in cells.items()}
+    joint = cells["spoken__spoken-digits__joint__0"]
+    assert {"audio|label/tone_accuracy", "tokens|image/exact_match", "joint/tone_agreement"} <= set(joint["metrics"])
+    assert "label|audio/accuracy" in cells["spoken__spoken-digits__hearing__0"]["metrics"]
+    mtdiffusion(site, "bench", "report", "out", cwd=tmp_path)
+    assert "tone_accuracy" in (tmp_path / "out/report.md").read_text(encoding="utf-8")

@@ -1,10 +1,12 @@
 """The documents say what the committed results say."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from mtdiffusion_benchmarks.report import build_report
 from mtdiffusion_benchmarks.results import fill, main, metrics_table
 
 ROOT = Path(__file__).parents[2]
@@ -43,3 +45,14 @@ def test_a_table_has_a_column_a_run_and_leaves_out_what_a_run_lacks() -> None:
 def test_only_what_stands_between_the_markers_is_replaced() -> None:
     text = "before\n<!-- a -->\nold\n<!-- /a -->\nafter <!-- b -->"
     assert fill(text, {"a": "new", "b": "none"}) == "before\n<!-- a -->\nnew\n<!-- /a -->\nafter <!-- b -->"
+
+
+BENCHMARKS = sorted(path.parent for path in (ROOT / "benchmarks/results").glob("*/profile.json"))
+
+
+@pytest.mark.parametrize("folder", BENCHMARKS, ids=lambda folder: folder.name)
+def test_a_committed_report_is_what_its_results_say_byte_for_byte(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "cells", tmp_path / "cells")
+    shutil.copy(folder / "profile.json", tmp_path)
+    for made in build_report(tmp_path):
+        assert made.read_bytes() == (folder / made.name).read_bytes(), f"run: mtdiffusion bench report {folder}"

@@ -18,8 +18,8 @@ from mtdiffusion_registry import (
     DatasetConfig,
     EvaluatorConfig,
     ModalityConfig,
+    Query,
     Registry,
-    TaskConfig,
     UserError,
 )
 from mtdiffusion_registry.config import apply_overrides, dump_toml, load_toml, structure, unstructure
@@ -219,14 +219,13 @@ def test_a_type_that_exists_only_for_type_checkers_is_explained() -> None:
         structure(REGISTRY, {}, Hidden)
 
 
-def test_a_task_is_checked() -> None:
-    @frozen
-    class Inpaint(TaskConfig):
-        kind: ClassVar[str] = "inpaint"
-
-    toml = 'name = "t"\nobserved = ["a"]\ngenerated = '
-    assert "a modality is either observed or generated, found in both: a" in problem(toml + '["a", "b"]', Inpaint)
-    assert "'generated' must name at least one modality" in problem(toml + "[]", Inpaint)
+def test_a_query_is_checked() -> None:
+    toml = 'observed = ["a"]\ntargets = '
+    assert "a modality is either given or asked for, found in both: a" in problem(toml + '["a", "b"]', Query)
+    assert "targets: expected what to generate given a, found nothing" in problem(toml + "[]", Query)
+    assert "hidden: expected one target that is given in part, found 2" in problem(
+        'targets = ["a", "b"]\nhidden = 0.5', Query
+    )
 
 
 # --- back -------------------------------------------------------------------------------------------------------------
