@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -200,13 +201,8 @@ class Runner:
         if self.keep_runs:
             return
         folder = self.out / "runs" / cell.stem
-        for path in sorted(folder.parent.glob(f"{folder.name}*"), reverse=True):
-            if path.is_file():
-                path.unlink()
-                continue
-            for inside in sorted(path.rglob("*"), reverse=True):
-                inside.rmdir() if inside.is_dir() else inside.unlink()
-            path.rmdir()
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.with_name(f"{folder.name}.curve.json").unlink(missing_ok=True)
 
 
 def measure(
