@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from mtdiffusion.conditioning import Observation, pool_visibility
 from mtdiffusion.interfaces import Backbone, LatentSpec, Modality, Params
-from mtdiffusion.process import DiffusionProcess
+from mtdiffusion.process import DiffusionProcess, per_sample
+
+TERMINAL_SNR = 1e-3
+"""Below it, z_T is taken to tell nothing of any modality, and the network is not shown it (at t = T alone)."""
 
 
 @frozen
@@ -113,6 +116,7 @@ class MultimodalDiffusion(nn.Module):
         self.process = process
         self.layout = layout
         self.own_channels = own_channels and layout.disjoint
+        self.ends_in_noise = bool((process.terminal_snr < TERMINAL_SNR).all())
         self.epsilon_head: nn.Conv2d | None = None
         if epsilon_head:
             self.epsilon_head = nn.Conv2d(backbone.features.channels, layout.latent.channels, 3, padding=1)
@@ -197,7 +201,7 @@ class MultimodalDiffusion(nn.Module):
 
         Args:
             z: ``[B, C, H, W]``.
-            t: ``[B]`` int64 in 1..T.
+            t: ``[B]`` int64 in 1..T. At t = T of a process that ends in noise, the answer does not depend on z.
             observation: what is observed.
             presence: ``[B, N]``, 0 where a sample lacks a modality; None means all are there.
         """
@@ -246,6 +250,9 @@ class MultimodalDiffusion(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         aggregate, visible = observation.aggregate, observation.visible
         scaled = z * self.input_scale(t, presence).to(z.dtype)
+        if self.ends_in_noise:
+            # z_T says nothing: shown, its noise would only have to be learned away by whoever reads what is observed.
+            scaled = scaled * per_sample(t < self.process.steps, scaled)
         if self.own_channels:
             # Where a modality is seen, its own channels of z_t say less than its clean code: show that instead.
             seen = self._seen(observation)

@@ -146,7 +146,8 @@ class DiffusionProcess:
     ) -> Tensor:
         """One step t → s (s < t): ``z_s = M_s + √(1 − ᾱ_s − σ²) ε + σ ξ`` ``[B, C, H, W]``.
 
-        σ² = η² (1 − ᾱ_s)(1 − ᾱ_t/ᾱ_s)/(1 − ᾱ_t): ancestral at η = 1, DDIM (Song et al. 2021) at η = 0.
+        σ² = η² (1 − ᾱ_s)(1 − ᾱ_t/ᾱ_s)/(1 − ᾱ_t), at most 1 − ᾱ_s: ancestral at η = 1, DDIM (Song et al. 2021) at
+        η = 0; beyond 1, more of ε is forgotten than the posterior forgets, and at the bound all of it.
 
         Args:
             mean: M_s ``[B, C, H, W]``.
@@ -154,8 +155,9 @@ class DiffusionProcess:
         """
         log_ratio = self.log_alpha_bar[t] - self.log_alpha_bar[s]
         before, now = self.variance(s), self.variance(t)
-        injected = eta**2 * before * -torch.expm1(log_ratio) / now
-        kept = before * (1 - eta**2 + eta**2 * torch.exp(log_ratio) * before / now)  # 1 − ᾱ_s − σ², nothing cancelled
+        injected = torch.minimum(eta**2 * before * -torch.expm1(log_ratio) / now, before)
+        # 1 − ᾱ_s − σ², nothing cancelled
+        kept = (before * (1 - eta**2 + eta**2 * torch.exp(log_ratio) * before / now)).clamp(min=0)
         z = mean + per_sample(kept.sqrt(), mean) * epsilon
         if eta > 0:
             if noise is None:

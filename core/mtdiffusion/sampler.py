@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 from attrs import field, frozen
-from attrs.validators import and_, ge, in_, le
+from attrs.validators import ge, in_
 from torch import Tensor
 
 from mtdiffusion.conditioning import Observation, merge_visible
@@ -35,7 +35,8 @@ class SamplerSettings:
         solver: "ancestral" (η = 1): modalities go on correcting one another; conditionals are good from 25 steps, joint
             samples from 50. "dpmpp_2m" (DPM-Solver++(2M)): deterministic, good from 8 to 12 and from 25. "ddim": η as
             given.
-        eta: noise of a "ddim" step, in [0, 1]; other solvers have none to set.
+        eta: noise of a "ddim" step: 0 none, 1 ancestral sampling's; above, modalities correct one another further, at
+            the price of diversity, up to starting each step afresh. Other solvers have none to set.
         guidance: classifier-free guidance on what is observed; 1 is none, and replacement knows no other.
         conditioning: "observed_aggregate", or "replacement" (for a model trained without it; biased).
         draw: draw each modality from its final distribution instead of taking its mode.
@@ -43,7 +44,7 @@ class SamplerSettings:
 
     steps: int = field(default=50, validator=ge(1))
     solver: Literal["ancestral", "ddim", "dpmpp_2m"] = field(default="ancestral", validator=in_(SOLVERS))
-    eta: float = field(default=0.0, validator=and_(ge(0.0), le(1.0)))
+    eta: float = field(default=0.0, validator=ge(0.0))
     guidance: float = field(default=1.0, validator=ge(0.0))
     conditioning: Literal["observed_aggregate", "replacement"] = field(
         default="observed_aggregate", validator=in_(("observed_aggregate", "replacement"))
@@ -76,7 +77,7 @@ def solve_ddim(
     epsilon_head: bool = False,
     generator: torch.Generator | None = None,
 ) -> Prediction:
-    """DDIM (η = 0, Song et al. 2021) to ancestral sampling (η = 1): jumps t → s with noise η.
+    """DDIM (η = 0, Song et al. 2021) to ancestral sampling (η = 1) and beyond: jumps t → s with noise η.
 
     Raises:
         ValueError: with an ε head, if the jumps are so long that errors of ε would grow beyond all bounds.

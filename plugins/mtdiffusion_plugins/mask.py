@@ -89,7 +89,14 @@ class CategoricalMaskDecoder(Decoder):
 
 class MaskModality(Modality):
     metric_directions: Mapping[str, str] = MappingProxyType(
-        {"miou": "higher", "iou_foreground": "higher", "pixel_accuracy": "higher", "nll": "lower", "ece": "lower"}
+        {
+            "miou": "higher",
+            "iou_foreground": "higher",
+            "pixel_accuracy": "higher",
+            "readout_miou": "higher",
+            "nll": "lower",
+            "ece": "lower",
+        }
     )
 
     def __init__(self, encoder: Encoder, decoder: Decoder, config: MaskConfig) -> None:
@@ -129,9 +136,11 @@ class MaskModality(Modality):
         }
 
     def predictive_metrics(self, params: Params, truth: Tensor) -> dict[str, float]:
-        """Per pixel: ``nll`` in nats, and ``ece``, the expected calibration error."""
+        """``readout_miou`` of the most likely classes; ``nll`` in nats and ``ece``, the expected calibration error, per
+        pixel."""
+        miou = self.metrics(self.decoder.mode(params), truth)["miou"]
         nll = self.decoder.nll(params, truth).mean() / self.decoder.dims
-        return {"nll": nll.item(), "ece": expected_calibration_error(params["logits"], truth)}
+        return {"readout_miou": miou, "nll": nll.item(), "ece": expected_calibration_error(params["logits"], truth)}
 
     def parse(self, text: str) -> Tensor:
         return read_mask(Path(text), self.size)

@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtdiffusion import DiffusionProcess, LatentLayout, LatentSpec, MultimodalDiffusion, Retention, SNRMatched
+from mtdiffusion import (
+    DiffusionProcess,
+    DirectWeights,
+    LatentLayout,
+    LatentSpec,
+    MultimodalDiffusion,
+    Retention,
+    SNRMatched,
+)
 from tests.core.gaussians import gaussian_model
 from tests.core.toys import CLASSES, SmallNet, data, picture_and_label
 
@@ -142,6 +150,30 @@ def test_noisy_channels_stay_where_codes_have_none_of_their_own(layout: str, own
     z = _forward(model, torch.ones(1, 2, 4, 4))
     scaled = z * model.input_scale(torch.tensor([7]), torch.ones(1, 2)).float()
     torch.testing.assert_close(_shown(model)[0][:, : z.shape[1]], scaled)
+
+
+@pytest.mark.parametrize("own_channels", [True, False])
+def test_a_process_that_ends_in_noise_shows_none_of_it(own_channels: bool) -> None:
+    model = picture_and_label(own_channels=own_channels)
+    visible = torch.zeros(2, 2, 4, 4)
+    visible[0, 0] = 1  # the first sample's picture is observed
+    for t, shown in ((20, False), (19, True)):  # T = 20
+        z = _forward(model, visible, t)
+        scaled, aggregate, _ = _shown(model)[0].split([5, 5, 2], 1)
+        unseen = torch.cat([z[1], z[0, 4:]])
+        assert bool(torch.cat([scaled[1], scaled[0, 4:]]).any()) == shown
+        assert (unseen != 0).all()
+        if own_channels:
+            assert torch.equal(scaled[0, :4], aggregate[0, :4])
+
+
+def test_a_process_that_does_not_end_in_noise_shows_z_to_the_last() -> None:
+    process = DiffusionProcess.build(Retention.from_curve("linear", 20, 2), DirectWeights(start=1.0), 2)
+    assert process.terminal_snr.min() > 1e-3
+    model = picture_and_label(process=process)
+    z = _forward(model, torch.zeros(2, 2, 4, 4), 20)
+    scale = model.input_scale(torch.full((2,), 20), torch.ones(2, 2))
+    torch.testing.assert_close(_shown(model)[0][:, :5], z * scale.float())
 
 
 def test_a_prediction_holds_true_codes_where_seen_and_expected_ones_elsewhere() -> None:

@@ -116,7 +116,7 @@ def test_a_full_noise_jump_is_the_posterior_over_any_gap(name: str, kind: str, n
         torch.testing.assert_close((moved - still).square(), variance.expand(z.shape), **TINY)
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0, 1.7, 1e6])
 @every_process
 def test_a_jump_of_any_noise_keeps_the_marginal(name: str, kind: str, n: int, eta: float) -> None:
     """If z_t ~ q(z_t | X), then z_s ~ q(z_s | X): its mean is M_s, and the two noises add up to 1 − ᾱ_s."""
@@ -128,6 +128,35 @@ def test_a_jump_of_any_noise_keeps_the_marginal(name: str, kind: str, n: int, et
     drawn = process.jump(mean, zero, t, s, eta, one) - mean
     torch.testing.assert_close(kept.square() + drawn.square(), process.variance(s)[:, None, None, None] * one, **TINY)
     torch.testing.assert_close(process.jump(mean, zero, t, s, eta, zero), mean, **TINY)
+
+
+@every_process
+def test_a_jump_of_more_noise_than_there_is_starts_afresh(name: str, kind: str, n: int) -> None:
+    process, (z, codes) = _process(name, kind, n), _data(n)
+    t, s = torch.full((len(z),), 9), torch.full((len(z),), 4)
+    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(5), dtype=z.dtype)
+    jumped = process.jump(process.mean(codes, s), process.epsilon(z, codes, t), t, s, 1e6, noise)
+    torch.testing.assert_close(jumped, process.corrupt(codes, s, noise), **TINY)
+
+
+def test_literal_retention_s_ancestral_jump_all_but_starts_afresh() -> None:
+    """What sets literal retention apart from compensated is how much noise its ancestral jumps put in."""
+    z, codes = _data(5)
+    literal, compensated = (
+        DiffusionProcess.build(Retention.from_curve("cosine", 500, 5, kind), SNRMatched(), 5)
+        for kind in ("literal", "compensated")
+    )
+    t, s = torch.full((len(z),), 260), torch.full((len(z),), 240)
+    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(5), dtype=z.dtype)
+
+    def jumped(process: DiffusionProcess, eta: float) -> Tensor:
+        """In units of σ, in which the two conventions are one process."""
+        out = process.jump(process.mean(codes, s), z, t, s, eta, noise)
+        return out / process.variance(s).sqrt()[:, None, None, None]
+
+    afresh = jumped(compensated, 1e6)
+    torch.testing.assert_close(jumped(literal, 1.0), afresh, rtol=1e-5, atol=1e-5)
+    assert (jumped(compensated, 1.0) - afresh).abs().max() > 0.1
 
 
 @every_process

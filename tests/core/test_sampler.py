@@ -580,7 +580,14 @@ def test_a_wrong_request_is_named(request_: dict[str, object], message: str) -> 
 
 
 @pytest.mark.parametrize(
-    "settings", [{"steps": 0}, {"solver": "euler"}, {"eta": 1.5}, {"guidance": -1.0}, {"conditioning": "inpainting"}]
+    "settings",
+    [
+        {"steps": 0},
+        {"solver": "euler"},
+        {"eta": -0.5, "solver": "ddim"},
+        {"guidance": -1.0},
+        {"conditioning": "inpainting"},
+    ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):

@@ -63,6 +63,21 @@ def test_noise_and_collapse_are_far_from_the_data(judged) -> None:
     assert judge.joint(one_digit)["class_entropy"] < 0.3 < 0.95 < judge.joint(test)["class_entropy"]
 
 
+def test_the_balanced_distance_sees_within_classes_alone(judged) -> None:
+    judge, _, test = judged
+    few = (test["label"] >= 5) & (torch.arange(len(test["label"])) % 4 > 0)  # a quarter of half of the classes
+    skewed = {name: x[~few] for name, x in test.items()}
+    real, joint = judge.real(test), judge.joint(skewed)
+    assert real["fid_judge_balanced"] == pytest.approx(real["fid_judge"], rel=0.05)  # the split is balanced as it is
+    assert joint["fid_judge"] > 1.7 * real["fid_judge"]
+    assert joint["fid_judge_balanced"] < 0.5 * (joint["fid_judge"] + real["fid_judge"])
+    worse = {
+        "image": test["image"] + 0.3 * torch.randn(test["image"].shape, generator=torch.Generator().manual_seed(0))
+    }
+    assert judge.joint(worse)["fid_judge_balanced"] > 2 * real["fid_judge_balanced"]
+    assert "fid_judge_balanced" not in judge.joint({"image": test["image"][test["label"] == 3]})
+
+
 def test_training_samples_are_seen_to_be_copies(judged) -> None:
     judge, train, test = judged
     copies = {"image": train["image"][:360], "label": train["label"][:360]}
@@ -77,13 +92,13 @@ def test_its_metrics_and_their_directions(judged) -> None:
     judge, _, test = judged
     conditional, joint, real = judge.conditional("image", test, test), judge.joint(test), judge.real(test)
     assert conditional.keys() == {*DISTANCES, "judge_accuracy"}
-    assert joint.keys() == {*DISTANCES, "judge_agreement", "class_entropy"}
-    assert real.keys() == {*DISTANCES, "judge_accuracy", "fid_judge_iid"}
+    assert joint.keys() == {*DISTANCES, "judge_agreement", "class_entropy", "fid_judge_balanced"}
+    assert real.keys() == {*DISTANCES, "judge_accuracy", "fid_judge_iid", "fid_judge_balanced"}
     assert judge.joint({"image": test["image"]}).keys() == joint.keys() - {"judge_agreement"}
     directed = (conditional.keys() | joint.keys() | real.keys()) - {"memorisation_judge", "class_entropy"}
     assert judge.metric_directions.keys() == directed
     lower = {name for name, direction in judge.metric_directions.items() if direction == "lower"}
-    assert lower == {"fid_judge", "kid_judge", "fid_judge_iid"}
+    assert lower == {"fid_judge", "kid_judge", "fid_judge_iid", "fid_judge_balanced"}
 
 
 def test_one_sample_is_judged_by_what_one_sample_shows(judged) -> None:

@@ -9,6 +9,7 @@ import pytest
 import scipy.linalg
 import scipy.spatial
 import scipy.special
+import sklearn.metrics
 import torch
 from skimage.metrics import structural_similarity
 from sklearn.metrics.pairwise import polynomial_kernel
@@ -261,6 +262,8 @@ def test_predictions_of_masks_are_per_pixel() -> None:
     probabilities = scipy.special.softmax(pixels, axis=1)
     assert metrics["nll"] == pytest.approx(-np.log(probabilities[np.arange(32), classes]).mean(), rel=1e-5)
     assert metrics["ece"] == pytest.approx(reference_ece(probabilities, classes), abs=1e-5)
+    overlap = [sklearn.metrics.jaccard_score(classes == k, probabilities.argmax(1) == k) for k in range(3)]
+    assert metrics["readout_miou"] == pytest.approx(np.mean(overlap))
 
 
 def test_calibration_by_hand() -> None:

@@ -6,7 +6,7 @@ the training split are taken (never called FID without saying whose: the metric'
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -22,6 +22,9 @@ from mtdiffusion_registry.evaluation import Evaluator
 from mtdiffusion_registry.hookspecs import hookimpl
 
 MTDIFFUSION_API = 1
+
+REDRAWS = 20
+"""Draws over which a distance with redrawn class counts is a mean."""
 
 
 class Classifier(nn.Module):
@@ -95,6 +98,7 @@ class Judge(Evaluator):
             self._pictures(x), y, width=config.width, epochs=config.epochs, seed=config.seed
         )
         self.reference = TrainingFeatures(self._features(x), self.name, config.neighbours)
+        self.class_shares = torch.bincount(y.cpu()).double() / len(y)
         # The plain name is the first judge's; a second one needs its own.
         self.entropy_name = "class_entropy" if self.name == "judge" else f"{self.name}_class_entropy"
         self.metric_directions = {
@@ -102,6 +106,7 @@ class Judge(Evaluator):
             f"{self.name}_accuracy": "higher",
             f"{self.name}_agreement": "higher",
             f"fid_{self.name}_iid": "lower",
+            f"fid_{self.name}_balanced": "lower",
         }
 
     def _pictures(self, x: Tensor) -> Tensor:
@@ -134,7 +139,10 @@ class Judge(Evaluator):
     def joint(self, generated: Mapping[str, Tensor]) -> dict[str, float]:
         """``judge_agreement``: how often the judge reads the class that was generated with the picture;
         ``class_entropy``: of the classes it reads, as a share of the greatest possible (no direction: as real data's
-        is best); and the distances."""
+        is best); the distances; and ``fid_judge_balanced``, the Fréchet distance with as many of each class, as the
+        judge reads them, as the training split's shares ask for (if it reads every class). That leaves out the scatter
+        of the class counts, and any bias of theirs, which is ``class_entropy``'s to tell, and keeps what is within
+        the classes."""
         if self.input not in generated:
             return {}
         features = self._features(generated[self.input])
@@ -146,14 +154,18 @@ class Judge(Evaluator):
         share = torch.bincount(read, minlength=classes).double() / len(read)
         entropy = -(share * share.clamp(min=1e-12).log()).sum()
         metrics[self.entropy_name] = (entropy / torch.tensor(float(classes)).log()).item()
+        if (balanced := self._balanced_distance(features, read)) is not None:
+            metrics[f"fid_{self.name}_balanced"] = balanced
         return metrics
 
     def real(self, test: Mapping[str, Tensor]) -> dict[str, float]:
         """``judge_accuracy`` and the distances of the held-out split as it is; ``fid_judge_iid``: the Fréchet distance
-        when its classes are drawn at random, as those of joint samples are.
+        when its classes are drawn at random, as those of joint samples are; ``fid_judge_balanced``: when there are as
+        many of each as the training split's shares ask for.
 
         A split that holds every class in equal number lies closer to the training split than independent samples of
-        the very same distribution do, so ``joint/fid_judge`` is to be read against ``real/fid_judge_iid``.
+        the very same distribution do, so ``joint/fid_judge`` is to be read against ``real/fid_judge_iid``, and
+        ``joint/fid_judge_balanced`` against ``real/fid_judge_balanced``.
         """
         x, y = test[self.input], test[self.target].cpu()
         features = self._features(x)
@@ -162,24 +174,44 @@ class Judge(Evaluator):
             **self.reference.metrics(features),
         }
         if len(y) > 1:
-            metrics[f"fid_{self.name}_iid"] = self._redrawn_distance(features, y)
+            generator = torch.Generator().manual_seed(0)
+            counts = [torch.bincount(y[torch.randint(len(y), (len(y),), generator=generator)]) for _ in range(REDRAWS)]
+            metrics[f"fid_{self.name}_iid"] = self._redrawn_distance(features, y, counts)
+        if (balanced := self._balanced_distance(features, y)) is not None:
+            metrics[f"fid_{self.name}_balanced"] = balanced
         return metrics
 
-    def _redrawn_distance(self, features: Tensor, y: Tensor, draws: int = 20) -> float:
-        """Mean distance of the held-out features ``[n, D]`` with their class counts redrawn: each sample's class at
-        random from the split's own proportions, then samples of that class, none twice before all were taken."""
+    def _balanced_distance(self, features: Tensor, y: Tensor) -> float | None:
+        """:meth:`_redrawn_distance` with the class counts of the training split's shares; None where that needs classes
+        of which there is none."""
+        counts = _apportioned(len(y), self.class_shares)
+        there = torch.bincount(y, minlength=len(counts)) > 0
+        if len(y) < 2 or not bool(there[: len(counts)][counts > 0].all()):
+            return None
+        return self._redrawn_distance(features, y, [counts] * REDRAWS)
+
+    def _redrawn_distance(self, features: Tensor, y: Tensor, counts: Sequence[Tensor]) -> float:
+        """Mean distance of features ``[n, D]`` of classes ``y [n]`` over draws with given class counts: of a class,
+        samples at random, none twice before all were taken."""
         generator = torch.Generator().manual_seed(0)
-        of_class = [(y == label).nonzero()[:, 0] for label in range(int(y.max()) + 1)]
         distances = []
-        for _ in range(draws):
-            counts = torch.bincount(y[torch.randint(len(y), (len(y),), generator=generator)], minlength=len(of_class))
+        for wanted in counts:
             rows = []
-            for label, count in zip(of_class, counts.tolist(), strict=True):
+            for label, count in enumerate(wanted.tolist()):
+                of_class = (y == label).nonzero()[:, 0]
                 while count > 0:
-                    rows.append(label[torch.randperm(len(label), generator=generator)][:count])
+                    rows.append(of_class[torch.randperm(len(of_class), generator=generator)][:count])
                     count -= len(rows[-1])
             distances.append(frechet_distance(self.reference.features, features[torch.cat(rows)]))
-        return sum(distances) / draws
+        return sum(distances) / len(distances)
+
+
+def _apportioned(total: int, shares: Tensor) -> Tensor:
+    """Whole counts that add up to a total in given shares, by largest remainder: ``[K]`` int64."""
+    exact = total * shares
+    counts = exact.long()
+    counts[(exact - counts).argsort(descending=True)[: total - int(counts.sum())]] += 1
+    return counts
 
 
 @frozen
