@@ -44,7 +44,7 @@ class LossWeights:
     l3: float = field(default=0.0, validator=ge(0.0))
     l1_time: Literal["snr", "elbo"] = field(default="snr", validator=in_(("snr", "elbo")))
     l1_clamp: tuple[float, float] = field(default=(0.05, 5.0), validator=low_before_high)
-    readout: float = field(default=0.0, validator=and_(ge(0.0), le(1.0)))
+    readout: float = field(default=0.25, validator=and_(ge(0.0), le(1.0)))
 
 
 @frozen(eq=False)
