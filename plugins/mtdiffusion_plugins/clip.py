@@ -160,7 +160,7 @@ class ClipConfig(ModalityConfig):
     Attributes:
         dim: D, the width of the embedding.
         source: the data set's image field to embed with the model; None: the data set brings embeddings.
-        model: an open_clip architecture ("ViT-B-32"), or "builtin:digits", the small model that ships here.
+        model: an open_clip architecture ("ViT-B-32"), or one that ships here: "builtin:digits", "builtin:shapes".
         pretrained: an open_clip tag of weights ("laion2b_s34b_b79k").
         checkpoint: a file of weights for the model instead.
         code_channels: channels of the latent its code fills; None: as many as D orthogonal directions need.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 from pathlib import Path
 
@@ -128,6 +129,15 @@ def test_the_profiles_that_ship_are_sound(name: str, registry: Registry, tmp_pat
     profile, path = load_profile(name, registry)
     runner = Runner(profile, path.parent, tmp_path, registry, say=lambda _: None)
     runner._check(plan(profile))  # every cell's configuration can be made
+
+
+def test_the_small_profile_has_every_combination_of_the_four_modalities(registry: Registry) -> None:
+    profile, _ = load_profile("small", registry)
+    names = ("image", "mask", "label", "clip")
+    every = {frozenset(some) for count in range(1, 5) for some in itertools.combinations(names, count)}
+    for setting in ("digits", "shapes"):
+        tasks = {cell.task for cell in plan(profile) if cell.setting == setting and cell.method == "joint"}
+        assert every <= {frozenset(profile.tasks[task].task.instances()) for task in tasks}
 
 
 @pytest.mark.slow

@@ -36,8 +36,18 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "pink": (0.97, 0.55, 0.72),
     "white": (0.96, 0.96, 0.94),
 }
-_ROWS = ("top", "middle", "bottom")
-_COLUMNS = ("left", "centre", "right")
+PLACES = (
+    "at the top left",
+    "at the top",
+    "at the top right",
+    "at the left",
+    "in the centre",
+    "at the right",
+    "at the bottom left",
+    "at the bottom",
+    "at the bottom right",
+)
+"""Where a caption says that a shape is, row by row."""
 
 # Geometry is in units of the picture's side, x to the right and y downwards, the picture being [0, 1]².
 _LARGE = (0.24, 0.34)
@@ -155,13 +165,8 @@ def caption(shapes: list[Shape]) -> str:
 
 
 def _place(shape: Shape) -> str:
-    row = _ROWS[int(np.digitize(shape.y, (0.4, 0.6)))]
-    column = _COLUMNS[int(np.digitize(shape.x, (0.4, 0.6)))]
-    if (row, column) == ("middle", "centre"):
-        return "in the centre"
-    if row == "middle":
-        return f"at the {column}"
-    return f"at the {row}" if column == "centre" else f"at the {row} {column}"
+    row, column = np.digitize((shape.y, shape.x), (0.4, 0.6))
+    return PLACES[3 * row + column]
 
 
 def _background(rng: np.random.Generator, x: Array, y: Array) -> Array:

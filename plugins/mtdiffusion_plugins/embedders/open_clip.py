@@ -16,8 +16,8 @@ from torch.nn.functional import interpolate, normalize
 from mtdiffusion_registry.errors import UserError, did_you_mean
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
-BUILTIN = {"builtin:digits": WEIGHTS / "digits_clip"}
-"""The models that we ship: each a ``.json`` and a ``.safetensors`` file."""
+BUILTIN = {f"builtin:{data}": WEIGHTS / f"{data}_clip" for data in ("digits", "shapes")}
+"""The models that we ship: each a ``.json`` and a ``.safetensors`` file, made by :mod:`.train_clip`."""
 
 Tokenizer = Callable[[list[str]], Tensor]
 
@@ -150,7 +150,7 @@ def load_embedder(model: str, pretrained: str | None = None, checkpoint: str | N
     """A frozen embedder; there is always just one source of weights, and never random ones.
 
     Args:
-        model: ``builtin:digits``, the name of an open_clip architecture, or the path of a model's JSON configuration.
+        model: a name in BUILTIN, the name of an open_clip architecture, or the path of a model's JSON configuration.
         pretrained: the tag of open_clip's weights for that architecture, downloaded on first use.
         checkpoint: a file of weights instead.
 
