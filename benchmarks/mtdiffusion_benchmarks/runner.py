@@ -28,7 +28,14 @@ from mtdiffusion_benchmarks.interfaces import Diverged, Fitted, Problem
 from mtdiffusion_benchmarks.profile import Cell, Profile, base_experiment, cell_experiment, description, fingerprint
 from mtdiffusion_engine.checkpoint import read_json, write_json
 from mtdiffusion_engine.data import derive_seed, load_data
-from mtdiffusion_engine.evaluation import Metrics, complete_samples, judge_target
+from mtdiffusion_engine.evaluation import (
+    Metrics,
+    complete_samples,
+    judge_joint,
+    judge_real,
+    judge_target,
+    merge_metrics,
+)
 from mtdiffusion_engine.experiment import Experiment, build_model
 from mtdiffusion_registry import Evaluator, Query, Registry, UserError
 
@@ -77,49 +84,65 @@ class Runner:
         Returns:
             How many cells are "ok", "diverged", "failed", and how many were left to another process ("elsewhere").
         """
-        self._check(cells)
+        finished = self._check(cells)
         (self.out / "cells").mkdir(parents=True, exist_ok=True)
         write_json(self.out / "profile.json", summary(self.profile, cells, self.out), sort_keys=False)
         states: dict[str, int] = {}
         for number, cell in enumerate(cells, 1):
-            with _locked(self.out / "locks" / f"{cell.stem}.lock") as mine:
-                result = self._result(cell) if mine else None
-                if mine and result is None:
-                    self.say(f"[{number}/{len(cells)}] {cell.id}")
-                    result = self._run(cell)
-                    write_json(self._path(cell), result)
-                    self._remove_run(cell)
-                    self.say(f"[{number}/{len(cells)}] {cell.id}: {_told(result)}")
-            state = "elsewhere" if result is None else str(result["status"])
+            state = finished.get(cell) or self._finish(cell, f"[{number}/{len(cells)}] {cell.id}")
             states[state] = states.get(state, 0) + 1
         return states
+
+    def _finish(self, cell: Cell, told: str) -> str:
+        """Run a cell that was not done when we looked; its status, or "elsewhere" if another process runs it."""
+        with _locked(self.out / "locks" / f"{cell.stem}.lock") as mine:
+            if not mine:
+                return "elsewhere"
+            result = self._result(cell)  # another process may have done it since
+            if result is None:
+                self.say(told)
+                result = self._run(cell)
+                write_json(self._path(cell), result)
+                self._remove_run(cell)
+                self.say(f"{told}: {_told(result)}")
+            return str(result["status"])
 
     def _path(self, cell: Cell) -> Path:
         return self.out / "cells" / f"{cell.stem}.json"
 
-    def _result(self, cell: Cell) -> dict[str, Any] | None:
-        """The cell's result if it is there and whole; a damaged one is set aside and the cell run again."""
-        path = self._path(cell)
+    def _result(self, cell: Cell, *, quiet: bool = False) -> dict[str, Any] | None:
+        """The cell's result if it is there and whole; None, said unless quiet, of a damaged one: it is made again.
+
+        Raises:
+            UserError: if it is of another configuration.
+        """
+        path, mark = self._path(cell), fingerprint(self._describe(cell))
         if not path.is_file():
             return None
         try:
             result = read_json(path)
         except UserError as error:
-            self.say(f"{error}; running the cell again")
+            if not quiet:
+                self.say(f"{error}; running the cell again")
             return None
         # A cell that failed may have been mended since: a diverged one would only diverge again.
-        return None if result.get("status") == "failed" else result
+        if result.get("status") == "failed":
+            return None
+        if result.get("fingerprint") != mark:
+            raise UserError(
+                f"{path}: holds a result of another configuration of {cell.id} (fingerprint "
+                f"{result.get('fingerprint')}, asked for {mark}). Give another --out, or remove the file"
+            )
+        return result
 
-    def _check(self, cells: Sequence[Cell]) -> None:
-        """Every cell's configuration is sound, and is that of the result that is there, before anything runs."""
-        for cell in cells:
-            mark = fingerprint(self._describe(cell))
-            result = self._result(cell)
-            if result is not None and result.get("fingerprint") != mark:
-                raise UserError(
-                    f"{self._path(cell)}: holds a result of another configuration of {cell.id} (fingerprint "
-                    f"{result.get('fingerprint')}, asked for {mark}). Give another --out, or remove the file"
-                )
+    def _check(self, cells: Sequence[Cell]) -> dict[Cell, str]:
+        """Every cell's configuration is sound, and is that of the result that is there, before anything runs.
+
+        Returns:
+            The status of those that are done; each result is read once, here.
+        """
+        found = ((cell, self._result(cell, quiet=True)) for cell in cells)
+        return {cell: str(result["status"]) for cell, result in found if result is not None}
 
     def _describe(self, cell: Cell) -> dict[str, Any]:
         experiment = cell_experiment(self.profile, cell, self.source, self.registry)
@@ -213,7 +236,11 @@ def measure(
     held: Held,
     shown: int = 0,
 ) -> tuple[Metrics, list[dict[str, Any]]]:
-    """Ask every query that the method answers; metrics by ``target|given/metric``, and figures of ``shown`` samples."""
+    """Ask every query that the method answers; metrics by ``target|given/metric``, and figures of ``shown`` samples.
+
+    Raises:
+        UserError: if two evaluators, or an evaluator and a modality, give a metric of one name.
+    """
     config = experiment.evaluation
     test = held.test
     count = len(next(iter(test.values())))
@@ -232,20 +259,23 @@ def measure(
             visible = random_holes(torch.full((count,), query.hidden), size, holes, query.pattern)
         generated = _ask(fitted, query, test, visible, config.batch_size, generator)
         if query.joint:
-            for evaluator in held.evaluators:
-                metrics |= {f"joint/{name}": value for name, value in evaluator.joint(generated).items()}
+            metrics |= {f"joint/{name}": value for name, value in judge_joint(held.evaluators, generated).items()}
             metrics["joint/samples"] = count
         else:
-            for target in generated:
-                judged = judge_target(modalities[target], target, generated, test, held.evaluators)
-                metrics |= {f"{query.key(target)}/{name}": value for name, value in judged.items()}
-            for target, params in fitted.predict(query, test).items():
-                told = modalities[target].predictive_metrics(params, test[target])
-                metrics |= {f"{query.key(target)}/{name}": value for name, value in told.items()}
+            predicted = fitted.predict(query, test)
+            for target in dict.fromkeys([*generated, *predicted]):
+                parts: list[tuple[str, Mapping[str, float]]] = []
+                if target in generated:
+                    judged = judge_target(modalities[target], target, generated, test, held.evaluators)
+                    parts.append(("what judges samples", judged))
+                if target in predicted:
+                    told = modalities[target].predictive_metrics(predicted[target], test[target])
+                    parts.append((f"the modality {target}", told))
+                merged = merge_metrics(parts, target)
+                metrics |= {f"{query.key(target)}/{name}": value for name, value in merged.items()}
         if shown:
             figures += figures_of(query, generated, test, visible, modalities, shown)
-    for evaluator in held.evaluators:
-        metrics |= {f"real/{name}": value for name, value in evaluator.real(test).items()}
+    metrics |= {f"real/{name}": value for name, value in judge_real(held.evaluators, test).items()}
     return metrics, figures
 
 
