@@ -8,14 +8,16 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from attrs import field, frozen
-from attrs.validators import min_len
+from attrs.validators import in_, min_len
 
 from mtdiffusion_engine.experiment import Experiment, resolved
 from mtdiffusion_registry import MethodConfig, Registry, TaskConfig, UserError
 from mtdiffusion_registry.config import apply_overrides, load_toml, structure, unstructure
+
+Budget = Literal["steps", "flops", "seconds"]
 
 SHIPPED = Path(__file__).parent / "profiles"
 _NAME = re.compile(r"[A-Za-z0-9+.-]+(_[A-Za-z0-9+.-]+)*")  # single underscores: two divide the parts of a file's name
@@ -59,11 +61,15 @@ class Method:
         method: what is trained.
         title: what reports call it.
         set: ``table.key=value`` changes to the experiment that it is given.
+        budget: what its training costs as much of as the task's joint model's: optimizer "steps" (the experiment's
+            own); or, with as many steps as that takes, floating-point operations ("flops", counted) or "seconds"
+            (measured on the machine before the cell is trained).
     """
 
     method: MethodConfig
     title: str = ""
     set: tuple[str, ...] = ()
+    budget: Budget = field(default="steps", validator=in_(get_args(Budget)))
 
 
 @frozen

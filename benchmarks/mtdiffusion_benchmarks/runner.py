@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mtdiffusion import Modality
 from mtdiffusion.conditioning import random_holes
+from mtdiffusion_benchmarks.budget import Match, joint_of, match, with_steps
 from mtdiffusion_benchmarks.figures import figures_of
 from mtdiffusion_benchmarks.interfaces import Diverged, Fitted, Problem
 from mtdiffusion_benchmarks.profile import Cell, Profile, base_experiment, cell_experiment, description, fingerprint
@@ -146,7 +147,11 @@ class Runner:
 
     def _describe(self, cell: Cell) -> dict[str, Any]:
         experiment = cell_experiment(self.profile, cell, self.source, self.registry)
-        return description(self.profile, cell, experiment, self.registry)
+        described = description(self.profile, cell, experiment, self.registry)
+        budget = self.profile.methods[cell.method].budget
+        if budget != "steps":  # only then, so that the fingerprints of the others stay what they were
+            described["budget"] = {"kind": budget, "joint": self._describe(joint_of(self.profile, cell))}
+        return described
 
     def _run(self, cell: Cell) -> dict[str, Any]:
         described = self._describe(cell)
@@ -176,23 +181,17 @@ class Runner:
             return result | {"status": "failed", "reason": str(error)}
 
     def _measure(self, cell: Cell) -> dict[str, Any]:
-        experiment = cell_experiment(self.profile, cell, self.source, self.registry)
         held = self._hold(cell.setting)
-        model = build_model(experiment)
-        modalities = {name: model.modality(name) for name in model.names}
-        queries = self.profile.tasks[cell.task].task.queries()
-        problem = Problem(
-            experiment=experiment,
-            modalities=modalities,
-            queries=queries,
-            train=load_data(experiment, model, "train"),
-            folder=self.out / "runs" / cell.stem,
-            registry=self.registry,
-            device=self.device,
-            say=self.say,
-        )
-        problem.folder.parent.mkdir(parents=True, exist_ok=True)
-        fitted: Fitted = self.profile.methods[cell.method].method.fit(problem)
+        folder = self.out / "runs" / cell.stem
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        problem = self._problem(cell, folder)
+        modalities, queries = problem.modalities, problem.queries
+        method = self.profile.methods[cell.method]
+        matched = self._matched(cell, problem) if method.budget != "steps" else None
+        if matched is not None:
+            problem = with_steps(problem, matched.steps)
+        fitted: Fitted = method.method.fit(problem)
+        experiment = problem.experiment
         started = time.monotonic()
         shown = self.profile.figures if cell.seed == self.profile.seeds[0] else 0
         metrics, figures = measure(fitted, experiment, modalities, queries, held, shown)
@@ -202,12 +201,61 @@ class Runner:
                 "train_seconds": round(fitted.cost.train_seconds, 2),
                 "seconds_per_step": round(fitted.cost.train_seconds / fitted.cost.steps, 5),
                 "evaluate_seconds": round(time.monotonic() - started, 2),
+                "budget": method.budget,
+                "matched": None if matched is None else asdict(matched),
             },
             "metrics": dict(sorted(metrics.items())),
             "directions": _directions(modalities, held.evaluators),
             "curve": fitted.curve,
             "figures": figures,
         }
+
+    def _problem(self, cell: Cell, folder: Path) -> Problem:
+        experiment = cell_experiment(self.profile, cell, self.source, self.registry)
+        model = build_model(experiment)
+        return Problem(
+            experiment=experiment,
+            modalities={name: model.modality(name) for name in model.names},
+            queries=self.profile.tasks[cell.task].task.queries(),
+            train=load_data(experiment, model, "train"),
+            folder=folder,
+            registry=self.registry,
+            device=self.device,
+            say=self.say,
+        )
+
+    def _matched(self, cell: Cell, problem: Problem) -> Match:
+        """The steps of a cell that is to cost what the joint model does: chosen once, and kept until the cell is done,
+        since seconds measured again would be others, and an interrupted training could not go on."""
+        stored = self._budget_file(cell)
+        mark = fingerprint(self._describe(cell))
+        if stored.is_file():
+            found = read_json(stored)
+            if found["fingerprint"] == mark:
+                return Match(**found["matched"])
+        joint = joint_of(self.profile, cell)
+        scratch = self.out / "runs" / f"{cell.stem}.probe"
+        shutil.rmtree(scratch, ignore_errors=True)  # of one that was killed
+        try:
+            matched = match(
+                self.profile.methods[cell.method].budget,
+                self.profile.methods[cell.method].method,
+                problem,
+                self.profile.methods[joint.method].method,
+                self._problem(joint, problem.folder),
+                joint.method,
+                scratch,
+            )
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        write_json(stored, {"fingerprint": mark, "matched": asdict(matched)})
+        self.say(
+            f"{cell.id}: {matched.steps} steps cost the {matched.budget} of {matched.joint_steps} of {matched.joint}"
+        )
+        return matched
+
+    def _budget_file(self, cell: Cell) -> Path:
+        return self.out / "runs" / f"{cell.stem}.budget.json"
 
     def _hold(self, setting: str) -> Held:
         if setting not in self._held:
@@ -226,6 +274,7 @@ class Runner:
         folder = self.out / "runs" / cell.stem
         shutil.rmtree(folder, ignore_errors=True)
         folder.with_name(f"{folder.name}.curve.json").unlink(missing_ok=True)
+        self._budget_file(cell).unlink(missing_ok=True)
 
 
 def measure(
@@ -317,7 +366,8 @@ def summary(profile: Profile, cells: Sequence[Cell], out: Path) -> dict[str, Any
         "settings": {name: {"title": entry.title or name} for name, entry in profile.settings.items()},
         "tasks": {name: {"title": entry.title or name, "paper": entry.paper} for name, entry in profile.tasks.items()},
         "methods": {
-            name: {"title": entry.title or name, "role": entry.method.role} for name, entry in profile.methods.items()
+            name: {"title": entry.title or name, "role": entry.method.role, "budget": entry.budget}
+            for name, entry in profile.methods.items()
         },
         "cells": sorted({*before, *(cell.id for cell in cells)}),
     }

@@ -93,14 +93,15 @@ class Diffusion(Fitted):
         return {name: {k: v.cpu() for k, v in params[name].items()} for name in query.targets if name in params}
 
 
-def count_flops(experiment: Experiment, data: ModalityData) -> int:
+def count_flops(experiment: Experiment, data: ModalityData, device: str = "cpu") -> int:
     """Floating-point operations of one training step, forward and backward, counted on a model of its own."""
-    model = build_model(experiment)
-    batch = data.batch([i % len(data) for i in range(experiment.training.batch_size)])
+    model = build_model(experiment).to(device)
+    batch = data.batch([i % len(data) for i in range(experiment.training.batch_size)]).to(torch.device(device))
     latent = model.layout.latent
     subsets = experiment.conditioning.build()
     generator = torch.Generator().manual_seed(0)
     visible = subsets.draw(model.names, model.spatial, len(batch.presence), (latent.height, latent.width), generator)
+    visible = visible.to(device)
     with FlopCounterMode(display=False) as counter:
         terms = composite_loss(model, batch.x, experiment.loss, visible=visible, presence=batch.presence)
         terms.total.mean().backward()  # type: ignore[no-untyped-call]
@@ -131,7 +132,7 @@ def train(problem: Problem, experiment: Experiment, asked: Query | None = None) 
         batch_size=experiment.training.batch_size * experiment.training.accumulate,
         parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         train_seconds=curve.points[-1]["seconds"],
-        flops_per_step=count_flops(experiment, trainer.data) * experiment.training.accumulate,
+        flops_per_step=count_flops(experiment, trainer.data, problem.device) * experiment.training.accumulate,
     )
     run = load_run(folder, device=problem.device, registry=problem.registry)
     return Diffusion(run.model, experiment, cost, curve.points, asked)
