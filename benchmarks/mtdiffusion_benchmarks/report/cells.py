@@ -18,11 +18,22 @@ from mtdiffusion_registry import UserError
 
 SCHEMA = 1
 T = TypeVar("T")
+Budget = Literal["steps", "flops", "seconds"]
+
+
+@frozen
+class Match:
+    """To what a cell's steps were matched; see ``mtdiffusion_benchmarks.budget.Match``."""
+
+    joint: str
+    joint_steps: int
+    steps: int
 
 
 @frozen
 class Cost:
-    """What a cell cost; see ``mtdiffusion_benchmarks.interfaces.Cost``."""
+    """What a cell cost; see ``mtdiffusion_benchmarks.interfaces.Cost``. Results of before there were budgets lack the
+    last two."""
 
     steps: int
     batch_size: int
@@ -31,6 +42,8 @@ class Cost:
     seconds_per_step: float
     flops_per_step: float
     evaluate_seconds: float = 0.0
+    budget: Budget = "steps"
+    matched: Match | None = None
 
 
 @frozen
@@ -92,6 +105,7 @@ class Entry:
     title: str = ""
     paper: str | None = None
     role: str = field(default="baseline", validator=in_(("joint", "control", "baseline")))
+    budget: Budget = "steps"
 
 
 @frozen

@@ -10,6 +10,7 @@ from attrs import frozen
 from mtdiffusion_benchmarks.report import text
 from mtdiffusion_benchmarks.report.statistics import LEVEL, Comparison
 from mtdiffusion_benchmarks.report.tables import (
+    BUDGETS,
     JOINT,
     REAL,
     Counts,
@@ -60,7 +61,8 @@ def facts(results: Results) -> list[tuple[str, str]]:
     cells = results.cells
     number = {status: sum(cell.status == status for cell in cells) for status in ("ok", "diverged", "failed")}
     costs = [cell.cost for cell in cells if cell.cost]
-    budgets = sorted({(cost.steps, cost.batch_size) for cost in costs})
+    budgets = sorted({(cost.steps, cost.batch_size) for cost in costs if cost.budget == "steps"})
+    matched = {name: sum(cost.budget == name for cost in costs) for name in BUDGETS if name != "steps"}
     hours = sum(cost.train_seconds + cost.evaluate_seconds for cost in costs)
 
     def told(name: str) -> str:
@@ -73,7 +75,14 @@ def facts(results: Results) -> list[tuple[str, str]]:
     return [
         ("cells", ", ".join([*(f"{n} {status}" for status, n in number.items()), f"{len(results.missing)} missing"])),
         ("seeds", ", ".join(str(seed) for seed in sorted({cell.seed for cell in cells}))),
-        ("budget", ", ".join(f"{steps:,} steps of {size} samples" for steps, size in budgets) or "–"),
+        (
+            "budget",
+            ", ".join(
+                [f"{steps:,} steps of {size} samples" for steps, size in budgets]
+                + [f"{n} cells {BUDGETS[name]}" for name, n in matched.items() if n]
+            )
+            or "–",
+        ),
         ("time", f"{text.seconds(hours)} of training and evaluation in all"),
         ("machine", ", ".join(part for part in machine if part) or "not recorded"),
         ("code", ", ".join(_codes(results))),
@@ -96,6 +105,11 @@ def sentences(results: Results) -> list[str]:
         f"(setting, task, metric) it is better in {counted.helps}, worse in {counted.hurts}, a tie in {counted.free}"
         + (f", undecided in {counted.undecided}: too few seeds to tell." if counted.undecided else ".")
     ]
+    for label, other in _other_budgets(results):
+        told.append(
+            f"Against {label}: over {other.total} comparisons better in {other.helps}, worse in {other.hurts}, a tie "
+            f"in {other.free}, undecided in {other.undecided}."
+        )
     decided = counted.helps + counted.hurts + counted.free
     if decided:
         told.append(
@@ -124,8 +138,17 @@ def _named(found: Comparison, transfer: Transfer) -> str:
     return f"{transfer.key} in {group.setting}, {group.task}: {text.effect(found)} ({text.interval(found)})"
 
 
+def _other_budgets(results: Results) -> Iterator[tuple[str, Counts]]:
+    """The leading joint method's verdicts against controls at each other budget that there is."""
+    lead = [transfer for transfer in results.matched if transfer.group.method == results.lead]
+    for budget, name in BUDGETS.items():
+        if found := [transfer for transfer in lead if transfer.control.budget == budget]:
+            yield f"controls {name}", count(found)
+
+
 def counts(results: Results) -> list[tuple[str, Counts]]:
-    """The leading joint method's verdicts: all, by what is generated, by setting."""
+    """The leading joint method's verdicts: all, by what is generated, by setting; and, apart, those against controls at
+    another budget."""
     lead = [transfer for transfer in results.transfers if transfer.group.method == results.lead]
     if not lead:
         return []
@@ -135,7 +158,8 @@ def counts(results: Results) -> list[tuple[str, Counts]]:
         rows.append((label, count(t for t in lead if modality(split_key(t.key)[0]) == name)))
     settings = dict.fromkeys(t.group.setting for t in lead)
     by_setting = ((name, count(t for t in lead if t.group.setting == name)) for name in settings)
-    return [*rows, *((results.title("settings", name), found) for name, found in by_setting)]
+    named = ((results.title("settings", name), found) for name, found in by_setting)
+    return [*rows, *named, *_other_budgets(results)]
 
 
 def costs(results: Results) -> Iterator[CostRow]:
@@ -154,12 +178,19 @@ def costs(results: Results) -> Iterator[CostRow]:
         ):
             ours = group.cost(name)
             if write is None:
-                values.append((f"{group.cost('steps'):,.0f} × {group.cost('batch_size'):,.0f}", ""))
+                values.append((f"{group.cost('steps'):,.0f} × {group.cost('batch_size'):,.0f}", _matched(group)))
                 continue
             theirs = [value for control in controls.values() if (value := control.cost(name))]
             ratios = sorted(ours / value for value in theirs) if ours is not None else []
             values.append((write(ours), _ratio(ratios)))
         yield CostRow(group, tuple(values))
+
+
+def _matched(group: Group) -> str:
+    """To what its steps were matched; "" if they are the experiment's own."""
+    found = next((cell.cost.matched for cell in group.ok if cell.cost and cell.cost.matched), None)
+    unit = {"flops": "FLOPs", "seconds": "seconds"}.get(group.budget, group.budget)
+    return "" if found is None else f"the {unit} of {found.joint_steps:,} steps of {found.joint}"
 
 
 def _ratio(ratios: Sequence[float]) -> str:
@@ -205,6 +236,12 @@ def reading(results: Results) -> list[str]:
         "Seeds that diverged or failed are in no mean; a comparison is over the seeds that both have. If a method "
         "loses seeds, what is left is its better part.",
     ]
+    if any(group.budget != "steps" for group in results.groups):
+        told.append(
+            "At equal FLOPs, at equal seconds: trained for as many steps as cost the floating-point operations "
+            "(counted) or the seconds (measured) of the joint model that the cost table names; all others have its "
+            "optimizer steps. Comparisons with such controls have rows of their own, and are in no count but theirs."
+        )
     told += [
         f"{metric}: {meaning}, in the features of “{metric.partition('_')[2]}”."
         if metric.partition("_")[2]

@@ -13,6 +13,7 @@ from mtdiffusion_benchmarks.report.charts import HEIGHT, WIDTH, Panel, Whisker, 
 from mtdiffusion_benchmarks.report.statistics import Comparison
 from mtdiffusion_benchmarks.report.tables import (
     ARROWS,
+    BUDGETS,
     JOINT,
     REAL,
     SIGNS,
@@ -38,13 +39,14 @@ class HeatMap:
     Attributes:
         queries: what is given, with the number of its metrics.
         columns: the metrics' names in full.
-        rows: a joint model each: its transfers by column (None where it was not asked), or () if no seed is left.
+        rows: a joint model and a budget of its controls each (its name, "" for that of steps): the transfers by column
+            (None where it was not asked), or () if no seed is left.
     """
 
     title: str
     queries: tuple[tuple[str, int], ...]
     columns: tuple[str, ...]
-    rows: tuple[tuple[Group, tuple[Transfer | None, ...]], ...]
+    rows: tuple[tuple[Group, str, tuple[Transfer | None, ...]], ...]
 
 
 @frozen
@@ -99,8 +101,8 @@ def render(results: Results) -> str:
 def _heat_maps(results: Results) -> dict[str, list[HeatMap]]:
     made: dict[str, list[HeatMap]] = {}
     for setting in dict.fromkeys(group.setting for group in results.groups):
-        transfers = [transfer for transfer in results.transfers if transfer.group.setting == setting]
-        by_cell = {(transfer.group.id, transfer.key): transfer for transfer in transfers}
+        transfers = [transfer for transfer in results.rows if transfer.group.setting == setting]
+        by_cell = {(t.group.id, t.control.budget, t.key): t for t in results.rows if t.group.setting == setting}
         joint = [group for group in results.groups if group.setting == setting and group.role == "joint"]
         parts = {_part(transfer.key) for transfer in transfers}
         made[setting] = []
@@ -109,11 +111,12 @@ def _heat_maps(results: Results) -> dict[str, list[HeatMap]]:
             queries = tuple((query, len(found)) for query, found in _by_query(columns))
             rows = []
             for group in joint:
-                cells = tuple(by_cell.get((group.id, key)) for key in columns)
-                if any(cells):
-                    rows.append((group, cells))
-                elif not group.ok and part in _asked(results, group.task):
-                    rows.append((group, ()))
+                for budget, name in BUDGETS.items():
+                    cells = tuple(by_cell.get((group.id, budget, key)) for key in columns)
+                    if any(cells):
+                        rows.append((group, name, cells))
+                    elif budget == "steps" and not group.ok and part in _asked(results, group.task):
+                        rows.append((group, name, ()))
             made[setting].append(HeatMap(_heading(*part), queries, tuple(columns), tuple(rows)))
     return made
 

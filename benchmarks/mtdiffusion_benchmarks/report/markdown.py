@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from mtdiffusion_benchmarks.report import headline, text
-from mtdiffusion_benchmarks.report.tables import ARROWS, REAL, SIGNS, Counts, Group, Results, best, split_key
+from mtdiffusion_benchmarks.report.tables import ARROWS, BUDGETS, REAL, SIGNS, Counts, Group, Results, best, split_key
 
 
 def render(results: Results) -> str:
@@ -57,10 +57,10 @@ def _counts(found: Counts) -> list[str]:
 
 
 def _transfer_rows(results: Results) -> Iterator[list[str]]:
-    for transfer in results.transfers:
+    for transfer in results.rows:
         group, control = transfer.group, transfer.control
         names = [group.setting, group.task, group.method, transfer.key]
-        values = [_summary(group, transfer.key), f"{_summary(control, transfer.key)} ({_plain(control.method)})"]
+        values = [_summary(group, transfer.key), f"{_summary(control, transfer.key)} ({_plain(_named(control))})"]
         found = transfer.comparison
         told = ["–", "–", "–", "no seed in common"]
         if found:
@@ -71,6 +71,10 @@ def _transfer_rows(results: Results) -> Iterator[list[str]]:
                 f"{SIGNS[found.verdict]} {found.verdict}",
             ]
         yield [*map(_code, names), *values, *told]
+
+
+def _named(control: Group) -> str:
+    return f"{control.method}, {BUDGETS[control.budget]}" if BUDGETS[control.budget] else control.method
 
 
 def _task_table(results: Results, groups: Sequence[Group]) -> str:
