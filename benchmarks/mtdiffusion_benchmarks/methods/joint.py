@@ -138,6 +138,11 @@ def train(problem: Problem, experiment: Experiment, asked: Query | None = None) 
     return Diffusion(run.model, experiment, cost, curve.points, asked)
 
 
+def without_observations(experiment: Experiment) -> Experiment:
+    """The same experiment with nothing ever observed in training: a model of the joint distribution alone."""
+    return evolve(experiment, conditioning=evolve(experiment.conditioning, observed=0.0, partial=0.0, subsets={}))
+
+
 @frozen
 class JointConfig(MethodConfig):
     """One model over the task's modalities, for all its queries.
@@ -199,13 +204,9 @@ class ReplacementConfig(MethodConfig):
     kind: ClassVar[str] = "replacement"
 
     def fit(self, problem: Problem) -> Fitted:
-        experiment = problem.experiment
-        unconditional = evolve(
-            experiment,
-            conditioning=evolve(experiment.conditioning, observed=0.0, partial=0.0, subsets={}),
-            sampling=evolve(experiment.sampling, conditioning="replacement"),
-        )
-        return train(problem, unconditional)
+        unconditional = without_observations(problem.experiment)
+        sampling = evolve(unconditional.sampling, conditioning="replacement")
+        return train(problem, evolve(unconditional, sampling=sampling))
 
 
 @hookimpl
