@@ -481,6 +481,39 @@ def test_a_metric_with_negative_values_is_compared_plainly(tmp_path: Path) -> No
     assert "+0.00300" in build_report(folder)[1].read_text(encoding="utf-8")
 
 
+def test_a_perfect_control_does_not_rule_the_median_or_the_headline(tmp_path: Path) -> None:
+    profile, cells = small()
+    _, third = benchmark()
+    cells += [c for c in third if c["seed"] == 2 and c["setting"] == "digits" and c["task"] == "all"]
+    cells = [c for c in cells if c["method"] in ("joint", "classifier")]
+    plain = count(read_results(write(tmp_path / "plain", profile, cells)).transfers)
+    for made in cells:
+        worse = 0.01 * made["seed"]
+        perfect = made["method"] == "classifier"
+        made["metrics"] |= {f"label|image/{m}": 1.0 if perfect else 0.5 - worse for m in ("f1", "miou", "recall_x")}
+        made["metrics"] |= {f"label|image/{m}": 1e-4 if perfect else 0.3 + worse for m in ("ece", "readout_nll")}
+        made["directions"] = made["directions"] | {"f1": "higher", "recall_x": "higher"}
+        made["directions"] |= {"ece": "lower", "readout_nll": "lower"}
+    folder = write(tmp_path / "x", profile, cells)
+    results = read_results(folder)
+    scales = {split_key(t.key)[1]: t.comparison.scale for t in results.transfers if t.comparison}
+    assert scales == {
+        **dict.fromkeys(("f1", "miou", "recall_x", "ece"), "points"),
+        "readout_nll": "absolute",
+        "accuracy": "error",
+        "nll": "value",
+    }
+    found = count(results.transfers)
+    assert found.median == plain.median
+    assert found.hurts == plain.hurts + 5
+    page, document = (path.read_text(encoding="utf-8") for path in build_report(folder))
+    for made in (page, document):
+        assert "999%" not in made
+        assert "points: control nearly perfect" in made
+        assert "−51.0 points" in made
+        assert "label|image/f1 in" not in made  # among the greatest losses
+
+
 def test_real_data_and_what_has_no_direction_are_never_compared_or_ranked(folder: Path) -> None:
     results = read_results(folder)
     assert {split_key(t.key)[1] for t in results.transfers} <= DIRECTIONS.keys()

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from attrs import frozen
 
 from mtdiffusion_benchmarks.report import text
-from mtdiffusion_benchmarks.report.statistics import LEVEL, Comparison
+from mtdiffusion_benchmarks.report.statistics import LEVEL, NEGLIGIBLE, Comparison
 from mtdiffusion_benchmarks.report.tables import (
     BUDGETS,
     JOINT,
@@ -121,7 +121,7 @@ def sentences(results: Results) -> list[str]:
         found = [
             (comparison, transfer)
             for transfer in lead
-            if (comparison := transfer.comparison) and comparison.verdict == verdict and comparison.scale != "absolute"
+            if (comparison := transfer.comparison) and comparison.verdict == verdict and comparison.relative
         ]
         found.sort(key=lambda pair: (-abs(pair[0].effect), pair[1].group.id, pair[1].key))
         if found:
@@ -225,8 +225,12 @@ def reading(results: Results) -> list[str]:
         "Effect, of the error: metrics that are shares of something right, better when higher, with all values in [0, "
         f"1] ({by_scale['error']}) are compared by their errors: 1 − (1 − joint) / (1 − control). +20% is "
         "a fifth fewer errors.",
-        "Effect, of the value: for all others, and where the control makes no error, the difference over the control's "
-        "value. +20% of an error measure is a fifth less of it.",
+        "Effect, of the value: for all others, the difference over the control's value. +20% of an error measure is a "
+        "fifth less of it.",
+        "Control nearly perfect: where the control's error (for nll and ece: its value) is at most "
+        f"{NEGLIGIBLE:.1%} for every seed, or smaller than its own standard deviation over seeds, "
+        "a ratio to it means nothing. The difference stands then, in percentage points (of nll: in nats). Such effects "
+        "are counted by their verdicts, and are in no median and not among the greatest gains and losses.",
         f"Effect, absolute: metrics that take negative values ({by_scale['absolute']}) have no zero to be relative to; "
         "for them, and where the control is 0, the plain difference stands. The depth of its colour says nothing.",
         "Interval: Student's t over seeds, on differences paired by seed, scaled by the control's mean over the same "

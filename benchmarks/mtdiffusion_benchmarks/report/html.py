@@ -189,7 +189,7 @@ def _figures(groups: Sequence[Group]) -> list[dict[str, object]]:
 
 
 def _whisker(comparison: Comparison) -> Whisker | None:
-    if comparison.scale == "absolute":
+    if not comparison.relative:
         return None
     return whisker(comparison.low, comparison.effect, comparison.high)
 
@@ -198,5 +198,5 @@ def _shade(comparison: Comparison | None) -> str:
     """The class of a heat map's cell: the depth of colour says how large, and only a verdict has a colour."""
     if comparison is None or comparison.verdict in ("free", "undecided"):
         return "none" if comparison is None else comparison.verdict
-    depth = 1 if comparison.scale == "absolute" else sum(abs(comparison.effect) >= step for step in _STEPS)
+    depth = 1 if not comparison.relative else sum(abs(comparison.effect) >= step for step in _STEPS)
     return f"{comparison.verdict} {comparison.verdict}-{depth}"

@@ -21,6 +21,10 @@ SIGNS: Mapping[str, str] = {"helps": "▲", "hurts": "▼", "free": "≈", "unde
 VERDICTS = tuple(SIGNS)
 BUDGETS: Mapping[Budget, str] = {"steps": "", "flops": "at equal FLOPs", "seconds": "at equal seconds"}
 """What is made equal between a method and the joint model, as it stands behind a method's title."""
+_NEGLIGIBLE: Mapping[str, Scale] = {"nll": "absolute", "ece": "points"}
+"""Metrics by the last part of their names whose value is an error on a scale of order 1 (nats; a share), and how they
+are compared where the control has next to none: negative log-likelihood, expected calibration error. Of others, such as
+a squared error, a small value may be as far from perfect as any."""
 
 
 def split_key(key: str) -> tuple[str, str]:
@@ -191,7 +195,8 @@ class Results:
         """Two methods on one metric that has a direction."""
         metric = split_key(key)[1]
         direction = self.directions[metric]
-        return compare(ours.values(key), theirs.values(key), direction, self.scales[metric])
+        negligible = _NEGLIGIBLE.get(metric.rpartition("_")[2])
+        return compare(ours.values(key), theirs.values(key), direction, self.scales[metric], negligible)
 
 
 def read_results(folder: Path) -> Results:
@@ -219,7 +224,7 @@ def read_results(folder: Path) -> Results:
 
 def count(transfers: Iterable[Transfer]) -> Counts:
     found = [transfer.comparison for transfer in transfers if transfer.comparison]
-    effects = [comparison.effect for comparison in found if comparison.scale != "absolute"]
+    effects = [comparison.effect for comparison in found if comparison.relative]
     number = {verdict: sum(comparison.verdict == verdict for comparison in found) for verdict in VERDICTS}
     return Counts(**number, median=statistics.median(effects) if effects else None)
 
