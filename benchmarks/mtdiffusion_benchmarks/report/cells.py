@@ -85,6 +85,7 @@ class Cell:
     status: Literal["ok", "diverged", "failed"]
     title: str = ""
     reason: str | None = None
+    config: dict[str, Any] = field(factory=dict)
     code: dict[str, Any] = field(factory=dict)
     hardware: dict[str, Any] = field(factory=dict)
     cost: Cost | None = None

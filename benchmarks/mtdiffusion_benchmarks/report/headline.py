@@ -126,6 +126,18 @@ def sentences(results: Results) -> list[str]:
         found.sort(key=lambda pair: (-abs(pair[0].effect), pair[1].group.id, pair[1].key))
         if found:
             told.append(f"Greatest {word}: " + "; ".join(itertools.starmap(_named, found[:3])) + ".")
+    points = [
+        (comparison, transfer)
+        for transfer in lead
+        if (comparison := transfer.comparison) and comparison.verdict == "hurts" and comparison.scale == "points"
+    ]
+    if points:
+        points.sort(key=lambda pair: (pair[0].effect, pair[1].group.id, pair[1].key))
+        told.append(
+            "Where the control is nearly perfect, and no ratio means anything, greatest losses: "
+            + "; ".join(itertools.starmap(_named, points[:3]))
+            + "."
+        )
     if results.uncontrolled:
         told.append(f"{results.uncontrolled} metrics of joint models have no control and are not compared.")
     if len(codes := _codes(results)) > 1:
@@ -230,7 +242,8 @@ def reading(results: Results) -> list[str]:
         "Control nearly perfect: where the control's error (for nll and ece: its value) is at most "
         f"{NEGLIGIBLE:.1%} for every seed, or smaller than its own standard deviation over seeds, "
         "a ratio to it means nothing. The difference stands then, in percentage points (of nll: in nats). Such effects "
-        "are counted by their verdicts, and are in no median and not among the greatest gains and losses.",
+        "are counted by their verdicts, and are in no median and not among the greatest gains and losses but for a "
+        "sentence of their own.",
         f"Effect, absolute: metrics that take negative values ({by_scale['absolute']}) have no zero to be relative to; "
         "for them, and where the control is 0, the plain difference stands. The depth of its colour says nothing.",
         "Interval: Student's t over seeds, on differences paired by seed, scaled by the control's mean over the same "

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from attrs import frozen
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from mtdiffusion_benchmarks.report import headline, text
+from mtdiffusion_benchmarks.report import fidelity, headline, reconstruction, text, variants
 from mtdiffusion_benchmarks.report.charts import HEIGHT, WIDTH, Panel, Whisker, panel, terms, whisker
 from mtdiffusion_benchmarks.report.statistics import Comparison
 from mtdiffusion_benchmarks.report.tables import (
@@ -78,6 +78,11 @@ def render(results: Results) -> str:
         "floor": lambda groups, key: _floor(results, groups, key),
         "given": given,
         "keys": headline.keys,
+        "introductions": {
+            "fidelity": fidelity.INTRODUCTION,
+            "reconstruction": reconstruction.INTRODUCTION,
+            "variants": variants.INTRODUCTION,
+        },
         "panels": _panels,
         "shade": _shade,
         "signs": SIGNS,
@@ -89,7 +94,12 @@ def render(results: Results) -> str:
         "whisker": _whisker,
         "words": headline,
     }
+    rows = fidelity.fidelity(results)
     return environment.get_template("report.html.j2").render(
+        fidelity=rows,
+        fidelity_sentence=fidelity.sentence(results, rows),
+        reconstruction=list(reconstruction.reconstruction(results)),
+        variants=list(variants.variants(results)),
         results=results,
         heat_maps=_heat_maps(results),
         remedies=list(_remedies(results)),

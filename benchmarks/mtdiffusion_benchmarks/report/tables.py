@@ -79,6 +79,12 @@ class Group:
         return self.cells[0].role
 
     @property
+    def kind(self) -> str | None:
+        """Of the method; None if the results do not tell."""
+        method = self.cells[0].config.get("method")
+        return method.get("kind") if isinstance(method, dict) else None
+
+    @property
     def ok(self) -> tuple[Cell, ...]:
         return tuple(cell for cell in self.cells if cell.status == "ok")
 
