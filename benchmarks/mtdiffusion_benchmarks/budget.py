@@ -53,10 +53,10 @@ def joint_of(profile: Profile, cell: Cell) -> Cell:
             cell.setting in block.settings and cell.task in block.tasks and name in block.methods
             for block in profile.run
         )
-        if planned and entry.method.role == "joint" and entry.budget == "steps":
+        if planned and entry.method.role == "joint" and profile.method(name).budget == "steps":
             return evolve(cell, method=name)
     raise UserError(
-        f"{cell.id}: budget: {profile.methods[cell.method].budget} is that of a joint model of the same setting and "
+        f"{cell.id}: budget: {profile.method(cell.method).budget} is that of a joint model of the same setting and "
         'task, and the profile runs none there; add a method of role joint with budget "steps"'
     )
 

@@ -12,13 +12,13 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import asdict, frozen
+from attrs import asdict, evolve, frozen
 from torch import Tensor
 
 from mtdiffusion import Modality
@@ -37,7 +37,7 @@ from mtdiffusion_engine.evaluation import (
     judge_target,
     merge_metrics,
 )
-from mtdiffusion_engine.experiment import Experiment, build_model
+from mtdiffusion_engine.experiment import EvaluationConfig, Experiment, build_model
 from mtdiffusion_registry import Evaluator, Query, Registry, UserError
 
 SCHEMA = 1
@@ -78,6 +78,7 @@ class Runner:
         self.profile, self.source, self.out, self.registry = profile, source, out, registry
         self.device, self.keep_runs, self.say = device, keep_runs, say
         self._held: dict[str, Held] = {}
+        self._cells: tuple[Cell, ...] = ()
 
     def run(self, cells: Sequence[Cell]) -> dict[str, int]:
         """Run what is not done yet.
@@ -85,6 +86,7 @@ class Runner:
         Returns:
             How many cells are "ok", "diverged", "failed", and how many were left to another process ("elsewhere").
         """
+        self._cells = tuple(cells)
         finished = self._check(cells)
         (self.out / "cells").mkdir(parents=True, exist_ok=True)
         write_json(self.out / "profile.json", summary(self.profile, cells, self.out), sort_keys=False)
@@ -96,9 +98,11 @@ class Runner:
 
     def _finish(self, cell: Cell, told: str) -> str:
         """Run a cell that was not done when we looked; its status, or "elsewhere" if another process runs it."""
-        with _locked(self.out / "locks" / f"{cell.stem}.lock") as mine:
-            if not mine:
-                return "elsewhere"
+        with ExitStack() as locks:
+            # Of a cell that samples another's model that one, too: both work in its folder.
+            for stem in dict.fromkeys((cell.stem, self._trained(cell).stem)):
+                if not locks.enter_context(_locked(self.out / "locks" / f"{stem}.lock")):
+                    return "elsewhere"
             result = self._result(cell)  # another process may have done it since
             if result is None:
                 self.say(told)
@@ -107,6 +111,10 @@ class Runner:
                 self._remove_run(cell)
                 self.say(f"{told}: {_told(result)}")
             return str(result["status"])
+
+    def _trained(self, cell: Cell) -> Cell:
+        """The cell whose trained model it is: its own, or that of the method that it is trained as."""
+        return evolve(cell, method=self.profile.methods[cell.method].trained_as or cell.method)
 
     def _path(self, cell: Cell) -> Path:
         return self.out / "cells" / f"{cell.stem}.json"
@@ -148,8 +156,13 @@ class Runner:
     def _describe(self, cell: Cell) -> dict[str, Any]:
         experiment = cell_experiment(self.profile, cell, self.source, self.registry)
         described = description(self.profile, cell, experiment, self.registry)
-        budget = self.profile.methods[cell.method].budget
-        if budget != "steps":  # only then, so that the fingerprints of the others stay what they were
+        # What is not the default is added only then, so that the fingerprints of the others stay what they were.
+        budget = self.profile.method(cell.method).budget
+        if self.profile.bound:
+            described["bound"] = True
+        if (trained := self._trained(cell)) != cell:
+            described["trained_as"] = self._describe(trained)
+        if budget != "steps":
             described["budget"] = {"kind": budget, "joint": self._describe(joint_of(self.profile, cell))}
         return described
 
@@ -182,19 +195,20 @@ class Runner:
 
     def _measure(self, cell: Cell) -> dict[str, Any]:
         held = self._hold(cell.setting)
-        folder = self.out / "runs" / cell.stem
+        trained = self._trained(cell)
+        folder = self.out / "runs" / trained.stem
         folder.parent.mkdir(parents=True, exist_ok=True)
         problem = self._problem(cell, folder)
         modalities, queries = problem.modalities, problem.queries
-        method = self.profile.methods[cell.method]
-        matched = self._matched(cell, problem) if method.budget != "steps" else None
+        method = self.profile.method(cell.method)
+        matched = self._matched(trained, problem) if method.budget != "steps" else None
         if matched is not None:
             problem = with_steps(problem, matched.steps)
         fitted: Fitted = method.method.fit(problem)
         experiment = problem.experiment
         started = time.monotonic()
         shown = self.profile.figures if cell.seed == self.profile.seeds[0] else 0
-        metrics, figures = measure(fitted, experiment, modalities, queries, held, shown)
+        metrics, figures = measure(fitted, experiment, modalities, queries, held, shown, bound=self.profile.bound)
         return {
             "cost": {
                 **asdict(fitted.cost),
@@ -203,6 +217,7 @@ class Runner:
                 "evaluate_seconds": round(time.monotonic() - started, 2),
                 "budget": method.budget,
                 "matched": None if matched is None else asdict(matched),
+                "trained_as": method.trained_as,
             },
             "metrics": dict(sorted(metrics.items())),
             "directions": _directions(modalities, held.evaluators),
@@ -269,12 +284,15 @@ class Runner:
         return self._held[setting]
 
     def _remove_run(self, cell: Cell) -> None:
-        if self.keep_runs:
+        """Remove what was trained, once no cell under way waits for it."""
+        trained = self._trained(cell)
+        sharing = [other for other in self._cells if self._trained(other) == trained]
+        if self.keep_runs or not all(self._path(other).is_file() for other in sharing):
             return
-        folder = self.out / "runs" / cell.stem
+        folder = self.out / "runs" / trained.stem
         shutil.rmtree(folder, ignore_errors=True)
         folder.with_name(f"{folder.name}.curve.json").unlink(missing_ok=True)
-        self._budget_file(cell).unlink(missing_ok=True)
+        self._budget_file(trained).unlink(missing_ok=True)
 
 
 def measure(
@@ -284,8 +302,12 @@ def measure(
     queries: Sequence[Query],
     held: Held,
     shown: int = 0,
+    *,
+    bound: bool = False,
 ) -> tuple[Metrics, list[dict[str, Any]]]:
     """Ask every query that the method answers; metrics by ``target|given/metric``, and figures of ``shown`` samples.
+
+    With ``bound``, the variational bound too, of ``evaluation.bound_times`` terms, if the method has one.
 
     Raises:
         UserError: if two evaluators, or an evaluator and a modality, give a metric of one name.
@@ -325,7 +347,21 @@ def measure(
         if shown:
             figures += figures_of(query, generated, test, visible, modalities, shown)
     metrics |= {f"real/{name}": value for name, value in judge_real(held.evaluators, test).items()}
+    if bound and config.bound_times and (bits := _bound(fitted, test, config)) is not None:
+        metrics["joint/bound_bits_per_dim"] = bits
     return metrics, figures
+
+
+def _bound(fitted: Fitted, test: Mapping[str, Tensor], config: EvaluationConfig) -> float | None:
+    """The mean over held-out samples; its noise is the same whatever the method is."""
+    generator = torch.Generator().manual_seed(config.seed)
+    parts = []
+    for rows in torch.split(torch.arange(len(next(iter(test.values())))), config.batch_size):
+        bits = fitted.bits_per_dim({name: x[rows] for name, x in test.items()}, config.bound_times, generator)
+        if bits is None:
+            return None
+        parts.append(bits)
+    return float(torch.cat(parts).mean())
 
 
 def _ask(
@@ -366,9 +402,10 @@ def summary(profile: Profile, cells: Sequence[Cell], out: Path) -> dict[str, Any
         "settings": {name: {"title": entry.title or name} for name, entry in profile.settings.items()},
         "tasks": {name: {"title": entry.title or name, "paper": entry.paper} for name, entry in profile.tasks.items()},
         "methods": {
-            name: {"title": entry.title or name, "role": entry.method.role, "budget": entry.budget}
+            name: {"title": entry.title or name, "role": entry.method.role, "budget": profile.method(name).budget}
             for name, entry in profile.methods.items()
         },
+        "table": list(profile.table),
         "cells": sorted({*before, *(cell.id for cell in cells)}),
     }
 

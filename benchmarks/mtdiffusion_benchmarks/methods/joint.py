@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from mtdiffusion import MultimodalDiffusion, SamplerSettings, composite_loss, sample
+from mtdiffusion import MultimodalDiffusion, SamplerSettings, composite_loss, sample, variational_bound
 from mtdiffusion.loss import standard_normal
 from mtdiffusion_benchmarks.interfaces import Cost, Curve, Fitted, Problem
 from mtdiffusion_engine.checkpoint import read_json, write_json
@@ -91,6 +91,15 @@ class Diffusion(Fitted):
         t = torch.full((batch,), model.process.steps, device=z.device)
         params = model(z, t, observation).params
         return {name: {k: v.cpu() for k, v in params[name].items()} for name in query.targets if name in params}
+
+    @torch.no_grad()
+    def bits_per_dim(self, x: Mapping[str, Tensor], times: int, generator: torch.Generator) -> Tensor | None:
+        """The bound of all modalities together; None of a model that is asked one query alone."""
+        if self.asked is not None:
+            return None
+        device = self.model.owner.device
+        given = {name: x[name].to(device) for name in self.model.names}
+        return variational_bound(self.model, given, times=times, generator=generator).bits_per_dim.cpu()
 
 
 def count_flops(experiment: Experiment, data: ModalityData, device: str = "cpu") -> int:

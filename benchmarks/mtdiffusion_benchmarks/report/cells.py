@@ -32,8 +32,7 @@ class Match:
 
 @frozen
 class Cost:
-    """What a cell cost; see ``mtdiffusion_benchmarks.interfaces.Cost``. Results of before there were budgets lack the
-    last two."""
+    """What a cell cost; see ``mtdiffusion_benchmarks.interfaces.Cost``. Older results lack the last three."""
 
     steps: int
     batch_size: int
@@ -44,6 +43,7 @@ class Cost:
     evaluate_seconds: float = 0.0
     budget: Budget = "steps"
     matched: Match | None = None
+    trained_as: str | None = None
 
 
 @frozen
@@ -119,6 +119,7 @@ class Profile:
     settings: dict[str, Entry] = field(factory=dict)
     tasks: dict[str, Entry] = field(factory=dict)
     methods: dict[str, Entry] = field(factory=dict)
+    table: tuple[str, ...] = ()
     cells: tuple[str, ...] = ()
 
 

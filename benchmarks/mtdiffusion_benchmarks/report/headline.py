@@ -63,7 +63,8 @@ def facts(results: Results) -> list[tuple[str, str]]:
     costs = [cell.cost for cell in cells if cell.cost]
     budgets = sorted({(cost.steps, cost.batch_size) for cost in costs if cost.budget == "steps"})
     matched = {name: sum(cost.budget == name for cost in costs) for name in BUDGETS if name != "steps"}
-    hours = sum(cost.train_seconds + cost.evaluate_seconds for cost in costs)
+    # A model that is sampled in several ways was trained once.
+    hours = sum((0.0 if cost.trained_as else cost.train_seconds) + cost.evaluate_seconds for cost in costs)
 
     def told(name: str) -> str:
         values = {str(value) for cell in cells if (value := cell.hardware.get(name)) is not None}
@@ -79,7 +80,7 @@ def facts(results: Results) -> list[tuple[str, str]]:
             "budget",
             ", ".join(
                 [f"{steps:,} steps of {size} samples" for steps, size in budgets]
-                + [f"{n} cells {BUDGETS[name]}" for name, n in matched.items() if n]
+                + [f"{n} cell{'s' * (n > 1)} {BUDGETS[name]}" for name, n in matched.items() if n]
             )
             or "–",
         ),
@@ -199,7 +200,9 @@ def costs(results: Results) -> Iterator[CostRow]:
 
 
 def _matched(group: Group) -> str:
-    """To what its steps were matched; "" if they are the experiment's own."""
+    """To what its steps were matched, or whose model it samples; "" if they are the experiment's own."""
+    if other := next((cell.cost.trained_as for cell in group.ok if cell.cost), None):
+        return f"the model of {other}"
     found = next((cell.cost.matched for cell in group.ok if cell.cost and cell.cost.matched), None)
     unit = {"flops": "FLOPs", "seconds": "seconds"}.get(group.budget, group.budget)
     return "" if found is None else f"the {unit} of {found.joint_steps:,} steps of {found.joint}"
