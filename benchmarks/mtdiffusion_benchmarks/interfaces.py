@@ -103,6 +103,15 @@ class Fitted(ABC):
         """Parameters of p(target | given) by modality name, from one evaluation of the network; {} if it has none."""
         return {}
 
+    def bits_per_dim(self, x: Mapping[str, Tensor], times: int, generator: torch.Generator) -> Tensor | None:
+        """The variational bound on −log p(x) of held-out samples in bits per dimension, ``[B]``; None if it has none.
+
+        Args:
+            x: by modality name, each ``[B, ...]``.
+            times: how many of its terms in t are computed, spread evenly and scaled up.
+        """
+        return None
+
 
 @frozen
 class Curve:

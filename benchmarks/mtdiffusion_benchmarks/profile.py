@@ -8,14 +8,16 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-from attrs import field, frozen
-from attrs.validators import min_len
+from attrs import evolve, field, frozen
+from attrs.validators import in_, min_len
 
 from mtdiffusion_engine.experiment import Experiment, resolved
 from mtdiffusion_registry import MethodConfig, Registry, TaskConfig, UserError
 from mtdiffusion_registry.config import apply_overrides, load_toml, structure, unstructure
+
+Budget = Literal["steps", "flops", "seconds"]
 
 SHIPPED = Path(__file__).parent / "profiles"
 _NAME = re.compile(r"[A-Za-z0-9+.-]+(_[A-Za-z0-9+.-]+)*")  # single underscores: two divide the parts of a file's name
@@ -59,11 +61,18 @@ class Method:
         method: what is trained.
         title: what reports call it.
         set: ``table.key=value`` changes to the experiment that it is given.
+        budget: what its training costs as much of as the task's joint model's: optimizer "steps" (the experiment's
+            own); or, with as many steps as that takes, floating-point operations ("flops", counted) or "seconds"
+            (measured on the machine before the cell is trained).
+        trained_as: another method whose trained model this one is, sampled otherwise: that one's changes are made, too,
+            and ``set`` may name keys under sampling and evaluation alone. None: its own.
     """
 
     method: MethodConfig
     title: str = ""
     set: tuple[str, ...] = ()
+    budget: Budget = field(default="steps", validator=in_(get_args(Budget)))
+    trained_as: str | None = None
 
 
 @frozen
@@ -92,6 +101,8 @@ class Profile:
         seeds: of initialisation, data order, noise and evaluation.
         set: changes to the experiment in every cell.
         figures: how many samples a figure shows; 0: none. Figures are made for the first seed.
+        bound: measure the variational bound too (``joint/bound_bits_per_dim``), of methods that have one.
+        table: metrics that are the columns of this benchmark's table in the documents; none: it has no table there.
     """
 
     title: str
@@ -103,6 +114,8 @@ class Profile:
     seeds: tuple[int, ...] = field(default=(0, 1, 2), validator=min_len(1))
     set: tuple[str, ...] = ()
     figures: int = 10
+    bound: bool = False
+    table: tuple[str, ...] = ()
 
     def __attrs_post_init__(self) -> None:
         axes: dict[str, Mapping[str, Any]] = {
@@ -118,6 +131,35 @@ class Profile:
                 for name in getattr(block, axis):
                     if name not in entries:
                         raise ValueError(f"run[{number}].{axis}: no {name!r}; there are {', '.join(entries)}")
+        for name, entry in self.methods.items():
+            self._check_trained_as(name, entry)
+
+    def _check_trained_as(self, name: str, entry: Method) -> None:
+        if entry.trained_as is None:
+            return
+        other = self.methods.get(entry.trained_as)
+        if other is None or other.trained_as is not None:
+            own = ", ".join(known for known, each in self.methods.items() if each.trained_as is None)
+            raise ValueError(
+                f"methods.{name}.trained_as: expected a method that is trained itself (there are {own}), found "
+                f"{entry.trained_as!r}"
+            )
+        if entry.budget != "steps":
+            raise ValueError(f"methods.{name}.budget: it is that of {entry.trained_as}, whose trained model it is")
+        for change in entry.set:
+            if not change.strip().startswith(("sampling.", "evaluation.")):
+                raise ValueError(
+                    f"methods.{name}.set: expected keys under sampling and evaluation, since the model is that of "
+                    f"{entry.trained_as}, found {change!r}"
+                )
+
+    def method(self, name: str) -> Method:
+        """A method with all that it inherits: of the one whose trained model it is, the changes and the budget."""
+        entry = self.methods[name]
+        if entry.trained_as is None:
+            return entry
+        other = self.methods[entry.trained_as]
+        return evolve(entry, set=(*other.set, *entry.set), budget=other.budget)
 
 
 @frozen
@@ -189,7 +231,7 @@ def cell_experiment(profile: Profile, cell: Cell, folder: Path, registry: Regist
     Raises:
         UserError: if the setting lacks a modality of the task, or a change does not fit.
     """
-    task, method = profile.tasks[cell.task].task, profile.methods[cell.method]
+    task, method = profile.tasks[cell.task].task, profile.method(cell.method)
     path, changes = _source(profile, cell.setting, folder)
     tables = apply_overrides(load_toml(path), changes)
     known = tables.get("modalities", {})

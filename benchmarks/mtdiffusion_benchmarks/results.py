@@ -14,6 +14,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from mtdiffusion_benchmarks.report.tables import Results, read_results
+
 ROWS: Mapping[str, str] = {
     "label → image: the judge reads the label given": "image|label/judge_accuracy",
     "mask → image: the judge reads the true label": "image|mask/judge_accuracy",
@@ -45,6 +47,28 @@ def metrics_table(runs: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def benchmark_table(results: Results) -> str:
+    """The table of a benchmark whose profile names its columns: a row a method, mean ± standard deviation over seeds.
+
+    Where there are several settings or tasks, a row tells its own.
+    """
+    columns = results.profile.table
+    groups = [group for group in results.groups if group.ok]
+    several = [axis for axis in ("setting", "task") if len({getattr(group, axis) for group in groups}) > 1]
+    bar = r"\|"  # a bar inside a cell of a Markdown table
+    lines = ["| variant | seeds | " + " | ".join(f"`{column.replace('|', bar)}`" for column in columns) + " |"]
+    lines.append("|---|---|" + "---|" * len(columns))
+    for group in groups:
+        where = "".join(f"{results.title(f'{axis}s', getattr(group, axis))}: " for axis in several)
+        cells = []
+        for column in columns:
+            summary = group.summary(column)
+            spread = "" if summary is None or summary.std is None else f" ± {summary.std:.3f}"
+            cells.append("" if summary is None else f"{summary.mean:.3f}{spread}")
+        lines.append(f"| {where}{group.title} | {len(group.ok)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def blocks(results: Path) -> dict[str, str]:
     """Every table by the name of its place in the documents."""
     runs = {
@@ -57,6 +81,9 @@ def blocks(results: Path) -> dict[str, str]:
         made["digits"] = metrics_table(digits)
     for path in sorted(results.glob("*/table.md")):
         made[path.parent.name] = path.read_text(encoding="utf-8").strip()
+    for path in sorted(results.glob("*/profile.json")):
+        if json.loads(path.read_text(encoding="utf-8")).get("table"):
+            made[path.parent.name] = benchmark_table(read_results(path.parent))
     return made
 
 

@@ -12,24 +12,32 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import asdict, frozen
+from attrs import asdict, evolve, frozen
 from torch import Tensor
 
 from mtdiffusion import Modality
 from mtdiffusion.conditioning import random_holes
+from mtdiffusion_benchmarks.budget import Match, joint_of, match, with_steps
 from mtdiffusion_benchmarks.figures import figures_of
 from mtdiffusion_benchmarks.interfaces import Diverged, Fitted, Problem
 from mtdiffusion_benchmarks.profile import Cell, Profile, base_experiment, cell_experiment, description, fingerprint
 from mtdiffusion_engine.checkpoint import read_json, write_json
 from mtdiffusion_engine.data import derive_seed, load_data
-from mtdiffusion_engine.evaluation import Metrics, complete_samples, judge_target
-from mtdiffusion_engine.experiment import Experiment, build_model
+from mtdiffusion_engine.evaluation import (
+    Metrics,
+    complete_samples,
+    judge_joint,
+    judge_real,
+    judge_target,
+    merge_metrics,
+)
+from mtdiffusion_engine.experiment import EvaluationConfig, Experiment, build_model
 from mtdiffusion_registry import Evaluator, Query, Registry, UserError
 
 SCHEMA = 1
@@ -70,6 +78,7 @@ class Runner:
         self.profile, self.source, self.out, self.registry = profile, source, out, registry
         self.device, self.keep_runs, self.say = device, keep_runs, say
         self._held: dict[str, Held] = {}
+        self._cells: tuple[Cell, ...] = ()
 
     def run(self, cells: Sequence[Cell]) -> dict[str, int]:
         """Run what is not done yet.
@@ -77,53 +86,85 @@ class Runner:
         Returns:
             How many cells are "ok", "diverged", "failed", and how many were left to another process ("elsewhere").
         """
-        self._check(cells)
+        self._cells = tuple(cells)
+        finished = self._check(cells)
         (self.out / "cells").mkdir(parents=True, exist_ok=True)
         write_json(self.out / "profile.json", summary(self.profile, cells, self.out), sort_keys=False)
         states: dict[str, int] = {}
         for number, cell in enumerate(cells, 1):
-            with _locked(self.out / "locks" / f"{cell.stem}.lock") as mine:
-                result = self._result(cell) if mine else None
-                if mine and result is None:
-                    self.say(f"[{number}/{len(cells)}] {cell.id}")
-                    result = self._run(cell)
-                    write_json(self._path(cell), result)
-                    self._remove_run(cell)
-                    self.say(f"[{number}/{len(cells)}] {cell.id}: {_told(result)}")
-            state = "elsewhere" if result is None else str(result["status"])
+            state = finished.get(cell) or self._finish(cell, f"[{number}/{len(cells)}] {cell.id}")
             states[state] = states.get(state, 0) + 1
         return states
+
+    def _finish(self, cell: Cell, told: str) -> str:
+        """Run a cell that was not done when we looked; its status, or "elsewhere" if another process runs it."""
+        with ExitStack() as locks:
+            # Of a cell that samples another's model that one, too: both work in its folder.
+            for stem in dict.fromkeys((cell.stem, self._trained(cell).stem)):
+                if not locks.enter_context(_locked(self.out / "locks" / f"{stem}.lock")):
+                    return "elsewhere"
+            result = self._result(cell)  # another process may have done it since
+            if result is None:
+                self.say(told)
+                result = self._run(cell)
+                write_json(self._path(cell), result)
+                self._remove_run(cell)
+                self.say(f"{told}: {_told(result)}")
+            return str(result["status"])
+
+    def _trained(self, cell: Cell) -> Cell:
+        """The cell whose trained model it is: its own, or that of the method that it is trained as."""
+        return evolve(cell, method=self.profile.methods[cell.method].trained_as or cell.method)
 
     def _path(self, cell: Cell) -> Path:
         return self.out / "cells" / f"{cell.stem}.json"
 
-    def _result(self, cell: Cell) -> dict[str, Any] | None:
-        """The cell's result if it is there and whole; a damaged one is set aside and the cell run again."""
-        path = self._path(cell)
+    def _result(self, cell: Cell, *, quiet: bool = False) -> dict[str, Any] | None:
+        """The cell's result if it is there and whole; None, said unless quiet, of a damaged one: it is made again.
+
+        Raises:
+            UserError: if it is of another configuration.
+        """
+        path, mark = self._path(cell), fingerprint(self._describe(cell))
         if not path.is_file():
             return None
         try:
             result = read_json(path)
         except UserError as error:
-            self.say(f"{error}; running the cell again")
+            if not quiet:
+                self.say(f"{error}; running the cell again")
             return None
         # A cell that failed may have been mended since: a diverged one would only diverge again.
-        return None if result.get("status") == "failed" else result
+        if result.get("status") == "failed":
+            return None
+        if result.get("fingerprint") != mark:
+            raise UserError(
+                f"{path}: holds a result of another configuration of {cell.id} (fingerprint "
+                f"{result.get('fingerprint')}, asked for {mark}). Give another --out, or remove the file"
+            )
+        return result
 
-    def _check(self, cells: Sequence[Cell]) -> None:
-        """Every cell's configuration is sound, and is that of the result that is there, before anything runs."""
-        for cell in cells:
-            mark = fingerprint(self._describe(cell))
-            result = self._result(cell)
-            if result is not None and result.get("fingerprint") != mark:
-                raise UserError(
-                    f"{self._path(cell)}: holds a result of another configuration of {cell.id} (fingerprint "
-                    f"{result.get('fingerprint')}, asked for {mark}). Give another --out, or remove the file"
-                )
+    def _check(self, cells: Sequence[Cell]) -> dict[Cell, str]:
+        """Every cell's configuration is sound, and is that of the result that is there, before anything runs.
+
+        Returns:
+            The status of those that are done; each result is read once, here.
+        """
+        found = ((cell, self._result(cell, quiet=True)) for cell in cells)
+        return {cell: str(result["status"]) for cell, result in found if result is not None}
 
     def _describe(self, cell: Cell) -> dict[str, Any]:
         experiment = cell_experiment(self.profile, cell, self.source, self.registry)
-        return description(self.profile, cell, experiment, self.registry)
+        described = description(self.profile, cell, experiment, self.registry)
+        # What is not the default is added only then, so that the fingerprints of the others stay what they were.
+        budget = self.profile.method(cell.method).budget
+        if self.profile.bound:
+            described["bound"] = True
+        if (trained := self._trained(cell)) != cell:
+            described["trained_as"] = self._describe(trained)
+        if budget != "steps":
+            described["budget"] = {"kind": budget, "joint": self._describe(joint_of(self.profile, cell))}
+        return described
 
     def _run(self, cell: Cell) -> dict[str, Any]:
         described = self._describe(cell)
@@ -153,38 +194,83 @@ class Runner:
             return result | {"status": "failed", "reason": str(error)}
 
     def _measure(self, cell: Cell) -> dict[str, Any]:
-        experiment = cell_experiment(self.profile, cell, self.source, self.registry)
         held = self._hold(cell.setting)
-        model = build_model(experiment)
-        modalities = {name: model.modality(name) for name in model.names}
-        queries = self.profile.tasks[cell.task].task.queries()
-        problem = Problem(
-            experiment=experiment,
-            modalities=modalities,
-            queries=queries,
-            train=load_data(experiment, model, "train"),
-            folder=self.out / "runs" / cell.stem,
-            registry=self.registry,
-            device=self.device,
-            say=self.say,
-        )
-        problem.folder.parent.mkdir(parents=True, exist_ok=True)
-        fitted: Fitted = self.profile.methods[cell.method].method.fit(problem)
+        trained = self._trained(cell)
+        folder = self.out / "runs" / trained.stem
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        problem = self._problem(cell, folder)
+        modalities, queries = problem.modalities, problem.queries
+        method = self.profile.method(cell.method)
+        matched = self._matched(trained, problem) if method.budget != "steps" else None
+        if matched is not None:
+            problem = with_steps(problem, matched.steps)
+        fitted: Fitted = method.method.fit(problem)
+        experiment = problem.experiment
         started = time.monotonic()
         shown = self.profile.figures if cell.seed == self.profile.seeds[0] else 0
-        metrics, figures = measure(fitted, experiment, modalities, queries, held, shown)
+        metrics, figures = measure(fitted, experiment, modalities, queries, held, shown, bound=self.profile.bound)
         return {
             "cost": {
                 **asdict(fitted.cost),
                 "train_seconds": round(fitted.cost.train_seconds, 2),
                 "seconds_per_step": round(fitted.cost.train_seconds / fitted.cost.steps, 5),
                 "evaluate_seconds": round(time.monotonic() - started, 2),
+                "budget": method.budget,
+                "matched": None if matched is None else asdict(matched),
+                "trained_as": method.trained_as,
             },
             "metrics": dict(sorted(metrics.items())),
             "directions": _directions(modalities, held.evaluators),
             "curve": fitted.curve,
             "figures": figures,
         }
+
+    def _problem(self, cell: Cell, folder: Path) -> Problem:
+        experiment = cell_experiment(self.profile, cell, self.source, self.registry)
+        model = build_model(experiment)
+        return Problem(
+            experiment=experiment,
+            modalities={name: model.modality(name) for name in model.names},
+            queries=self.profile.tasks[cell.task].task.queries(),
+            train=load_data(experiment, model, "train"),
+            folder=folder,
+            registry=self.registry,
+            device=self.device,
+            say=self.say,
+        )
+
+    def _matched(self, cell: Cell, problem: Problem) -> Match:
+        """The steps of a cell that is to cost what the joint model does: chosen once, and kept until the cell is done,
+        since seconds measured again would be others, and an interrupted training could not go on."""
+        stored = self._budget_file(cell)
+        mark = fingerprint(self._describe(cell))
+        if stored.is_file():
+            found = read_json(stored)
+            if found["fingerprint"] == mark:
+                return Match(**found["matched"])
+        joint = joint_of(self.profile, cell)
+        scratch = self.out / "runs" / f"{cell.stem}.probe"
+        shutil.rmtree(scratch, ignore_errors=True)  # of one that was killed
+        try:
+            matched = match(
+                self.profile.methods[cell.method].budget,
+                self.profile.methods[cell.method].method,
+                problem,
+                self.profile.methods[joint.method].method,
+                self._problem(joint, problem.folder),
+                joint.method,
+                scratch,
+            )
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        write_json(stored, {"fingerprint": mark, "matched": asdict(matched)})
+        self.say(
+            f"{cell.id}: {matched.steps} steps cost the {matched.budget} of {matched.joint_steps} of {matched.joint}"
+        )
+        return matched
+
+    def _budget_file(self, cell: Cell) -> Path:
+        return self.out / "runs" / f"{cell.stem}.budget.json"
 
     def _hold(self, setting: str) -> Held:
         if setting not in self._held:
@@ -198,11 +284,15 @@ class Runner:
         return self._held[setting]
 
     def _remove_run(self, cell: Cell) -> None:
-        if self.keep_runs:
+        """Remove what was trained, once no cell under way waits for it."""
+        trained = self._trained(cell)
+        sharing = [other for other in self._cells if self._trained(other) == trained]
+        if self.keep_runs or not all(self._path(other).is_file() for other in sharing):
             return
-        folder = self.out / "runs" / cell.stem
+        folder = self.out / "runs" / trained.stem
         shutil.rmtree(folder, ignore_errors=True)
         folder.with_name(f"{folder.name}.curve.json").unlink(missing_ok=True)
+        self._budget_file(trained).unlink(missing_ok=True)
 
 
 def measure(
@@ -212,8 +302,16 @@ def measure(
     queries: Sequence[Query],
     held: Held,
     shown: int = 0,
+    *,
+    bound: bool = False,
 ) -> tuple[Metrics, list[dict[str, Any]]]:
-    """Ask every query that the method answers; metrics by ``target|given/metric``, and figures of ``shown`` samples."""
+    """Ask every query that the method answers; metrics by ``target|given/metric``, and figures of ``shown`` samples.
+
+    With ``bound``, the variational bound too, of ``evaluation.bound_times`` terms, if the method has one.
+
+    Raises:
+        UserError: if two evaluators, or an evaluator and a modality, give a metric of one name.
+    """
     config = experiment.evaluation
     test = held.test
     count = len(next(iter(test.values())))
@@ -232,21 +330,38 @@ def measure(
             visible = random_holes(torch.full((count,), query.hidden), size, holes, query.pattern)
         generated = _ask(fitted, query, test, visible, config.batch_size, generator)
         if query.joint:
-            for evaluator in held.evaluators:
-                metrics |= {f"joint/{name}": value for name, value in evaluator.joint(generated).items()}
+            metrics |= {f"joint/{name}": value for name, value in judge_joint(held.evaluators, generated).items()}
             metrics["joint/samples"] = count
         else:
-            for target in generated:
-                judged = judge_target(modalities[target], target, generated, test, held.evaluators)
-                metrics |= {f"{query.key(target)}/{name}": value for name, value in judged.items()}
-            for target, params in fitted.predict(query, test).items():
-                told = modalities[target].predictive_metrics(params, test[target])
-                metrics |= {f"{query.key(target)}/{name}": value for name, value in told.items()}
+            predicted = fitted.predict(query, test)
+            for target in dict.fromkeys([*generated, *predicted]):
+                parts: list[tuple[str, Mapping[str, float]]] = []
+                if target in generated:
+                    judged = judge_target(modalities[target], target, generated, test, held.evaluators)
+                    parts.append(("what judges samples", judged))
+                if target in predicted:
+                    told = modalities[target].predictive_metrics(predicted[target], test[target])
+                    parts.append((f"the modality {target}", told))
+                merged = merge_metrics(parts, target)
+                metrics |= {f"{query.key(target)}/{name}": value for name, value in merged.items()}
         if shown:
             figures += figures_of(query, generated, test, visible, modalities, shown)
-    for evaluator in held.evaluators:
-        metrics |= {f"real/{name}": value for name, value in evaluator.real(test).items()}
+    metrics |= {f"real/{name}": value for name, value in judge_real(held.evaluators, test).items()}
+    if bound and config.bound_times and (bits := _bound(fitted, test, config)) is not None:
+        metrics["joint/bound_bits_per_dim"] = bits
     return metrics, figures
+
+
+def _bound(fitted: Fitted, test: Mapping[str, Tensor], config: EvaluationConfig) -> float | None:
+    """The mean over held-out samples; its noise is the same whatever the method is."""
+    generator = torch.Generator().manual_seed(config.seed)
+    parts = []
+    for rows in torch.split(torch.arange(len(next(iter(test.values())))), config.batch_size):
+        bits = fitted.bits_per_dim({name: x[rows] for name, x in test.items()}, config.bound_times, generator)
+        if bits is None:
+            return None
+        parts.append(bits)
+    return float(torch.cat(parts).mean())
 
 
 def _ask(
@@ -287,8 +402,10 @@ def summary(profile: Profile, cells: Sequence[Cell], out: Path) -> dict[str, Any
         "settings": {name: {"title": entry.title or name} for name, entry in profile.settings.items()},
         "tasks": {name: {"title": entry.title or name, "paper": entry.paper} for name, entry in profile.tasks.items()},
         "methods": {
-            name: {"title": entry.title or name, "role": entry.method.role} for name, entry in profile.methods.items()
+            name: {"title": entry.title or name, "role": entry.method.role, "budget": profile.method(name).budget}
+            for name, entry in profile.methods.items()
         },
+        "table": list(profile.table),
         "cells": sorted({*before, *(cell.id for cell in cells)}),
     }
 

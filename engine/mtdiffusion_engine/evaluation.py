@@ -8,7 +8,7 @@ Keys read ``target|observed/metric``: ``label|image/accuracy``, ``image|label+ma
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -124,8 +124,7 @@ def evaluate(
         judge(name, f"{name}:part", generated)
     progress("joint samples")
     results |= evaluate_joint(model, count, evaluators, joint, draws=joint_draws, batch_size=batch_size, seed=seed)
-    for evaluator in evaluators:
-        results.update({f"real/{metric}": value for metric, value in evaluator.real(test).items()})
+    results |= {f"real/{metric}": value for metric, value in judge_real(evaluators, test).items()}
     results["real/samples"] = count
     if bound_times:
         progress("the bound")
@@ -136,6 +135,29 @@ def evaluate(
             total += float(variational_bound(model, x, times=bound_times, generator=generator).bits_per_dim.sum())
         results["joint/bound_bits_per_dim"] = total / count
     return results
+
+
+def merge_metrics(parts: Iterable[tuple[str, Mapping[str, float | int]]], of: str) -> Metrics:
+    """One table of metrics from several givers', each name given once.
+
+    Args:
+        parts: who gives them, as an error is to name it, and the metrics by name.
+        of: of what they are, for the error.
+
+    Raises:
+        UserError: if two give a metric of one name: one would silently replace the other.
+    """
+    merged: Metrics = {}
+    givers: dict[str, str] = {}
+    for giver, metrics in parts:
+        for name, value in metrics.items():
+            if name in givers:
+                raise UserError(
+                    f"evaluation.evaluators: {givers[name]} and {giver} both give the metric {name} of {of}; keep one "
+                    "of them, or give one another name"
+                )
+            givers[name], merged[name] = giver, value
+    return merged
 
 
 def judge_target(
@@ -150,13 +172,33 @@ def judge_target(
     Raises:
         UserError: if two of them give a metric of one name.
     """
-    metrics: Metrics = dict(modality.metrics(generated[target], test[target]))
-    for evaluator in evaluators:
-        judged = evaluator.conditional(target, generated, test)
-        if clash := sorted(set(metrics) & set(judged)):
-            raise UserError(f"evaluation.evaluators: two give {', '.join(clash)} of {target}; keep one")
-        metrics |= judged
-    return metrics | {"samples": len(test[target])}
+    own = modality.metrics(generated[target], test[target])
+    judged = [(who, each.conditional(target, generated, test)) for who, each in _named(evaluators)]
+    counted = {"samples": len(test[target])}
+    return merge_metrics([(f"the modality {target}", own), *judged, ("the count of samples", counted)], target)
+
+
+def judge_joint(evaluators: Sequence[Evaluator], generated: Mapping[str, Tensor]) -> Metrics:
+    """The evaluators' metrics of samples generated with nothing observed, by name.
+
+    Raises:
+        UserError: if two of them give a metric of one name.
+    """
+    return merge_metrics([(who, each.joint(generated)) for who, each in _named(evaluators)], "joint samples")
+
+
+def judge_real(evaluators: Sequence[Evaluator], test: Mapping[str, Tensor]) -> Metrics:
+    """The evaluators' metrics of held-out data, by name.
+
+    Raises:
+        UserError: if two of them give a metric of one name.
+    """
+    return merge_metrics([(who, each.real(test)) for who, each in _named(evaluators)], "real data")
+
+
+def _named(evaluators: Sequence[Evaluator]) -> list[tuple[str, Evaluator]]:
+    """Evaluators with what an error calls them: their place in the configuration, and their class."""
+    return [(f"evaluators[{place}] ({type(each).__name__})", each) for place, each in enumerate(evaluators)]
 
 
 def evaluate_joint(
@@ -175,6 +217,9 @@ def evaluate_joint(
         count: samples a draw.
         draws: independent draws; metrics are their mean, and with more than one there is ``joint/metric_std``, the
             standard deviation between draws.
+
+    Raises:
+        UserError: if two evaluators give a metric of one name.
     """
     generator = torch.Generator().manual_seed(seed)
     sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]
@@ -182,9 +227,8 @@ def evaluate_joint(
     for _ in range(draws):
         parts = [sample(model, size, settings=settings, generator=generator) for size in sizes]
         generated = {name: torch.cat([part[name].cpu() for part in parts]) for name in model.names}
-        for evaluator in evaluators:
-            for metric, value in evaluator.joint(generated).items():
-                values.setdefault(f"joint/{metric}", []).append(value)
+        for metric, value in judge_joint(evaluators, generated).items():
+            values.setdefault(f"joint/{metric}", []).append(value)
     results: Metrics = {"joint/samples": count, "joint/draws": draws}
     for key, drawn in values.items():
         results[key] = statistics.mean(drawn)

@@ -12,6 +12,7 @@ import pytest
 from mtdiffusion_benchmarks.profile import Cell, load_profile, plan, shipped
 from mtdiffusion_benchmarks.runner import Runner
 from mtdiffusion_engine import cli
+from mtdiffusion_engine.checkpoint import read_json
 from mtdiffusion_engine.trainer import Trainer
 from mtdiffusion_registry import Query, Registry, UserError
 
@@ -228,6 +229,23 @@ def test_a_damaged_result_is_made_again_and_one_of_another_configuration_is_refu
     with pytest.raises(UserError, match="holds a result of another configuration of digits/image"):
         runner.run(cells[1:2])
     assert json.loads(path.read_text())["metrics"] == whole["metrics"]
+
+
+def test_a_finished_cell_is_read_once(
+    source: Path, tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    runner, cells, _ = runner_of(source, out, registry)
+    runner.run(cells[1:2])
+    read: list[Path] = []
+
+    def counted(path: Path) -> dict[str, object]:
+        read.append(path)
+        return read_json(path)
+
+    monkeypatch.setattr("mtdiffusion_benchmarks.runner.read_json", counted)
+    assert runner.run(cells[1:2]) == {"ok": 1}
+    assert [path for path in read if path.parent.name == "cells"] == [out / "cells" / f"{cells[1].stem}.json"]
 
 
 def test_a_cell_that_another_process_runs_is_left_to_it(source: Path, tmp_path: Path, registry: Registry) -> None:

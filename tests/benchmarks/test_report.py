@@ -340,7 +340,8 @@ def test_links_lead_somewhere_and_tables_and_pictures_are_named(page: str) -> No
 
 def test_the_sections_stand_in_order(page: str) -> None:
     order = re.findall(r'<h2 id="(\w+)"', page)
-    assert order == ["headline", "transfer", "tasks", "cost", "curves", "figures", "remedies", "troubles", "reading"]
+    sections = "headline transfer reconstruction remedies tasks cost curves figures troubles reading"
+    assert order == sections.split()
 
 
 def test_the_same_results_give_the_same_bytes_in_whatever_order_they_are_read(folder: Path, tmp_path: Path) -> None:
@@ -391,6 +392,80 @@ def test_the_control_is_the_first_of_the_profile_and_of_the_same_task(tmp_path: 
     assert {(t.control.task, t.control.method) for t in results.transfers} == {("image+label", "classifier")}
 
 
+def at_budget(cells: list[Tables], budget: str, steps: int, skill: float) -> list[Tables]:
+    """The classifier once more, at another budget."""
+    made = []
+    for one in cells:
+        if one["method"] == "classifier":
+            where = (one["setting"], one["task"], f"classifier-{budget}", one["seed"])
+            cost = one["cost"] | {
+                "steps": steps,
+                "budget": budget,
+                "matched": {
+                    "budget": budget,
+                    "joint": "joint",
+                    "joint_steps": 800,
+                    "joint_per_step": 3.0,
+                    "per_step": 2.0,
+                    "steps": steps,
+                },
+            }
+            made.append(cell(*where, ["label|image"], skill) | {"role": "control", "title": "", "cost": cost})
+    return made
+
+
+def test_controls_at_other_budgets_have_rows_of_their_own_and_are_in_no_count_but_theirs(tmp_path: Path) -> None:
+    profile, cells = small()
+    plain = read_results(write(tmp_path / "plain", profile, cells))
+    # First in the profile: it would be the control if budgets were not kept apart.
+    names = {"classifier-flops": {"title": "image classifier", "budget": "flops"}, "classifier-seconds": {}}
+    profile["methods"] = names | profile["methods"]
+    others = at_budget(cells, "flops", 1200, 2.0) + at_budget(cells, "seconds", 555, 0.0)
+    folder = write(tmp_path / "x", profile, cells + others)
+    results = read_results(folder)
+    assert [(t.key, t.comparison) for t in results.transfers] == [(t.key, t.comparison) for t in plain.transfers]
+    assert count(results.transfers) == count(plain.transfers)
+    assert results.uncontrolled == plain.uncontrolled
+    rows = [(t.key, t.control.method) for t in results.rows if t.key == "label|image/nll"]
+    names = ["classifier", "classifier-flops", "classifier-seconds"]
+    assert rows == [("label|image/nll", name) for name in names]
+    assert {t.control.budget for t in results.matched} == {"flops", "seconds"}
+    page, document = (path.read_text(encoding="utf-8") for path in build_report(folder))
+    assert Reader(page).wrong == []
+    for made in (page, document):
+        assert "controls at equal FLOPs" in made
+        assert "image classifier, at equal FLOPs" in made
+        assert "the FLOPs of 800 steps of joint" in made
+        assert "the seconds of 800 steps of joint" in made
+        assert "1,200 × 64" in made
+        assert "2 cells at equal FLOPs, 2 cells at equal seconds" in made
+        assert "800 steps of 64 samples" in made
+        assert "1,200 steps" not in made
+    assert "(classifier-seconds, at equal seconds)" in document
+    assert "against controls at equal seconds" in page
+
+
+def test_a_metric_whose_only_control_is_at_another_budget_is_uncontrolled_and_shown(tmp_path: Path) -> None:
+    profile, cells = small()
+    plain = read_results(write(tmp_path / "plain", profile, cells))
+    others = at_budget(cells, "flops", 1200, 0.0)
+    folder = write(tmp_path / "x", profile, [c for c in cells if c["method"] != "classifier"] + others)
+    results = read_results(folder)
+    assert results.transfers == ()
+    assert len(results.rows) == len(plain.transfers)
+    assert results.uncontrolled == plain.uncontrolled + len(plain.transfers)
+    page, document = (path.read_text(encoding="utf-8") for path in build_report(folder))
+    assert "Every comparison with its interval" in page
+    assert "(classifier-flops, at equal FLOPs)" in document
+
+
+def test_an_unknown_budget_is_told(tmp_path: Path) -> None:
+    profile, cells = small()
+    cells[0]["cost"]["budget"] = "minutes"
+    with pytest.raises(UserError, match=r"0000\.json: .*budget"):
+        build_report(write(tmp_path / "x", profile, cells))
+
+
 def test_a_metric_with_negative_values_is_compared_plainly(tmp_path: Path) -> None:
     profile, cells = small()
     for made in cells:
@@ -405,6 +480,42 @@ def test_a_metric_with_negative_values_is_compared_plainly(tmp_path: Path) -> No
         "nll": "value",
     }
     assert "+0.00300" in build_report(folder)[1].read_text(encoding="utf-8")
+
+
+def test_a_perfect_control_does_not_rule_the_median_or_the_headline(tmp_path: Path) -> None:
+    profile, cells = small()
+    _, third = benchmark()
+    cells += [c for c in third if c["seed"] == 2 and c["setting"] == "digits" and c["task"] == "all"]
+    cells = [c for c in cells if c["method"] in ("joint", "classifier")]
+    plain = count(read_results(write(tmp_path / "plain", profile, cells)).transfers)
+    for made in cells:
+        worse = 0.01 * made["seed"]
+        perfect = made["method"] == "classifier"
+        made["metrics"] |= {f"label|image/{m}": 1.0 if perfect else 0.5 - worse for m in ("f1", "miou", "recall_x")}
+        made["metrics"] |= {f"label|image/{m}": 1e-4 if perfect else 0.3 + worse for m in ("ece", "readout_nll")}
+        made["directions"] = made["directions"] | {"f1": "higher", "recall_x": "higher"}
+        made["directions"] |= {"ece": "lower", "readout_nll": "lower"}
+    folder = write(tmp_path / "x", profile, cells)
+    results = read_results(folder)
+    scales = {split_key(t.key)[1]: t.comparison.scale for t in results.transfers if t.comparison}
+    assert scales == {
+        **dict.fromkeys(("f1", "miou", "recall_x", "ece"), "points"),
+        "readout_nll": "absolute",
+        "accuracy": "error",
+        "nll": "value",
+    }
+    found = count(results.transfers)
+    assert found.median == plain.median
+    assert found.hurts == plain.hurts + 5
+    page, document = (path.read_text(encoding="utf-8") for path in build_report(folder))
+    for made in (page, document):
+        assert "999%" not in made
+        assert "points: control nearly perfect" in made
+        assert "−51.0 points" in made
+    (named,) = (line for line in document.splitlines() if line.startswith("Where the control is nearly perfect"))
+    assert named.count("−51.0 points (") == 3
+    greatest = [line for line in document.splitlines() if line.startswith("Greatest")]
+    assert not any("image/f1" in line or "readout" in line for line in greatest)
 
 
 def test_real_data_and_what_has_no_direction_are_never_compared_or_ranked(folder: Path) -> None:
@@ -551,7 +662,9 @@ def test_names_and_texts_are_escaped(tmp_path: Path) -> None:
 
 def test_the_tables_of_the_document_are_whole(document: str) -> None:
     tables = re.findall(r"(?:^\|.*\|\n)+", document, re.M)
-    assert len(tables) == 20  # counts, transfer, eight tasks in two settings, cost, what went wrong
+    assert (
+        len(tables) == 26
+    )  # counts, transfer, holes of two shapes and two joint tables in two settings; eight tasks in
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
 

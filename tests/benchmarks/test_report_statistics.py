@@ -59,21 +59,63 @@ def test_shares_of_something_right_are_compared_by_their_errors() -> None:
     assert found(compare({0: 0.92}, {0: 0.96}, "higher", "error")).effect == pytest.approx(-1.0)
 
 
-def test_a_control_without_errors_is_compared_by_value() -> None:
+@pytest.mark.parametrize(
+    ("theirs", "scale"),
+    [
+        ((1.0, 1.0, 1.0), "points"),  # no error at all
+        ((0.996, 0.999, 0.995), "points"),  # at most half a per cent in every seed
+        ((0.994, 0.996, 0.996), "error"),  # one seed has more, and the mean is not below the deviation
+        ((1.0, 1.0, 0.98), "points"),  # mean error 0.0067, deviation 0.0115: not resolved
+        ((0.96, 0.95, 0.97), "error"),
+    ],
+)
+def test_a_nearly_perfect_control_is_compared_in_points(theirs: tuple[float, ...], scale: str) -> None:
+    ours = {0: 0.95, 1: 0.94, 2: 0.96}
+    comparison = found(compare(ours, dict(enumerate(theirs)), "higher", "error"))
+    assert comparison.scale == scale
+    assert comparison.perfect == (not comparison.relative) == (scale == "points")
+    if scale == "points":
+        assert comparison.effect == pytest.approx(100 * comparison.difference)
+        assert comparison.low is not None and comparison.high is not None
+        assert comparison.low < comparison.effect < comparison.high < 100
+
+
+def test_the_points_of_a_perfect_control_and_their_verdict() -> None:
     comparison = found(compare({0: 0.9, 1: 0.8}, {0: 1.0, 1: 1.0}, "higher", "error"))
-    assert comparison.scale == "value"
-    assert comparison.effect == pytest.approx(-0.15)
+    assert comparison.effect == pytest.approx(-15.0)
+    assert comparison.verdict == "free"  # two seeds, ten points apart
+    same = found(compare({0: 0.91, 1: 0.9, 2: 0.9}, {0: 1.0, 1: 1.0, 2: 1.0}, "higher", "error"))
+    assert same.verdict == "hurts"
+    assert text.effect(same) == "−9.7 points"
+    assert text.interval(same).endswith(" points")
+    assert text.scale(same) == "points: control nearly perfect"
+    assert text.effect(found(compare({0: 1.0}, {0: 0.9995}, "higher", "error"))) == "+0.05 points"
+
+
+def test_small_likelihoods_and_calibration_errors_are_compared_plainly_and_other_small_values_are_not() -> None:
+    ours, theirs = {0: 0.03, 1: 0.04}, {0: 0.002, 1: 0.001}
+    plain = found(compare(ours, theirs, "lower", "value", "absolute"))
+    assert (plain.scale, plain.perfect) == ("absolute", True)
+    assert plain.effect == pytest.approx(-0.0335)
+    assert text.scale(plain) == "absolute: control nearly perfect"
+    points = found(compare(ours, theirs, "lower", "value", "points"))
+    assert (points.scale, points.effect) == ("points", pytest.approx(-3.35))
+    squared = found(compare(ours, theirs, "lower", "value"))
+    assert (squared.scale, squared.perfect) == ("value", False)
+    larger = found(compare(ours, {0: 0.02, 1: 0.01}, "lower", "value", "points"))
+    assert larger.scale == "value"
 
 
 def test_a_control_of_zero_leaves_the_plain_difference() -> None:
     comparison = found(compare({0: 0.5, 1: 0.3}, {0: 0.0, 1: 0.0}, "lower", "value"))
-    assert comparison.scale == "absolute"
+    assert (comparison.scale, comparison.perfect) == ("absolute", True)
     assert comparison.effect == comparison.difference == pytest.approx(-0.4)
 
 
 def test_what_has_no_zero_is_compared_plainly() -> None:
     comparison = found(compare({0: -0.002}, {0: -0.001}, "lower", "absolute"))
     assert (comparison.scale, comparison.effect) == ("absolute", pytest.approx(0.001))
+    assert text.scale(comparison) == "absolute"  # not because of the control
 
 
 def test_one_seed_is_undecided() -> None:

@@ -5,9 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tests.benchmarks.test_report import small, write
 
 from mtdiffusion_benchmarks.report import build_report
-from mtdiffusion_benchmarks.results import fill, main, metrics_table
+from mtdiffusion_benchmarks.results import blocks, fill, main, metrics_table
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,6 +41,28 @@ def test_a_table_has_a_column_a_run_and_leaves_out_what_a_run_lacks() -> None:
         "|---|---|---|",
         "| image → label: accuracy | 0.500 | 0.250 |",
     ]
+
+
+def test_a_benchmark_that_names_its_columns_has_a_table_made_from_its_cells(tmp_path: Path) -> None:
+    profile, cells = small()
+    for made in cells:
+        made["metrics"] = {"label|image/accuracy": 0.5 + 0.25 * made["seed"]}
+        if made["method"] == "joint":
+            made["metrics"]["joint/fid_judge"] = 2.0
+    write(tmp_path / "plain", profile, cells)
+    columns = ["label|image/accuracy", "joint/fid_judge"]
+    write(tmp_path / "named", profile | {"table": columns}, cells)
+    tables = blocks(tmp_path)
+    assert set(tables) == {"named"}
+    assert tables["named"].splitlines() == [
+        r"| variant | seeds | `label\|image/accuracy` | `joint/fid_judge` |",
+        "|---|---|---|---|",
+        "| joint model | 2 | 0.625 ± 0.177 | 2.000 ± 0.000 |",
+        "| image classifier, same backbone | 2 | 0.625 ± 0.177 |  |",
+    ]
+    twin = [made | {"task": "image+label", "seed": 5} for made in cells[:1]]
+    write(tmp_path / "two", profile | {"table": columns[:1]}, cells + twin)
+    assert "| Image and label: joint model | 1 | 0." in blocks(tmp_path)["two"]
 
 
 def test_only_what_stands_between_the_markers_is_replaced() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from mtdiffusion import MultimodalDiffusion, SamplerSettings, composite_loss, sample
+from mtdiffusion import MultimodalDiffusion, SamplerSettings, composite_loss, sample, variational_bound
 from mtdiffusion.loss import standard_normal
 from mtdiffusion_benchmarks.interfaces import Cost, Curve, Fitted, Problem
 from mtdiffusion_engine.checkpoint import read_json, write_json
@@ -92,15 +92,25 @@ class Diffusion(Fitted):
         params = model(z, t, observation).params
         return {name: {k: v.cpu() for k, v in params[name].items()} for name in query.targets if name in params}
 
+    @torch.no_grad()
+    def bits_per_dim(self, x: Mapping[str, Tensor], times: int, generator: torch.Generator) -> Tensor | None:
+        """The bound of all modalities together; None of a model that is asked one query alone."""
+        if self.asked is not None:
+            return None
+        device = self.model.owner.device
+        given = {name: x[name].to(device) for name in self.model.names}
+        return variational_bound(self.model, given, times=times, generator=generator).bits_per_dim.cpu()
 
-def count_flops(experiment: Experiment, data: ModalityData) -> int:
+
+def count_flops(experiment: Experiment, data: ModalityData, device: str = "cpu") -> int:
     """Floating-point operations of one training step, forward and backward, counted on a model of its own."""
-    model = build_model(experiment)
-    batch = data.batch([i % len(data) for i in range(experiment.training.batch_size)])
+    model = build_model(experiment).to(device)
+    batch = data.batch([i % len(data) for i in range(experiment.training.batch_size)]).to(torch.device(device))
     latent = model.layout.latent
     subsets = experiment.conditioning.build()
     generator = torch.Generator().manual_seed(0)
     visible = subsets.draw(model.names, model.spatial, len(batch.presence), (latent.height, latent.width), generator)
+    visible = visible.to(device)
     with FlopCounterMode(display=False) as counter:
         terms = composite_loss(model, batch.x, experiment.loss, visible=visible, presence=batch.presence)
         terms.total.mean().backward()  # type: ignore[no-untyped-call]
@@ -131,10 +141,15 @@ def train(problem: Problem, experiment: Experiment, asked: Query | None = None) 
         batch_size=experiment.training.batch_size * experiment.training.accumulate,
         parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         train_seconds=curve.points[-1]["seconds"],
-        flops_per_step=count_flops(experiment, trainer.data) * experiment.training.accumulate,
+        flops_per_step=count_flops(experiment, trainer.data, problem.device) * experiment.training.accumulate,
     )
     run = load_run(folder, device=problem.device, registry=problem.registry)
     return Diffusion(run.model, experiment, cost, curve.points, asked)
+
+
+def without_observations(experiment: Experiment) -> Experiment:
+    """The same experiment with nothing ever observed in training: a model of the joint distribution alone."""
+    return evolve(experiment, conditioning=evolve(experiment.conditioning, observed=0.0, partial=0.0, subsets={}))
 
 
 @frozen
@@ -198,13 +213,9 @@ class ReplacementConfig(MethodConfig):
     kind: ClassVar[str] = "replacement"
 
     def fit(self, problem: Problem) -> Fitted:
-        experiment = problem.experiment
-        unconditional = evolve(
-            experiment,
-            conditioning=evolve(experiment.conditioning, observed=0.0, partial=0.0, subsets={}),
-            sampling=evolve(experiment.sampling, conditioning="replacement"),
-        )
-        return train(problem, unconditional)
+        unconditional = without_observations(problem.experiment)
+        sampling = evolve(unconditional.sampling, conditioning="replacement")
+        return train(problem, evolve(unconditional, sampling=sampling))
 
 
 @hookimpl

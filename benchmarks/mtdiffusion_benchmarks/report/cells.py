@@ -18,11 +18,21 @@ from mtdiffusion_registry import UserError
 
 SCHEMA = 1
 T = TypeVar("T")
+Budget = Literal["steps", "flops", "seconds"]
+
+
+@frozen
+class Match:
+    """To what a cell's steps were matched; see ``mtdiffusion_benchmarks.budget.Match``."""
+
+    joint: str
+    joint_steps: int
+    steps: int
 
 
 @frozen
 class Cost:
-    """What a cell cost; see ``mtdiffusion_benchmarks.interfaces.Cost``."""
+    """What a cell cost; see ``mtdiffusion_benchmarks.interfaces.Cost``. Older results lack the last three."""
 
     steps: int
     batch_size: int
@@ -31,6 +41,9 @@ class Cost:
     seconds_per_step: float
     flops_per_step: float
     evaluate_seconds: float = 0.0
+    budget: Budget = "steps"
+    matched: Match | None = None
+    trained_as: str | None = None
 
 
 @frozen
@@ -72,6 +85,7 @@ class Cell:
     status: Literal["ok", "diverged", "failed"]
     title: str = ""
     reason: str | None = None
+    config: dict[str, Any] = field(factory=dict)
     code: dict[str, Any] = field(factory=dict)
     hardware: dict[str, Any] = field(factory=dict)
     cost: Cost | None = None
@@ -92,6 +106,7 @@ class Entry:
     title: str = ""
     paper: str | None = None
     role: str = field(default="baseline", validator=in_(("joint", "control", "baseline")))
+    budget: Budget = "steps"
 
 
 @frozen
@@ -104,6 +119,7 @@ class Profile:
     settings: dict[str, Entry] = field(factory=dict)
     tasks: dict[str, Entry] = field(factory=dict)
     methods: dict[str, Entry] = field(factory=dict)
+    table: tuple[str, ...] = ()
     cells: tuple[str, ...] = ()
 
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from attrs import frozen
 
 from mtdiffusion_benchmarks.report import text
-from mtdiffusion_benchmarks.report.statistics import LEVEL, Comparison
+from mtdiffusion_benchmarks.report.statistics import LEVEL, NEGLIGIBLE, Comparison
 from mtdiffusion_benchmarks.report.tables import (
+    BUDGETS,
     JOINT,
     REAL,
     Counts,
@@ -60,8 +61,10 @@ def facts(results: Results) -> list[tuple[str, str]]:
     cells = results.cells
     number = {status: sum(cell.status == status for cell in cells) for status in ("ok", "diverged", "failed")}
     costs = [cell.cost for cell in cells if cell.cost]
-    budgets = sorted({(cost.steps, cost.batch_size) for cost in costs})
-    hours = sum(cost.train_seconds + cost.evaluate_seconds for cost in costs)
+    budgets = sorted({(cost.steps, cost.batch_size) for cost in costs if cost.budget == "steps"})
+    matched = {name: sum(cost.budget == name for cost in costs) for name in BUDGETS if name != "steps"}
+    # A model that is sampled in several ways was trained once.
+    hours = sum((0.0 if cost.trained_as else cost.train_seconds) + cost.evaluate_seconds for cost in costs)
 
     def told(name: str) -> str:
         values = {str(value) for cell in cells if (value := cell.hardware.get(name)) is not None}
@@ -73,7 +76,14 @@ def facts(results: Results) -> list[tuple[str, str]]:
     return [
         ("cells", ", ".join([*(f"{n} {status}" for status, n in number.items()), f"{len(results.missing)} missing"])),
         ("seeds", ", ".join(str(seed) for seed in sorted({cell.seed for cell in cells}))),
-        ("budget", ", ".join(f"{steps:,} steps of {size} samples" for steps, size in budgets) or "–"),
+        (
+            "budget",
+            ", ".join(
+                [f"{steps:,} steps of {size} samples" for steps, size in budgets]
+                + [f"{n} cell{'s' * (n > 1)} {BUDGETS[name]}" for name, n in matched.items() if n]
+            )
+            or "–",
+        ),
         ("time", f"{text.seconds(hours)} of training and evaluation in all"),
         ("machine", ", ".join(part for part in machine if part) or "not recorded"),
         ("code", ", ".join(_codes(results))),
@@ -96,6 +106,11 @@ def sentences(results: Results) -> list[str]:
         f"(setting, task, metric) it is better in {counted.helps}, worse in {counted.hurts}, a tie in {counted.free}"
         + (f", undecided in {counted.undecided}: too few seeds to tell." if counted.undecided else ".")
     ]
+    for label, other in _other_budgets(results):
+        told.append(
+            f"Against {label}: over {other.total} comparisons better in {other.helps}, worse in {other.hurts}, a tie "
+            f"in {other.free}, undecided in {other.undecided}."
+        )
     decided = counted.helps + counted.hurts + counted.free
     if decided:
         told.append(
@@ -107,11 +122,23 @@ def sentences(results: Results) -> list[str]:
         found = [
             (comparison, transfer)
             for transfer in lead
-            if (comparison := transfer.comparison) and comparison.verdict == verdict and comparison.scale != "absolute"
+            if (comparison := transfer.comparison) and comparison.verdict == verdict and comparison.relative
         ]
         found.sort(key=lambda pair: (-abs(pair[0].effect), pair[1].group.id, pair[1].key))
         if found:
             told.append(f"Greatest {word}: " + "; ".join(itertools.starmap(_named, found[:3])) + ".")
+    points = [
+        (comparison, transfer)
+        for transfer in lead
+        if (comparison := transfer.comparison) and comparison.verdict == "hurts" and comparison.scale == "points"
+    ]
+    if points:
+        points.sort(key=lambda pair: (pair[0].effect, pair[1].group.id, pair[1].key))
+        told.append(
+            "Where the control is nearly perfect, and no ratio means anything, greatest losses: "
+            + "; ".join(itertools.starmap(_named, points[:3]))
+            + "."
+        )
     if results.uncontrolled:
         told.append(f"{results.uncontrolled} metrics of joint models have no control and are not compared.")
     if len(codes := _codes(results)) > 1:
@@ -124,8 +151,17 @@ def _named(found: Comparison, transfer: Transfer) -> str:
     return f"{transfer.key} in {group.setting}, {group.task}: {text.effect(found)} ({text.interval(found)})"
 
 
+def _other_budgets(results: Results) -> Iterator[tuple[str, Counts]]:
+    """The leading joint method's verdicts against controls at each other budget that there is."""
+    lead = [transfer for transfer in results.matched if transfer.group.method == results.lead]
+    for budget, name in BUDGETS.items():
+        if found := [transfer for transfer in lead if transfer.control.budget == budget]:
+            yield f"controls {name}", count(found)
+
+
 def counts(results: Results) -> list[tuple[str, Counts]]:
-    """The leading joint method's verdicts: all, by what is generated, by setting."""
+    """The leading joint method's verdicts: all, by what is generated, by setting; and, apart, those against controls at
+    another budget."""
     lead = [transfer for transfer in results.transfers if transfer.group.method == results.lead]
     if not lead:
         return []
@@ -135,7 +171,8 @@ def counts(results: Results) -> list[tuple[str, Counts]]:
         rows.append((label, count(t for t in lead if modality(split_key(t.key)[0]) == name)))
     settings = dict.fromkeys(t.group.setting for t in lead)
     by_setting = ((name, count(t for t in lead if t.group.setting == name)) for name in settings)
-    return [*rows, *((results.title("settings", name), found) for name, found in by_setting)]
+    named = ((results.title("settings", name), found) for name, found in by_setting)
+    return [*rows, *named, *_other_budgets(results)]
 
 
 def costs(results: Results) -> Iterator[CostRow]:
@@ -154,12 +191,21 @@ def costs(results: Results) -> Iterator[CostRow]:
         ):
             ours = group.cost(name)
             if write is None:
-                values.append((f"{group.cost('steps'):,.0f} × {group.cost('batch_size'):,.0f}", ""))
+                values.append((f"{group.cost('steps'):,.0f} × {group.cost('batch_size'):,.0f}", _matched(group)))
                 continue
             theirs = [value for control in controls.values() if (value := control.cost(name))]
             ratios = sorted(ours / value for value in theirs) if ours is not None else []
             values.append((write(ours), _ratio(ratios)))
         yield CostRow(group, tuple(values))
+
+
+def _matched(group: Group) -> str:
+    """To what its steps were matched, or whose model it samples; "" if they are the experiment's own."""
+    if other := next((cell.cost.trained_as for cell in group.ok if cell.cost), None):
+        return f"the model of {other}"
+    found = next((cell.cost.matched for cell in group.ok if cell.cost and cell.cost.matched), None)
+    unit = {"flops": "FLOPs", "seconds": "seconds"}.get(group.budget, group.budget)
+    return "" if found is None else f"the {unit} of {found.joint_steps:,} steps of {found.joint}"
 
 
 def _ratio(ratios: Sequence[float]) -> str:
@@ -194,8 +240,13 @@ def reading(results: Results) -> list[str]:
         "Effect, of the error: metrics that are shares of something right, better when higher, with all values in [0, "
         f"1] ({by_scale['error']}) are compared by their errors: 1 − (1 − joint) / (1 − control). +20% is "
         "a fifth fewer errors.",
-        "Effect, of the value: for all others, and where the control makes no error, the difference over the control's "
-        "value. +20% of an error measure is a fifth less of it.",
+        "Effect, of the value: for all others, the difference over the control's value. +20% of an error measure is a "
+        "fifth less of it.",
+        "Control nearly perfect: where the control's error (for nll and ece: its value) is at most "
+        f"{NEGLIGIBLE:.1%} for every seed, or smaller than its own standard deviation over seeds, "
+        "a ratio to it means nothing. The difference stands then, in percentage points (of nll: in nats). Such effects "
+        "are counted by their verdicts, and are in no median and not among the greatest gains and losses but for a "
+        "sentence of their own.",
         f"Effect, absolute: metrics that take negative values ({by_scale['absolute']}) have no zero to be relative to; "
         "for them, and where the control is 0, the plain difference stands. The depth of its colour says nothing.",
         "Interval: Student's t over seeds, on differences paired by seed, scaled by the control's mean over the same "
@@ -205,6 +256,12 @@ def reading(results: Results) -> list[str]:
         "Seeds that diverged or failed are in no mean; a comparison is over the seeds that both have. If a method "
         "loses seeds, what is left is its better part.",
     ]
+    if any(group.budget != "steps" for group in results.groups):
+        told.append(
+            "At equal FLOPs, at equal seconds: trained for as many steps as cost the floating-point operations "
+            "(counted) or the seconds (measured) of the joint model that the cost table names; all others have its "
+            "optimizer steps. Comparisons with such controls have rows of their own, and are in no count but theirs."
+        )
     told += [
         f"{metric}: {meaning}, in the features of “{metric.partition('_')[2]}”."
         if metric.partition("_")[2]

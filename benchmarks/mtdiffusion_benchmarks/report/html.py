@@ -8,11 +8,12 @@ from collections.abc import Iterator, Sequence
 from attrs import frozen
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from mtdiffusion_benchmarks.report import headline, text
+from mtdiffusion_benchmarks.report import fidelity, headline, reconstruction, text, variants
 from mtdiffusion_benchmarks.report.charts import HEIGHT, WIDTH, Panel, Whisker, panel, terms, whisker
 from mtdiffusion_benchmarks.report.statistics import Comparison
 from mtdiffusion_benchmarks.report.tables import (
     ARROWS,
+    BUDGETS,
     JOINT,
     REAL,
     SIGNS,
@@ -38,13 +39,14 @@ class HeatMap:
     Attributes:
         queries: what is given, with the number of its metrics.
         columns: the metrics' names in full.
-        rows: a joint model each: its transfers by column (None where it was not asked), or () if no seed is left.
+        rows: a joint model and a budget of its controls each (its name, "" for that of steps): the transfers by column
+            (None where it was not asked), or () if no seed is left.
     """
 
     title: str
     queries: tuple[tuple[str, int], ...]
     columns: tuple[str, ...]
-    rows: tuple[tuple[Group, tuple[Transfer | None, ...]], ...]
+    rows: tuple[tuple[Group, str, tuple[Transfer | None, ...]], ...]
 
 
 @frozen
@@ -76,6 +78,11 @@ def render(results: Results) -> str:
         "floor": lambda groups, key: _floor(results, groups, key),
         "given": given,
         "keys": headline.keys,
+        "introductions": {
+            "fidelity": fidelity.INTRODUCTION,
+            "reconstruction": reconstruction.INTRODUCTION,
+            "variants": variants.INTRODUCTION,
+        },
         "panels": _panels,
         "shade": _shade,
         "signs": SIGNS,
@@ -87,7 +94,12 @@ def render(results: Results) -> str:
         "whisker": _whisker,
         "words": headline,
     }
+    rows = fidelity.fidelity(results)
     return environment.get_template("report.html.j2").render(
+        fidelity=rows,
+        fidelity_sentence=fidelity.sentence(results, rows),
+        reconstruction=list(reconstruction.reconstruction(results)),
+        variants=list(variants.variants(results)),
         results=results,
         heat_maps=_heat_maps(results),
         remedies=list(_remedies(results)),
@@ -99,8 +111,8 @@ def render(results: Results) -> str:
 def _heat_maps(results: Results) -> dict[str, list[HeatMap]]:
     made: dict[str, list[HeatMap]] = {}
     for setting in dict.fromkeys(group.setting for group in results.groups):
-        transfers = [transfer for transfer in results.transfers if transfer.group.setting == setting]
-        by_cell = {(transfer.group.id, transfer.key): transfer for transfer in transfers}
+        transfers = [transfer for transfer in results.rows if transfer.group.setting == setting]
+        by_cell = {(t.group.id, t.control.budget, t.key): t for t in results.rows if t.group.setting == setting}
         joint = [group for group in results.groups if group.setting == setting and group.role == "joint"]
         parts = {_part(transfer.key) for transfer in transfers}
         made[setting] = []
@@ -109,11 +121,12 @@ def _heat_maps(results: Results) -> dict[str, list[HeatMap]]:
             queries = tuple((query, len(found)) for query, found in _by_query(columns))
             rows = []
             for group in joint:
-                cells = tuple(by_cell.get((group.id, key)) for key in columns)
-                if any(cells):
-                    rows.append((group, cells))
-                elif not group.ok and part in _asked(results, group.task):
-                    rows.append((group, ()))
+                for budget, name in BUDGETS.items():
+                    cells = tuple(by_cell.get((group.id, budget, key)) for key in columns)
+                    if any(cells):
+                        rows.append((group, name, cells))
+                    elif budget == "steps" and not group.ok and part in _asked(results, group.task):
+                        rows.append((group, name, ()))
             made[setting].append(HeatMap(_heading(*part), queries, tuple(columns), tuple(rows)))
     return made
 
@@ -186,7 +199,7 @@ def _figures(groups: Sequence[Group]) -> list[dict[str, object]]:
 
 
 def _whisker(comparison: Comparison) -> Whisker | None:
-    if comparison.scale == "absolute":
+    if not comparison.relative:
         return None
     return whisker(comparison.low, comparison.effect, comparison.high)
 
@@ -195,5 +208,5 @@ def _shade(comparison: Comparison | None) -> str:
     """The class of a heat map's cell: the depth of colour says how large, and only a verdict has a colour."""
     if comparison is None or comparison.verdict in ("free", "undecided"):
         return "none" if comparison is None else comparison.verdict
-    depth = 1 if comparison.scale == "absolute" else sum(abs(comparison.effect) >= step for step in _STEPS)
+    depth = 1 if not comparison.relative else sum(abs(comparison.effect) >= step for step in _STEPS)
     return f"{comparison.verdict} {comparison.verdict}-{depth}"

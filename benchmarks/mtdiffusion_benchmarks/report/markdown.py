@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from mtdiffusion_benchmarks.report import headline, text
-from mtdiffusion_benchmarks.report.tables import ARROWS, REAL, SIGNS, Counts, Group, Results, best, split_key
+from mtdiffusion_benchmarks.report import fidelity, headline, reconstruction, text, variants
+from mtdiffusion_benchmarks.report.statistics import Comparison
+from mtdiffusion_benchmarks.report.tables import ARROWS, BUDGETS, REAL, SIGNS, Counts, Group, Results, best, split_key
 
 
 def render(results: Results) -> str:
@@ -32,6 +33,9 @@ def _blocks(results: Results) -> Iterator[str]:
         ["setting", "task", "method", "metric", "joint", "control", "effect", "95% interval", "share", "verdict"],
         _transfer_rows(results),
     )
+    yield from _reconstruction(results)
+    yield from _fidelity(results)
+    yield from _variants(results)
     yield "## Results by task"
     yield "Mean ± standard deviation over seeds; the best mean of a row is bold. Held-out real data stand last."
     for setting, task, groups in results.by_task():
@@ -57,10 +61,10 @@ def _counts(found: Counts) -> list[str]:
 
 
 def _transfer_rows(results: Results) -> Iterator[list[str]]:
-    for transfer in results.transfers:
+    for transfer in results.rows:
         group, control = transfer.group, transfer.control
         names = [group.setting, group.task, group.method, transfer.key]
-        values = [_summary(group, transfer.key), f"{_summary(control, transfer.key)} ({_plain(control.method)})"]
+        values = [_summary(group, transfer.key), f"{_summary(control, transfer.key)} ({_plain(_named(control))})"]
         found = transfer.comparison
         told = ["–", "–", "–", "no seed in common"]
         if found:
@@ -71,6 +75,85 @@ def _transfer_rows(results: Results) -> Iterator[list[str]]:
                 f"{SIGNS[found.verdict]} {found.verdict}",
             ]
         yield [*map(_code, names), *values, *told]
+
+
+def _reconstruction(results: Results) -> Iterator[str]:
+    tables = list(reconstruction.reconstruction(results))
+    if not tables:
+        return
+    yield "## Where the advantage begins"
+    yield _plain(reconstruction.INTRODUCTION)
+    for table in tables:
+        group = table.group
+        where = f"{results.title('settings', group.setting)}: {results.title('tasks', group.task)}"
+        yield f"### {_plain(where)}, {_plain(table.title)} ({_plain(group.title)})"
+        yield "\n".join(f"- {_plain(block.sentence)}" for block in table.blocks)
+        rows = []
+        for block in table.blocks:
+            for row in block.rows:
+                name = f"{_code(block.metric)} {ARROWS[results.direction(row.key) or 'lower']}"
+                against = [_against(one.group, row.key, one.comparison) for one in row.against]
+                rows.append([name, f"{row.percent}%", _summary(group, row.key), *against])
+        titles = [_plain(rival.title) for rival in table.rivals]
+        yield _table(["metric", "hidden", _plain(group.title), *titles], rows)
+
+
+def _against(group: Group, key: str, found: Comparison | None) -> str:
+    """A rival's value, and what the joint model is beside it."""
+    if not found:
+        return _summary(group, key)
+    return f"{_summary(group, key)} ({SIGNS[found.verdict]} {text.effect(found)})"
+
+
+def _fidelity(results: Results) -> Iterator[str]:
+    rows = fidelity.fidelity(results)
+    if not rows:
+        return
+    yield "## Fidelity and diversity"
+    if told := fidelity.sentence(results, rows):
+        yield _plain(told)
+    yield _plain(fidelity.INTRODUCTION)
+    names = ["joint", "control", "difference", "95% interval"]
+    header = ["setting", "task", "method", "asked", "control", "features"]
+    header += [f"{metric} ↑, {name}" for metric in ("precision", "recall") for name in names]
+    lines = []
+    for row in rows:
+        about = [row.group.setting, row.group.task, row.group.method, row.query, row.control.method, row.features]
+        values = []
+        for key, found in (row.precision, row.recall):
+            values += [_summary(row.group, key), _summary(row.control, key)]
+            values += [f"{SIGNS[found.verdict]} {text.effect(found)}", text.interval(found)] if found else ["–", "–"]
+        lines.append([*map(_code, about), *values])
+    yield _table(header, lines)
+
+
+def _variants(results: Results) -> Iterator[str]:
+    tables = list(variants.variants(results))
+    if not tables:
+        return
+    yield "## Joint models side by side"
+    yield _plain(variants.INTRODUCTION)
+    for table in tables:
+        where = f"{results.title('settings', table.setting)}: {results.title('tasks', table.task)}"
+        yield f"### Joint models: {_plain(where)}"
+        header = [f"{_code(key)} {ARROWS[results.direction(key) or 'lower']}" for key in table.keys]
+        rows = []
+        for variant in table.variants:
+            lost = f" (not {', '.join(variant.lost)})" if variant.lost else ""
+            cells = []
+            for key in table.keys:
+                found = variant.cells[key]
+                mark = f"{SIGNS[found.verdict]} " if found else ""
+                cells.append(f"{mark}{_summary(variant.group, key)}")
+            title = f"{variant.group.title} ({variant.group.state})"
+            rows.append([_plain(title), _plain(variant.told + lost), *cells])
+        controls = [_summary(table.controls[key], key) if key in table.controls else "" for key in table.keys]
+        rows.append(["control, one for each question", "", *controls])
+        yield _table(["joint model", "ties or beats the control", *header], rows)
+
+
+def _named(control: Group) -> str:
+    return f"{control.method}, {BUDGETS[control.budget]}" if BUDGETS[control.budget] else control.method
 
 
 def _task_table(results: Results, groups: Sequence[Group]) -> str:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from attrs import frozen
 from scipy.special import stdtrit
 
 Direction = Literal["higher", "lower"]
-Scale = Literal["error", "value", "absolute"]
+Scale = Literal["error", "value", "absolute", "points"]
 Verdict = Literal["helps", "hurts", "free", "undecided"]
 
 LEVEL = 0.95
+NEGLIGIBLE = 0.005
+"""An error no greater than this in every seed is too small for ratios to it to mean anything."""
 _RESOLUTION = 1e-12  # relative: what is smaller is rounding
 
 
@@ -47,13 +49,14 @@ class Comparison:
 
     Attributes:
         scale: what :attr:`effect` is a share of: the other's "error" (1 − its mean), the other's "value" (its mean), or
-            of nothing, being the "absolute" difference.
+            of nothing, being the "absolute" difference, or that in percentage "points".
         difference: mean difference over seeds, in the metric's own unit, signed so that positive is better.
         effect: the difference in units of the scale.
         low, high: its 95 % confidence interval; None where it cannot be had.
         seeds: how many pairs.
         verdict: whether the interval lies above zero ("helps"), below it ("hurts") or around it ("free"); "undecided"
             without an interval.
+        perfect: whether the effect is no share because the other leaves too little to be relative to.
     """
 
     scale: Scale
@@ -63,10 +66,20 @@ class Comparison:
     high: float | None
     seeds: int
     verdict: Verdict
+    perfect: bool = False
+
+    @property
+    def relative(self) -> bool:
+        """Whether the effect is a share, and so can be set beside the effects on other metrics."""
+        return self.scale in ("error", "value")
 
 
 def compare(
-    ours: Mapping[int, float], theirs: Mapping[int, float], direction: Direction, scale: Scale
+    ours: Mapping[int, float],
+    theirs: Mapping[int, float],
+    direction: Direction,
+    scale: Scale,
+    negligible: Scale | None = None,
 ) -> Comparison | None:
     """Paired comparison over the seeds that both have.
 
@@ -78,8 +91,12 @@ def compare(
     Args:
         ours, theirs: a metric's value by seed.
         scale: of what the effect is to be a share. "error", for a metric that is itself a share of something right, in
-            [0, 1]: effect = 1 − (1 − ours) / (1 − theirs); where theirs has no error, "value". "value", for a metric
-            that has a zero: effect = ±(ours − theirs) / theirs; where theirs is 0, "absolute".
+            [0, 1]: effect = 1 − (1 − ours) / (1 − theirs); "points" where theirs is nearly perfect: an error of at most
+            :data:`NEGLIGIBLE` in every seed, or smaller than its own standard deviation over seeds, which says that it
+            is not resolved. "value", for a metric that has a zero: effect = ±(ours − theirs) / theirs; where theirs is
+            0, "absolute".
+        negligible: for a metric of scale "value" that measures an error on a scale of order 1: what to use instead
+            where theirs is nearly perfect, as above; None: it is never.
 
     Returns:
         None if they have no seed in common, or a value that is not finite.
@@ -90,11 +107,13 @@ def compare(
     sign = 1.0 if direction == "higher" else -1.0
     differences = [sign * (ours[seed] - theirs[seed]) for seed in seeds]
     mean, reference = statistics.fmean(differences), statistics.fmean(theirs[seed] for seed in seeds)
-    if scale == "error" and 1.0 - reference <= _RESOLUTION:
-        scale = "value"
+    perfect = False
+    instead: Scale | None = "points" if scale == "error" else negligible if scale == "value" else None
+    if instead and _nearly_perfect([1.0 - theirs[seed] if scale == "error" else theirs[seed] for seed in seeds]):
+        scale, perfect = instead, True
     if scale == "value" and reference == 0:
-        scale = "absolute"
-    unit = {"error": 1.0 - reference, "value": abs(reference), "absolute": 1.0}[scale]
+        scale, perfect = "absolute", True
+    unit = {"error": 1.0 - reference, "value": abs(reference), "absolute": 1.0, "points": 0.01}[scale]
     size = max(abs(value) for seed in seeds for value in (ours[seed], theirs[seed]))
     low = high = None
     verdict: Verdict = "undecided"
@@ -106,4 +125,10 @@ def compare(
             verdict = "helps" if low > 0 else "hurts" if high < 0 else "free"
         elif abs(mean) <= _RESOLUTION * size:
             verdict = "free"
-    return Comparison(scale, mean, mean / unit, low, high, len(seeds), verdict)
+    return Comparison(scale, mean, mean / unit, low, high, len(seeds), verdict, perfect)
+
+
+def _nearly_perfect(errors: Sequence[float]) -> bool:
+    """Whether errors, one a seed, are too small, or too little resolved, to be relative to."""
+    spread = statistics.stdev(errors) if len(errors) > 1 else 0.0
+    return max(errors) <= NEGLIGIBLE * (1 + 1e-9) or statistics.fmean(errors) < spread

@@ -6,11 +6,12 @@ import itertools
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from attrs import evolve, frozen
 
-from mtdiffusion_benchmarks.report.cells import Cell, Entry, Profile, load
+from mtdiffusion_benchmarks.report.cells import Budget, Cell, Entry, Profile, load
 from mtdiffusion_benchmarks.report.statistics import Comparison, Direction, Scale, Summary, compare, summarise
 
 REAL = "real"
@@ -18,6 +19,12 @@ JOINT = "joint"
 ARROWS: Mapping[str, str] = {"higher": "↑", "lower": "↓"}
 SIGNS: Mapping[str, str] = {"helps": "▲", "hurts": "▼", "free": "≈", "undecided": "?"}
 VERDICTS = tuple(SIGNS)
+BUDGETS: Mapping[Budget, str] = {"steps": "", "flops": "at equal FLOPs", "seconds": "at equal seconds"}
+"""What is made equal between a method and the joint model, as it stands behind a method's title."""
+_NEGLIGIBLE: Mapping[str, Scale] = {"nll": "absolute", "ece": "points"}
+"""Metrics by the last part of their names whose value is an error on a scale of order 1 (nats; a share), and how they
+are compared where the control has next to none: negative log-likelihood, expected calibration error. Of others, such as
+a squared error, a small value may be as far from perfect as any."""
 
 
 def split_key(key: str) -> tuple[str, str]:
@@ -45,10 +52,11 @@ def key_order(key: str) -> tuple[int, str, int, str, str]:
 
 @frozen
 class Group:
-    """The cells of one setting, task and method, a cell a seed."""
+    """The cells of one setting, task and method, a cell a seed; the title names the budget unless that is of steps."""
 
     cells: tuple[Cell, ...]
     title: str
+    budget: Budget = "steps"
 
     @property
     def id(self) -> tuple[str, str, str]:
@@ -69,6 +77,12 @@ class Group:
     @property
     def role(self) -> str:
         return self.cells[0].role
+
+    @property
+    def kind(self) -> str | None:
+        """Of the method; None if the results do not tell."""
+        method = self.cells[0].config.get("method")
+        return method.get("kind") if isinstance(method, dict) else None
 
     @property
     def ok(self) -> tuple[Cell, ...]:
@@ -108,7 +122,8 @@ class Group:
 
 @frozen
 class Transfer:
-    """A joint model against the control for one metric; no comparison if they share no seed."""
+    """A joint model against a control for one metric; no comparison if they share no seed. The control's budget says
+    which comparison it is."""
 
     group: Group
     control: Group
@@ -140,7 +155,9 @@ class Results:
         directions: by metric.
         scales: how a metric is compared: by the "error" if higher is better and all values lie in [0, 1]; plainly
             ("absolute") if some are negative, since it then has no zero to be relative to; else by the "value".
-        uncontrolled: how many (joint model, directed metric) have no control.
+        rows: every joint model against its controls; for each metric that at the same steps, then those at other
+            budgets.
+        uncontrolled: how many (joint model, directed metric) have no control at the same steps.
     """
 
     profile: Profile
@@ -149,8 +166,18 @@ class Results:
     missing: tuple[str, ...]
     directions: Mapping[str, Direction]
     scales: Mapping[str, Scale]
-    transfers: tuple[Transfer, ...]
+    rows: tuple[Transfer, ...]
     uncontrolled: int
+
+    @cached_property
+    def transfers(self) -> tuple[Transfer, ...]:
+        """Against controls at the same steps: what verdicts are counted over."""
+        return tuple(transfer for transfer in self.rows if transfer.control.budget == "steps")
+
+    @cached_property
+    def matched(self) -> tuple[Transfer, ...]:
+        """Against controls at another budget."""
+        return tuple(transfer for transfer in self.rows if transfer.control.budget != "steps")
 
     @property
     def lead(self) -> str | None:
@@ -174,7 +201,8 @@ class Results:
         """Two methods on one metric that has a direction."""
         metric = split_key(key)[1]
         direction = self.directions[metric]
-        return compare(ours.values(key), theirs.values(key), direction, self.scales[metric])
+        negligible = _NEGLIGIBLE.get(metric.rpartition("_")[2])
+        return compare(ours.values(key), theirs.values(key), direction, self.scales[metric], negligible)
 
 
 def read_results(folder: Path) -> Results:
@@ -193,16 +221,16 @@ def read_results(folder: Path) -> Results:
         missing=tuple(name for name in profile.cells if name not in {cell.id for cell in cells}),
         directions=directions,
         scales=_scales(cells, directions),
-        transfers=(),
+        rows=(),
         uncontrolled=0,
     )
-    transfers, uncontrolled = _transfers(results)
-    return evolve(results, transfers=transfers, uncontrolled=uncontrolled)
+    rows, uncontrolled = _transfers(results)
+    return evolve(results, rows=rows, uncontrolled=uncontrolled)
 
 
 def count(transfers: Iterable[Transfer]) -> Counts:
     found = [transfer.comparison for transfer in transfers if transfer.comparison]
-    effects = [comparison.effect for comparison in found if comparison.scale != "absolute"]
+    effects = [comparison.effect for comparison in found if comparison.relative]
     number = {verdict: sum(comparison.verdict == verdict for comparison in found) for verdict in VERDICTS}
     return Counts(**number, median=statistics.median(effects) if effects else None)
 
@@ -221,8 +249,10 @@ def best(results: Results, groups: Sequence[Group], key: str) -> frozenset[str]:
 def _groups(profile: Profile, cells: Sequence[Cell]) -> Iterator[Group]:
     for (_, _, method), found in itertools.groupby(cells, lambda cell: (cell.setting, cell.task, cell.method)):
         group = tuple(found)
-        title = profile.methods[method].title if method in profile.methods else ""
-        yield Group(group, title or group[0].title or method)
+        entry = profile.methods.get(method, Entry())
+        budget = next((cell.cost.budget for cell in group if cell.cost), entry.budget)
+        title = entry.title or group[0].title or method
+        yield Group(group, f"{title}, {BUDGETS[budget]}" if BUDGETS[budget] else title, budget)
 
 
 def _scales(cells: Iterable[Cell], directions: Mapping[str, Direction]) -> dict[str, Scale]:
@@ -240,8 +270,10 @@ def _scales(cells: Iterable[Cell], directions: Mapping[str, Direction]) -> dict[
 
 
 def _transfers(results: Results) -> tuple[tuple[Transfer, ...], int]:
-    """Every joint group's directed metrics against the control that has the same; by method, then setting and task."""
-    found, uncontrolled = [], 0
+    """Every joint group's directed metrics against the control of each budget that has the same; by method, then
+    setting and task. And how many have none at the same steps."""
+    found: list[Transfer] = []
+    uncontrolled = 0
     order = list(results.profile.methods)
 
     def place(method: str) -> int:
@@ -259,10 +291,12 @@ def _transfers(results: Results) -> tuple[tuple[Transfer, ...], int]:
                 for other in results.groups
                 if other.role == "control" and other.setting == group.setting and other.values(key)
             ]
-            if not controls:
-                uncontrolled += 1
-                continue
-            # The first method; of its tasks the same one if it is there, since a task may train a control differently.
-            control = min(controls, key=lambda other: (place(other.method), other.method, other.task != group.task))
-            found.append(Transfer(group, control, key, results.compared(group, control, key)))
+            uncontrolled += all(other.budget != "steps" for other in controls)
+            for budget in BUDGETS:
+                equal = [other for other in controls if other.budget == budget]
+                if not equal:
+                    continue
+                # The first method; of its tasks the same one if it is there: a task may train a control differently.
+                control = min(equal, key=lambda other: (place(other.method), other.method, other.task != group.task))
+                found.append(Transfer(group, control, key, results.compared(group, control, key)))
     return tuple(found), uncontrolled

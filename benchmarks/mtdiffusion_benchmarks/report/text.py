@@ -7,7 +7,7 @@ import math
 from mtdiffusion_benchmarks.report.statistics import Comparison, Summary
 
 MINUS = "\u2212"
-_SCALES = {"error": "of the error", "value": "of the value", "absolute": "absolute"}
+_SCALES = {"error": "of the error", "value": "of the value", "absolute": "absolute", "points": "points"}
 
 
 def number(value: float, decimals: int | None = None) -> str:
@@ -44,10 +44,17 @@ def percent(share: float) -> str:
 
 
 def effect(comparison: Comparison) -> str:
-    """In per cent of its scale, or the plain difference."""
+    """In per cent of its scale, in points, or the plain difference."""
+    if comparison.scale == "points":
+        return points(comparison.effect)
     if comparison.scale == "absolute":
         return ("+" if comparison.difference >= 0 else "") + number(comparison.difference)
     return percent(comparison.effect)
+
+
+def points(value: float) -> str:
+    """A signed difference in percentage points."""
+    return f"{value:+.{2 if abs(value) < 0.995 else 1}f} points".replace("-", MINUS)
 
 
 def interval(comparison: Comparison) -> str:
@@ -56,12 +63,14 @@ def interval(comparison: Comparison) -> str:
         return "no interval"
     if comparison.scale == "absolute":
         return f"{number(comparison.low)} to {number(comparison.high)}"
+    if comparison.scale == "points":
+        return f"{points(comparison.low).removesuffix(' points')} to {points(comparison.high)}"
     return f"{percent(comparison.low)} to {percent(comparison.high)}"
 
 
 def scale(comparison: Comparison) -> str:
-    """Of what the effect is a share."""
-    return _SCALES[comparison.scale]
+    """Of what the effect is a share, or why it is none."""
+    return _SCALES[comparison.scale] + (": control nearly perfect" if comparison.perfect else "")
 
 
 def count(value: float | None) -> str:

@@ -1,0 +1,129 @@
+"""Joint models of one task side by side, each against the controls: the table by which a default is chosen."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+
+from attrs import frozen
+
+from mtdiffusion_benchmarks.report.statistics import Comparison
+from mtdiffusion_benchmarks.report.tables import JOINT, Group, Results, Transfer, key_order, modality, split_key
+
+INTRODUCTION = (
+    "Where a task was trained jointly in several ways: every metric that has a control, marked as better (▲), worse "
+    "(▼) or tied (≈), and those of joint samples. “Ties or beats” counts target modalities: one is counted if none of "
+    "its primary metrics is worse than its control, whatever it is given; without an interval, the mean decides. "
+    "Primary are accuracy, mean IoU, cosine and the Fréchet distance, of samples; of a modality that has none of them, "
+    "all its metrics but read-outs and those of the predicted distribution (nll, ece). Joint samples are no modality."
+)
+_PRIMARY = frozenset(("accuracy", "miou", "cosine", "fid"))
+_OF_DISTRIBUTION = frozenset(("nll", "ece"))
+_READOUT = "readout_"
+
+
+@frozen
+class Variant:
+    """One joint model.
+
+    Attributes:
+        cells: its comparison with the control by metric, None where there is none.
+        kept: by target modality, whether it ties with or beats the control; None if there is nothing to tell by.
+    """
+
+    group: Group
+    cells: Mapping[str, Comparison | None]
+    kept: Mapping[str, bool | None]
+
+    @property
+    def told(self) -> str:
+        """``3 of 4``."""
+        return f"{sum(kept is True for kept in self.kept.values())} of {len(self.kept)}"
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """The modalities in which it is worse."""
+        return tuple(name for name, kept in self.kept.items() if kept is False)
+
+
+@frozen
+class Table:
+    """The joint models of a task.
+
+    Attributes:
+        queries: what was asked, with its metrics' keys; joint samples first.
+        controls: by key, of the metrics that have one.
+    """
+
+    setting: str
+    task: str
+    queries: tuple[tuple[str, tuple[str, ...]], ...]
+    variants: tuple[Variant, ...]
+    controls: Mapping[str, Group]
+
+    @property
+    def keys(self) -> list[str]:
+        return [key for _, keys in self.queries for key in keys]
+
+
+def variants(results: Results) -> Iterator[Table]:
+    """A table for every task with more than one joint model."""
+    for setting, task, groups in results.by_task():
+        joint = [group for group in groups if group.role == "joint"]
+        if len(joint) < 2:
+            continue
+        ids = {group.id for group in joint}
+        found = {(t.group.id, t.key): t for t in results.transfers if t.group.id in ids}
+        controls = {key: transfer.control for (_, key), transfer in found.items()}
+        plain = {key for group in joint for key in group.keys if split_key(key)[0] == JOINT and results.direction(key)}
+        keys = sorted({*controls, *plain}, key=key_order)
+        if not keys:
+            continue
+        queries = tuple((q, tuple(part)) for q, part in itertools.groupby(keys, lambda key: split_key(key)[0]))
+        primary = _primary(controls)
+        made = tuple(_variant(group, found, keys, primary) for group in joint)
+        yield Table(setting, task, queries, made, controls)
+
+
+def _variant(
+    group: Group,
+    found: Mapping[tuple[tuple[str, str, str], str], Transfer],
+    keys: Iterable[str],
+    primary: Mapping[str, list[str]],
+) -> Variant:
+    cells: dict[str, Comparison | None] = {}
+    for key in keys:
+        transfer = found.get((group.id, key))
+        cells[key] = transfer.comparison if transfer else None
+    kept: dict[str, bool | None] = {}
+    for target, own in primary.items():
+        compared = [comparison for key in own if (comparison := cells[key])]
+        kept[target] = not any(_worse(comparison) for comparison in compared) if compared else None
+    return Variant(group, cells, kept)
+
+
+def _worse(comparison: Comparison) -> bool:
+    if comparison.verdict == "undecided":
+        return comparison.effect < 0
+    return comparison.verdict == "hurts"
+
+
+def _primary(keys: Iterable[str]) -> dict[str, list[str]]:
+    """The keys by which each target modality is judged."""
+    by_target: dict[str, list[str]] = {}
+    for key in sorted(keys, key=key_order):
+        query, metric = split_key(key)
+        if query != JOINT and not metric.startswith(_READOUT):
+            by_target.setdefault(modality(query), []).append(key)
+    chosen: dict[str, list[str]] = {}
+    for target, own in by_target.items():
+        named = [key for key in own if _PRIMARY & {*_ends(key)}]
+        if found := named or [key for key in own if _ends(key)[1] not in _OF_DISTRIBUTION]:
+            chosen[target] = found
+    return chosen
+
+
+def _ends(key: str) -> tuple[str, str]:
+    """The first and the last part of a metric's name: a distance stands first, what a judge measures last."""
+    metric = split_key(key)[1]
+    return metric.partition("_")[0], metric.rpartition("_")[2]
