@@ -15,9 +15,11 @@ from mtdiffusion_benchmarks.interfaces import Cost, Problem
 from mtdiffusion_benchmarks.profile import Budget, Cell, Profile
 from mtdiffusion_registry import MethodConfig, UserError
 
+PROBE_START = 2
+"""Optimizer steps of a training that only starts: what that takes is taken off."""
 PROBE_STEPS = 8
-"""Optimizer steps of a training that is timed."""
-PROBE_ROUNDS = 5
+"""Optimizer steps beyond it that are timed."""
+PROBE_ROUNDS = 3
 """How often each of the two is timed, in turn; one more round before warms up and does not count."""
 
 
@@ -73,7 +75,9 @@ def match(
     """Choose a method's steps, from short trainings of both by their own ``fit``: what any method gives is enough.
 
     Operations are those of one step as each method counts them (``Cost.flops_per_step``), the same every time. Seconds
-    are the median over some rounds in which the two take turns, so that whatever else the machine does meets both.
+    are what more steps take beyond a training that only starts, so that starting (workers that load data, compilation)
+    is none of a step's, and the median over some rounds in which the two take turns, so that whatever else the machine
+    does meets both.
 
     Args:
         name: what the profile calls the joint model.
@@ -83,12 +87,15 @@ def match(
         UserError: if one of them tells no cost of a step.
     """
     sides = {"joint": (joint, joint_problem), "own": (method, problem)}
-    rounds, steps = (1, 1) if budget == "flops" else (1 + PROBE_ROUNDS, PROBE_STEPS)
     costs: dict[str, list[float]] = {side: [] for side in sides}
-    for number in range(rounds):
+    for number in range(1 if budget == "flops" else 1 + PROBE_ROUNDS):
         for side, (trained, asked) in sides.items():
-            cost = _probe(trained, asked, folder / f"{side}-{number}", steps)
-            costs[side].append(cost.flops_per_step if budget == "flops" else cost.train_seconds / cost.steps)
+            start = _probe(trained, asked, folder / f"{side}-{number}-start", 1 if budget == "flops" else PROBE_START)
+            if budget == "flops":
+                costs[side].append(start.flops_per_step)
+                continue
+            more = _probe(trained, asked, folder / f"{side}-{number}", PROBE_START + PROBE_STEPS)
+            costs[side].append((more.train_seconds - start.train_seconds) / PROBE_STEPS)
     per_step = {
         side: values[0] if budget == "flops" else statistics.median(values[1:]) for side, values in costs.items()
     }

@@ -16,7 +16,7 @@ from tests.benchmarks.test_bench import CONFIG
 from torch import Tensor
 
 from mtdiffusion_benchmarks import budget, runner
-from mtdiffusion_benchmarks.budget import PROBE_ROUNDS, PROBE_STEPS, Match, joint_of, match
+from mtdiffusion_benchmarks.budget import PROBE_ROUNDS, PROBE_START, PROBE_STEPS, Match, joint_of, match
 from mtdiffusion_benchmarks.interfaces import Cost, Fitted, Problem
 from mtdiffusion_benchmarks.methods import _training
 from mtdiffusion_benchmarks.methods.joint import JointConfig
@@ -90,7 +90,7 @@ class Costing(Fitted):
 
 @frozen
 class Foreign(MethodConfig):
-    """A third party's method, which knows of no budget; its training takes what it is told to."""
+    """A third party's method, which knows of no budget; starting takes 30 seconds and a step what it is told to."""
 
     kind: ClassVar[str] = "foreign"
     asked: ClassVar[list[tuple[str, int, Path]]] = []
@@ -103,8 +103,8 @@ class Foreign(MethodConfig):
         steps = problem.experiment.training.steps
         mine = [folder for name, _, folder in self.asked if name == self.name]
         self.asked.append((self.name, steps, problem.folder))
-        each = self.seconds[len(mine) % len(self.seconds)]
-        return Costing(Cost(steps, 1, 1, each * steps, self.flops))
+        each = self.seconds[len(mine) // 2 % len(self.seconds)]
+        return Costing(Cost(steps, 1, 1, 30 + each * steps, self.flops))
 
 
 @pytest.fixture(autouse=True)
@@ -129,8 +129,8 @@ def test_seconds_are_medians_of_turns_after_a_warm_up(tmp_path: Path) -> None:
     joint = Foreign("joint", seconds=(70.0, 4.0, 6.0, 5.0, 9.0, 1.0))  # 5
     found = matched("seconds", own, joint, tmp_path)
     assert found == Match("seconds", "joint", 300, 5.0, 2.0, 750)
-    assert [name for name, _, _ in Foreign.asked] == ["joint", "own"] * (1 + PROBE_ROUNDS)
-    assert {steps for _, steps, _ in Foreign.asked} == {PROBE_STEPS}
+    assert [name for name, _, _ in Foreign.asked] == ["joint", "joint", "own", "own"] * (1 + PROBE_ROUNDS)
+    assert [steps for _, steps, _ in Foreign.asked[:2]] == [PROBE_START, PROBE_START + PROBE_STEPS]
 
 
 def test_real_methods_are_matched_the_same_every_time(tmp_path: Path) -> None:
