@@ -107,6 +107,35 @@ def test_the_modality_of_the_tutorial_keeps_the_contract(tmp_path: Path, monkeyp
     namespace["test_contract"]()
 
 
+def test_what_the_tutorial_measures_is_what_its_modality_takes_for_it() -> None:
+    module, _, measuring = re.findall(r"```python\n(.*?)```", (ROOT / "docs/plugins.md").read_text(), re.S)[:3]
+    namespace: dict = {}
+    exec(measuring, namespace)
+    mean, std = (float(re.findall(rf"    {key}: float = \D*?(-?[\d.]+)", module)[0]) for key in ("mean", "std"))
+    assert namespace["x"].mean().item() == pytest.approx(mean, abs=0.01)
+    assert namespace["x"].std().item() == pytest.approx(std, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [("task", kind) for kind in REGISTRY.kinds("task")] + [("method", kind) for kind in REGISTRY.kinds("method")],
+)
+def test_every_key_of_a_task_and_of_a_method_is_documented(kind: tuple[str, str]) -> None:
+    if REGISTRY.origin(*kind)["distribution"] != "mtdiffusion":
+        pytest.skip("not ours")
+    (row,) = re.findall(rf"^\| `{kind[1]}` \| .*$", (ROOT / "docs/benchmarks.md").read_text(), re.M)
+    keys = row.split(" | ")[-1]
+    for attribute in attrs.fields(REGISTRY.config_class(*kind)):
+        found = re.search(rf"`{attribute.name}`(?: \(([^)]*)\))?", keys)
+        assert found, attribute.name
+        if attribute.default is attrs.NOTHING:
+            assert found[1] is None
+        else:
+            words = {"()": "none", "False": "false"}
+            default = str(attribute.default)
+            assert found[1] == words.get(default, re.sub(r"[()']", "", default)), attribute.name
+
+
 def test_links_between_documents_lead_somewhere() -> None:
     for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from attrs import evolve, field, frozen
 from attrs.validators import in_, min_len
 
-from mtdiffusion_engine.experiment import Experiment, resolved
+from mtdiffusion_engine.experiment import Experiment, resolved, structure_experiment
 from mtdiffusion_registry import MethodConfig, Registry, TaskConfig, UserError
 from mtdiffusion_registry.config import apply_overrides, load_toml, structure, unstructure
 
@@ -219,9 +219,13 @@ def plan(profile: Profile, only: tuple[str, ...] = ()) -> list[Cell]:
 
 
 def base_experiment(profile: Profile, setting: str, folder: Path, registry: Registry) -> Experiment:
-    """A setting's experiment with all its modalities. ``folder``: where the profile lies."""
+    """A setting's experiment with all its modalities. ``folder``: where the profile lies.
+
+    Raises:
+        UserError: for whatever is wrong with it, a kind that its ``plugins.disable`` leaves out included.
+    """
     path, changes = _source(profile, setting, folder)
-    return structure(registry, apply_overrides(load_toml(path), changes), Experiment, str(path))
+    return structure_experiment(apply_overrides(load_toml(path), changes), registry, str(path))
 
 
 def cell_experiment(profile: Profile, cell: Cell, folder: Path, registry: Registry) -> Experiment:
@@ -229,7 +233,8 @@ def cell_experiment(profile: Profile, cell: Cell, folder: Path, registry: Regist
     seed's changes to it.
 
     Raises:
-        UserError: if the setting lacks a modality of the task, or a change does not fit.
+        UserError: if the setting lacks a modality of the task, a change does not fit, or a kind is one that the
+            setting's ``plugins.disable`` leaves out.
     """
     task, method = profile.tasks[cell.task].task, profile.method(cell.method)
     path, changes = _source(profile, cell.setting, folder)
@@ -242,7 +247,7 @@ def cell_experiment(profile: Profile, cell: Cell, folder: Path, registry: Regist
     tables["modalities"] = {name: known[name] for name in task.instances()}
     tables = _merged(tables, task.training())
     own = [*method.set, f"training.seed={cell.seed}", f"evaluation.seed={cell.seed}"]
-    return structure(registry, apply_overrides(tables, own), Experiment, f"{cell.id} ({path})")
+    return structure_experiment(apply_overrides(tables, own), registry, f"{cell.id} ({path})")
 
 
 def _source(profile: Profile, setting: str, folder: Path) -> tuple[Path, list[str]]:

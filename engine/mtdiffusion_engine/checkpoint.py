@@ -44,8 +44,21 @@ def write_json(path: Path, value: Any, *, sort_keys: bool = True) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+def _storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each contiguous, on the CPU and in memory of its own, as safetensors asks.
+
+    A constant of an encoder and its decoder, or a tied weight, is often one tensor under two names. Both are written;
+    they are read into one again.
+    """
+    stored: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for key, value in tensors.items():
+        tensor = value.detach().cpu().contiguous()
+        if tensor.untyped_storage().data_ptr() in seen:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        stored[key] = tensor
+    return stored
 
 
 def save_checkpoint(
@@ -65,14 +78,14 @@ def save_checkpoint(
     final = folder / f"{PREFIX}{step:08d}"
     partial = folder / f".{final.name}.{os.getpid()}"
     partial.mkdir(parents=True)
-    save_file(_contiguous(model), partial / "model.safetensors")
-    save_file(_contiguous(ema), partial / "ema.safetensors")
+    save_file(_storable(model), partial / "model.safetensors")
+    save_file(_storable(ema), partial / "ema.safetensors")
     moments = {
         f"{index}.{key}": value if isinstance(value, Tensor) else torch.tensor(value)
         for index, entry in optimizer.state_dict()["state"].items()
         for key, value in entry.items()
     }
-    save_file(_contiguous(moments), partial / "optimizer.safetensors")
+    save_file(_storable(moments), partial / "optimizer.safetensors")
     write_json(partial / "state.json", {**state, "step": step})
     shutil.rmtree(final, ignore_errors=True)
     partial.replace(final)

@@ -236,7 +236,10 @@ def _check_plugin(args: argparse.Namespace) -> int:
     found = [full for full, kind in known.items() if args.name in (full, kind)]
     if not found:
         hint = _near(args.name, [*known, *known.values()])
-        raise UserError(f'there is no plugin "{args.name}"{hint} (see all: mtdiffusion plugins list)')
+        raise UserError(
+            f'there is no plugin "{args.name}"{hint} (see all: mtdiffusion plugins list). After a '
+            "change of entry points, install their package again"
+        )
     if len(found) > 1:
         raise UserError(f'"{args.name}" is the kind of {len(found)} plugins; say which: {", ".join(found)}')
 

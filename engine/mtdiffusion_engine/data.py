@@ -53,6 +53,7 @@ class ModalityData:
         self.dataset = dataset
         self.modalities = dict(modalities)
         self.fields = {name: modality.field or name for name, modality in modalities.items()}
+        self.dtypes = {name: modality.placeholder(1).dtype for name, modality in modalities.items()}
         self.what = what
         self._check_fields()
         self._derived = {name: self._derive(name) for name, modality in modalities.items() if modality.derived}
@@ -85,7 +86,7 @@ class ModalityData:
             if field not in found:
                 raise UserError(
                     f"{self.what}: no sample has the field {field!r} that modality {name!r} reads; its fields are "
-                    f"{', '.join(sorted(found))} (set modalities.{name}.field, or remove the modality)"
+                    f"{', '.join(sorted(found))} (let modalities.{name} read one of them, or remove it)"
                 )
 
     def _derive(self, name: str, chunk: int = 512) -> list[Tensor]:
@@ -116,6 +117,8 @@ class ModalityData:
                 values = torch.stack([samples[i][name] for i in rows]) if rows else None
                 if values is not None:
                     modality.check(values)
+                    if values.dtype != self.dtypes[name]:  # a lenient check lets it pass, and the model cannot take it
+                        raise ValueError(f"expected {self.dtypes[name]}, as of its placeholder, found {values.dtype}")
             except (ValueError, RuntimeError) as error:
                 raise UserError(f"{self.what}: modality {name!r}: {error}") from error
             if values is None or len(rows) < len(samples):

@@ -238,7 +238,21 @@ def load_experiment(path: Path, overrides: list[str], registry: Registry) -> Exp
     recorded = path.with_name(PLUGINS_FILE)
     if recorded.is_file():
         registry = registry.with_origins(read_json(recorded))
-    return structure(registry.blocking(_disabled(tables), by="plugins.disable"), tables, Experiment, str(path))
+    return structure_experiment(tables, registry, str(path))
+
+
+def structure_experiment(tables: Mapping[str, Any], registry: Registry, source: str) -> Experiment:
+    """The experiment that a configuration file's tables describe.
+
+    Args:
+        tables: the contents of the file.
+        registry: where kinds are looked up, less those that ``plugins.disable`` in the tables names.
+        source: what error messages call the file.
+
+    Raises:
+        ConfigError: if they do not fit.
+    """
+    return structure(registry.blocking(_disabled(tables), by="plugins.disable"), tables, Experiment, source)
 
 
 def _disabled(tables: Mapping[str, Any]) -> list[str]:

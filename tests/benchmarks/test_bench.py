@@ -7,9 +7,10 @@ import itertools
 import json
 from pathlib import Path
 
+import attrs
 import pytest
 
-from mtdiffusion_benchmarks.profile import Cell, load_profile, plan, shipped
+from mtdiffusion_benchmarks.profile import Cell, base_experiment, cell_experiment, load_profile, plan, shipped
 from mtdiffusion_benchmarks.runner import Runner
 from mtdiffusion_engine import cli
 from mtdiffusion_engine.checkpoint import read_json
@@ -283,6 +284,51 @@ def test_what_is_wrong_with_a_profile_is_said_at_once(source: Path, registry: Re
     assert not (source / "out" / "cells").exists()
     with pytest.raises(UserError, match="no such profile or file; there are"):
         load_profile("nothing", registry)
+
+
+TWIN = """
+from typing import ClassVar
+from attrs import frozen
+from mtdiffusion import SNRMatched
+from mtdiffusion_registry import WeightScheduleConfig, hookimpl
+
+MTDIFFUSION_API = 1
+
+@frozen
+class Twin(WeightScheduleConfig):
+    kind: ClassVar[str] = "twin"
+    def build(self, names):
+        return SNRMatched()
+
+@hookimpl
+def mtdiffusion_weight_schedules():
+    return [Twin]
+"""
+
+
+def test_a_setting_may_leave_plugins_out(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("bench-twin-a", "bench-twin-b"):  # two distributions that declare one kind
+        site, module = tmp_path / name, name.replace("-", "_")
+        info = site / f"{module}-1.0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[mtdiffusion.plugins]\nweight_schedule.twin = {module}\n")
+        (site / f"{module}.py").write_text(TWIN)
+        monkeypatch.syspath_prepend(site)
+    registry = Registry.discover()
+    (source / "config.toml").write_text(CONFIG + '\n[process.weights]\nkind = "twin"\n')
+    profile, path = load_profile(str(source / "profile.toml"), registry)
+    (cell, *_) = plan(profile)
+    for make in (
+        lambda profile: base_experiment(profile, "digits", path.parent, registry),
+        lambda profile: cell_experiment(profile, cell, path.parent, registry),
+    ):
+        with pytest.raises(UserError, match=r"weight_schedule\.twin is declared by more than one plugin"):
+            make(profile)
+        chosen = make(attrs.evolve(profile, set=('plugins.disable=["bench-twin-b"]',)))
+        assert type(chosen.process.weights).__module__ == "bench_twin_a"
+        with pytest.raises(UserError, match=r"modality\.label of mtdiffusion .* is installed but blocked by plugins"):
+            make(attrs.evolve(profile, set=('plugins.disable=["bench-twin-b", "modality.label"]',)))
 
 
 def test_the_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,6 +79,27 @@ def test_the_optimizer_comes_back(tmp_path: Path) -> None:
         assert all(torch.equal(value, second[index][key]) for key, value in entry.items())
 
 
+def test_a_tensor_under_two_names_is_stored_under_both(tmp_path: Path) -> None:
+    def tied() -> nn.Module:
+        model = nn.ModuleDict({"encoder": nn.Linear(3, 3), "decoder": nn.Linear(3, 3)})
+        model["decoder"].weight = model["encoder"].weight
+        mean = torch.randn(3)
+        model["encoder"].register_buffer("mean", mean)
+        model["decoder"].register_buffer("mean", mean)
+        model["decoder"].register_buffer("first", mean[:1])  # a part of it
+        return model
+
+    model, other = tied(), tied()
+    expected = {key: value.clone() for key, value in model.state_dict().items()}
+    tensors = model.state_dict()
+    optimizer = torch.optim.AdamW(model.parameters())
+    folder = ckpt.save_checkpoint(tmp_path, 1, model=tensors, ema=tensors, optimizer=optimizer, state={}, keep=1)
+    for file in ("model.safetensors", "ema.safetensors"):
+        ckpt.load_weights(other, folder / file)
+        assert other.state_dict().keys() == expected.keys()
+        assert all(torch.equal(value, expected[key]) for key, value in other.state_dict().items())
+
+
 def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     path = folder / "ema.safetensors"

@@ -98,6 +98,16 @@ def test_what_a_modality_cannot_be_derived_from_is_said() -> None:
         ModalityData(ToyData(11, "", -1), {"clip": clip})
 
 
+def test_data_of_another_dtype_than_the_placeholder_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = toy_data()
+    sample = data[0]
+    sample["image"] = sample["image"].double()
+    monkeypatch.setattr(data.modalities["image"], "check", lambda x: None)  # too lenient, as a plugin's may be
+    expected = r"modality 'image': expected torch\.float32, as of its placeholder, found torch\.float64"
+    with pytest.raises(UserError, match=expected):
+        data.collate([sample])
+
+
 def test_samples_of_different_shapes_are_named_by_their_modality() -> None:
     data = toy_data()
     samples = [data[0], {**data[1], "image": torch.zeros(1, 5, 5)}]

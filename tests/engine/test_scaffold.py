@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -93,6 +94,17 @@ def test_a_package_is_complete_and_says_what_it_is(tmp_path: Path, monkeypatch: 
     assert "class OpticalFlowConfig" in (folder / "src/mtdiffusion_optical_flow/__init__.py").read_text()
     assert "${{ matrix.python }}" in (folder / ".github/workflows/ci.yml").read_text()
     assert list(tmp_path.iterdir()) == [tmp_path / folder]
+
+
+def test_a_modality_may_have_keys_after_the_one_called_field(tmp_path: Path) -> None:
+    folder = write_package("depth", "modality", tmp_path / "out", Registry.discover())
+    text = (folder / "src/mtdiffusion_depth/__init__.py").read_text()
+    (declared,) = re.findall(r"^    loss_weight: float = (.*)$", text, re.M)
+    last = "    field: str | None = None\n"
+    assert text.count(last) == 1
+    namespace: dict = {"__name__": "scaffolded"}
+    exec(text.replace(last, f"{last}    more: float = {declared}\n"), namespace)
+    assert namespace["DepthConfig"](more=0.5).more == 0.5
 
 
 @pytest.mark.parametrize("name", ["Depth", "de pth", "3d", "../depth", "depth-", "a--b", "class", "", LONGEST + "y"])

@@ -39,6 +39,7 @@ from mtdiffusion_registry import (
     ModalityConfig,
     Query,
     TaskConfig,
+    UserError,
     WeightScheduleConfig,
 )
 from mtdiffusion_registry.testing import (
@@ -90,10 +91,9 @@ class PatchEncoder(Encoder):
 
 
 class GaussianHead(Decoder):
-    dims = SIZE * SIZE
-
     def __init__(self, latent: LatentSpec, features: FeatureSpec) -> None:
         super().__init__()
+        self.dims = SIZE * SIZE
         self.latent = latent
         self.head = nn.Conv2d(features.channels, 2 * latent.channels, 1)
 
@@ -438,6 +438,54 @@ class InfinitePrediction(Picture):
         return {"nll": math.nan}
 
 
+class AveragesDims(GaussianHead):
+    def nll(self, params: Params, x: Tensor) -> Tensor:
+        return super().nll(params, x) / self.dims
+
+    def objective(self, params: Params, x: Tensor) -> Tensor:
+        return self.nll(params, x)
+
+
+class ForgetsLogScale(GaussianHead):
+    def nll(self, params: Params, x: Tensor) -> Tensor:
+        return super().nll(params, x) - params["log_scale"].flatten(1).sum(1)
+
+    def objective(self, params: Params, x: Tensor) -> Tensor:
+        return super().nll(params, x) / self.dims
+
+
+class DrawsTooWide(GaussianHead):
+    def sample(self, params: Params, generator: torch.Generator | None = None) -> Tensor:
+        return super().sample({**params, "log_scale": params["log_scale"] + 1}, generator)
+
+
+class Clips(GaussianHead):
+    """No more wrong than any that keeps what is drawn within the range of the data."""
+
+    def sample(self, params: Params, generator: torch.Generator | None = None) -> Tensor:
+        return super().sample(params, generator).clamp(-1, 1)
+
+
+class ForgetsDims(GaussianHead):
+    def __init__(self, latent: LatentSpec, features: FeatureSpec) -> None:
+        super().__init__(latent, features)
+        del self.dims
+
+
+class HalfADimension(GaussianHead):
+    def __init__(self, latent: LatentSpec, features: FeatureSpec) -> None:
+        super().__init__(latent, features)
+        self.dims = 0.5  # type: ignore[assignment]
+
+
+class MisspeltDirection(Picture):
+    metric_directions: ClassVar[dict[str, str]] = {"mes": "lower"}  # type: ignore[misc]
+
+
+class UnknownDirection(Picture):
+    metric_directions: ClassVar[dict[str, str]] = {"mse": "min"}  # type: ignore[misc]
+
+
 class DrawnAnew(Codebook):
     def __init__(self, latent: LatentSpec) -> None:
         super().__init__(latent)
@@ -460,6 +508,11 @@ PARTS: list[tuple[type, str]] = [
     (MeanOverBatch, "nll"),
     (Overflows, "nll"),
     (SqueezesBatch, "nll"),
+    (AveragesDims, "likelihood"),
+    (ForgetsLogScale, "likelihood"),
+    (DrawsTooWide, "likelihood"),
+    (ForgetsDims, "dims"),
+    (HalfADimension, "dims"),
     (ObjectiveOverBatch, "objective"),
     (Detached, "gradients"),
     (ModeOutOfRange, "mode"),
@@ -479,6 +532,8 @@ PARTS: list[tuple[type, str]] = [
     (TensorMetrics, "metrics"),
     (InfiniteMetrics, "metrics"),
     (InfinitePrediction, "metrics"),
+    (MisspeltDirection, "directions"),
+    (UnknownDirection, "directions"),
     (WritesElsewhere, "files"),
     (ParsesWithBatch, "files"),
     (ParsesNoFile, "files"),
@@ -504,6 +559,79 @@ def test_all_of_a_contract_in_one_test_raises_what_failed() -> None:
     config, examples = broken(MeanOverBatch)
     with pytest.raises(ContractError, match=r"nll is one number a sample, \[B\]"):
         check_modality(config, examples=examples)
+
+
+class Centred(Picture):
+    """Pictures that are derived from others: their brightness is taken off."""
+
+    derived = True
+
+    def derive(self, source: Tensor) -> Tensor:
+        return source - source.mean((1, 2, 3), keepdim=True)
+
+
+class CentredOverBatch(Centred):
+    def derive(self, source: Tensor) -> Tensor:
+        return source - source.mean()
+
+
+class DerivesOne(Centred):
+    def derive(self, source: Tensor) -> Tensor:
+        return super().derive(source)[:1]
+
+
+class DerivesFlat(Centred):
+    def derive(self, source: Tensor) -> Tensor:
+        return super().derive(source).flatten(1)
+
+
+def test_what_is_derived_is_checked_if_a_source_is_given() -> None:
+    config, _ = broken(Centred)
+    check_modality(config, source=PICTURES, height=4, width=4)
+    for part, check in ((CentredOverBatch, "derive"), (DerivesOne, "derive"), (DerivesFlat, "examples")):
+        assert failed(broken(part)[0], source=PICTURES, height=4, width=4) == [check]
+    outcomes = {outcome.check.id: outcome for outcome in conformance(config, height=4, width=4).contract().outcomes()}
+    assert outcomes["derive"].status == "skipped" and "give the data set's field" in outcomes["derive"].reason
+    assert outcomes["examples"].status == "ok"  # which are drawn, then
+    with pytest.raises(UserError, match="examples and source: give one of the two"):
+        check_modality(config, examples=PICTURES, source=PICTURES)
+
+
+def test_a_sampler_that_clips_is_not_held_against_the_likelihood() -> None:
+    config, examples = broken(Clips)
+    contract = conformance(config, examples=examples, height=4, width=4, encoding_bias=0.5).contract()
+    (outcome,) = (outcome for outcome in contract.outcomes() if outcome.check.id == "likelihood")
+    assert outcome.status == "skipped" and "sample clips or rounds" in outcome.reason
+
+
+class Stumbles(GaussianHead):
+    def mode(self, params: Params) -> Tensor:
+        raise KeyError("median")
+
+
+def test_an_error_of_the_plugin_is_given_with_its_place() -> None:
+    config, examples = broken(Stumbles)
+    contract = conformance(config, examples=examples, height=4, width=4).contract()
+    (outcome,) = (outcome for outcome in contract.outcomes() if outcome.check.id == "mode")
+    assert outcome.reason.startswith("KeyError: 'median' (") and outcome.reason.endswith(", in mode)")
+    line = Stumbles.mode.__code__.co_firstlineno + 1
+    assert f"{Path(__file__).name}, line {line}" in outcome.reason
+
+
+class DrawsDoubles(GaussianHead):
+    def mode(self, params: Params) -> Tensor:
+        return super().mode(params).double()
+
+
+def test_x_has_one_dtype() -> None:
+    config, examples = broken(DrawsDoubles)
+    assert failed(config, examples=examples, height=4, width=4) == ["mode"]
+    assert "placeholder" in failed(broken(Centred)[0], source=PICTURES.double(), height=4, width=4)
+
+
+def test_a_misspelt_direction_is_named_with_what_was_meant() -> None:
+    with pytest.raises(ContractError, match=r'"mes"; did you mean "mse"\? \(reported: mse\)'):
+        check_modality(broken(MisspeltDirection)[0], examples=PICTURES, height=4, width=4)
 
 
 def test_the_first_latent_must_be_possible() -> None:
@@ -754,6 +882,7 @@ def test_a_broken_data_set_fails_one_check_alone(how: str, check: str, found: st
 class Contrast(Evaluator):
     def __init__(self, how: str) -> None:
         self.how = how
+        self.metric_directions = {"error": "smaller" if how == "undirected" else "lower"}
 
     def conditional(self, target: str, generated: Any, truth: Any) -> dict[str, float]:
         error = (generated[target] - truth[target]).double().abs().mean()
@@ -776,7 +905,15 @@ class ContrastConfig(EvaluatorConfig):
         return Contrast(self.how)
 
 
-@pytest.mark.parametrize(("how", "check"), [("tensor", "conditional"), ("nan", "real"), ("random", "determinism")])
+@pytest.mark.parametrize(
+    ("how", "check"),
+    [
+        ("tensor", "conditional"),
+        ("nan", "real"),
+        ("random", "determinism"),
+        ("undirected", "directions"),
+    ],
+)
 def test_a_broken_evaluator_fails_one_check_alone(how: str, check: str) -> None:
     check_evaluator(ContrastConfig())
     assert failed(ContrastConfig(how)) == [check]

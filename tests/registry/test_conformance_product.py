@@ -125,6 +125,7 @@ def test_the_command_line_says_what_failed(install: Install, capsys: pytest.Capt
     ("arguments", "message"),
     [
         (["imge"], 'there is no plugin "imge"; did you mean "image"?'),
+        (["sonar"], "After a change of entry points, install their package again"),
         (["label"], 'modality.label: missing key "classes"'),
         (["label", "--set", "classes=1"], "classes"),
         (["label", "--set", "clases=2"], "clases"),

@@ -184,10 +184,14 @@ def _modality(
     height: int = 8,
     width: int = 8,
     encoding_bias: float = 0.05,
+    source: Tensor | None = None,
 ) -> Subject:
-    if examples is not None and len(examples) < max(BATCHES):
-        raise UserError(f"examples: expected at least {max(BATCHES)}, found {len(examples)}")
-    return modality.ModalitySubject(config, examples, height, width, encoding_bias, info=info)
+    if examples is not None and source is not None:
+        raise UserError("examples and source: give one of the two; examples are derived from the source")
+    for name, given in (("examples", examples), ("source", source)):
+        if given is not None and len(given) < max(BATCHES):
+            raise UserError(f"{name}: expected at least {max(BATCHES)}, found {len(given)}")
+    return modality.ModalitySubject(config, examples, height, width, encoding_bias, source, info=info)
 
 
 def _backbone(config: BackboneConfig, info: PluginInfo | None, *, height: int = 8, width: int = 8) -> Subject:
@@ -255,23 +259,26 @@ def check_modality(
     height: int = 8,
     width: int = 8,
     encoding_bias: float = 0.05,
+    source: Tensor | None = None,
 ) -> None:
     """A modality keeps the contract of :mod:`mtdiffusion.interfaces`, in latents of several sizes, and can be learned.
 
     Args:
         config: what builds it.
         examples: real, varied data x ``[n, ...]``, n >= 3 (8 to 32 is good); for a derived modality, what ``derive``
-            returns. None: samples of a fresh head.
+            returns. None: derived from ``source``, or samples of a fresh head.
         height: of the largest latent, which the modality must be able to fill. Smaller and narrower ones are tried too
             and skipped if building refuses them with a ``ValueError``.
         width: of that latent.
         encoding_bias: by how much of the codes' RMS ``expected_encoding`` may differ from the mean code of samples,
             beside the Monte Carlo error. A sampler that clips to the range of the data needs some.
+        source: for a derived modality, in place of ``examples``: samples ``[n, ...]`` of the data set's field, from
+            which ``derive`` makes them.
 
     Raises:
         ContractError: at the first part of the contract that is not kept.
     """
-    _require(config, examples=examples, height=height, width=width, encoding_bias=encoding_bias)
+    _require(config, examples=examples, height=height, width=width, encoding_bias=encoding_bias, source=source)
 
 
 def check_backbone(config: BackboneConfig, *, height: int = 8, width: int = 8) -> None:

@@ -17,6 +17,7 @@ import tomli_w
 from mtdiffusion_registry.config import structure, unstructure
 from mtdiffusion_registry.configs import BASES
 from mtdiffusion_registry.errors import UserError
+from mtdiffusion_registry.hookspecs import HOOKS
 from mtdiffusion_registry.registry import Registry
 from mtdiffusion_registry.testing.contract import (
     NotApplicable,
@@ -50,7 +51,8 @@ def entry_point(subject: Subject) -> None:
         raise contract_error(
             f"the entry point {info.entry_point or info.kind} gives a config class of its kind",
             str(error),
-            f'point it at the module that has the hook, with a class of kind "{info.kind}" among what the hook returns',
+            f"mend what it says; the entry point names the module with the hook {HOOKS[info.group]}, which returns, "
+            f'among others, a class of kind "{info.kind}"',
         ) from error
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -132,9 +134,16 @@ class Contract:
         except NotApplicable as reason:
             return Outcome(check, "skipped", str(reason), blocked=isinstance(reason, Unavailable))
         except Exception as error:
-            said = str(error) if isinstance(error, ContractError) else f"{type(error).__name__}: {error}"
+            said = str(error) if isinstance(error, ContractError) else f"{type(error).__name__}: {error}{_place(error)}"
             return Outcome(check, "failed", said, error)
         return Outcome(check, "ok")
+
+
+def _place(error: Exception) -> str:
+    """Where in the plugin an error arose: the innermost line that is neither the kit's nor a library's of ours."""
+    ours = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
+    return f" ({frames[-1].filename}, line {frames[-1].lineno}, in {frames[-1].name})" if frames else ""
 
 
 @contextmanager
@@ -171,6 +180,10 @@ def same_shape(value: object, shape: Sequence[int], contract: str, fix: str) -> 
     require(kept, contract, f"{found}, expected {tuple(shape)}", f"mend {fix}" if " " not in fix else fix)
 
 
+def same_dtype(value: Tensor, dtype: torch.dtype, contract: str, fix: str) -> None:
+    require(value.dtype == dtype, contract, f"{value.dtype}, expected {dtype}", fix)
+
+
 def finite(value: Tensor, contract: str, fix: str) -> None:
     bad = int((~torch.isfinite(value)).sum())
     require(bad == 0, contract, f"{bad} of {value.numel()} values are not", fix)
@@ -193,6 +206,15 @@ def finite_metrics(metrics: object, contract: str, fix: str) -> None:
     )
     assert isinstance(metrics, dict)
     require(all(math.isfinite(value) for value in metrics.values()), f"{contract} are finite", repr(metrics), fix)
+
+
+def require_directions(stated: object) -> None:
+    contract = 'metric_directions maps names of metrics to "higher" or "lower"'
+    fix = "say which way each metric is better, as {'mae': 'lower'}"
+    require(isinstance(stated, Mapping), contract, kind_of(stated), fix)
+    assert isinstance(stated, Mapping)
+    wrong = {name: direction for name, direction in stated.items() if direction not in ("higher", "lower")}
+    require(not wrong, contract, repr(wrong), fix)
 
 
 def sizes(height: int, width: int) -> tuple[tuple[int, int], ...]:

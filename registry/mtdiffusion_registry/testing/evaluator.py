@@ -22,6 +22,7 @@ from mtdiffusion_registry.testing.contract import (
     finite_metrics,
     kind_of,
     require,
+    require_directions,
 )
 
 __tracebackhide__ = True
@@ -99,6 +100,12 @@ def real(subject: EvaluatorSubject) -> None:
     finite_metrics(subject.evaluator.real(subject.held_out), "metrics of held-out data", "leave out what is undefined")
 
 
+@check("build")
+def directions(subject: EvaluatorSubject) -> None:
+    """metric_directions says "higher" or "lower" by name."""
+    require_directions(subject.evaluator.metric_directions)
+
+
 @check("conditional", "joint", "real")
 def determinism(subject: EvaluatorSubject) -> None:
     """The same samples are judged the same every time."""
@@ -111,4 +118,4 @@ def determinism(subject: EvaluatorSubject) -> None:
     require(first == second, "the same samples are judged the same every time", f"{first} and {second}", fix)
 
 
-CHECKS: tuple[Check, ...] = (*of_config.CHECKS, build, conditional, joint, real, determinism)
+CHECKS: tuple[Check, ...] = (*of_config.CHECKS, build, conditional, joint, real, directions, determinism)

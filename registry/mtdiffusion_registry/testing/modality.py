@@ -21,7 +21,7 @@ from mtdiffusion.process import DiffusionProcess
 from mtdiffusion.sampler import SamplerSettings, sample
 from mtdiffusion.schedules import Retention, SNRMatched
 from mtdiffusion_registry.configs import ModalityConfig
-from mtdiffusion_registry.errors import UserError
+from mtdiffusion_registry.errors import UserError, did_you_mean
 from mtdiffusion_registry.testing import config as of_config
 from mtdiffusion_registry.testing import contract
 from mtdiffusion_registry.testing.contract import (
@@ -36,7 +36,9 @@ from mtdiffusion_registry.testing.contract import (
     finite_metrics,
     kind_of,
     require,
+    require_directions,
     rms,
+    same_dtype,
     same_shape,
     sizes,
 )
@@ -48,6 +50,9 @@ CODE_RMS = (0.2, 5.0)
 DRAWN = 16  # examples, if none are given
 DRAWS = 1024  # of the Monte Carlo estimate of the expected encoding
 STANDARD_ERRORS = 5.0  # by which that estimate may be off
+SCORE_BIAS = 0.2  # of a mean gradient, as a share of one sample's: a sampler that clips or rounds needs some
+RATIO_BIAS = 0.1  # of a mean ratio of densities, likewise
+LIKELIHOOD_NUMBERS = 2**20  # drawn for each of a few params: fewer samples of large x
 HEAD_STEPS = 200
 MODEL_STEPS = 200
 MODEL_EXAMPLES = 8
@@ -86,6 +91,7 @@ class ModalitySubject(Subject):
     height: int = 8
     width: int = 8
     encoding_bias: float = 0.05
+    source: Tensor | None = None
 
     @cached_property
     def cases(self) -> list[Case]:
@@ -110,11 +116,13 @@ class ModalitySubject(Subject):
 
     @cached_property
     def examples(self) -> Tensor:
-        """Those given, or samples of a fresh head: valid and varied, by contract."""
+        """Those given, or derived from the source given, or samples of a fresh head: valid and varied, by contract."""
         if self.given is not None:
             return self.given.detach()
         case = self.cases[0]
         with torch.no_grad():
+            if self.source is not None:
+                return case.modality.derive(self.source)
             return case.modality.decoder.sample(case.params(DRAWN), torch.Generator().manual_seed(0))
 
 
@@ -124,7 +132,7 @@ def _require_parts(modality: object, latent: LatentSpec) -> None:
         parts is not None and isinstance(parts[0], Encoder) and isinstance(parts[1], Decoder),
         "build returns a Modality of an Encoder and a Decoder",
         ", ".join(kind_of(part) for part in parts or (modality,)),
-        "subclass the classes of mtdiffusion.interfaces",
+        "return a subclass of mtdiffusion.Modality, of an mtdiffusion.Encoder and an mtdiffusion.Decoder",
     )
     assert isinstance(modality, Modality)
     require(
@@ -149,9 +157,31 @@ def build(subject: ModalitySubject) -> None:
 
 
 @check("build")
+def derive(subject: ModalitySubject) -> None:
+    """derive(source) is a batch of x, each of its own sample alone."""
+    modality, source = subject.cases[0].modality, subject.source
+    if not modality.derived:
+        raise NotApplicable("x is not derived: derived is False")
+    if source is None:
+        raise NotApplicable("no source is given to derive x from; give the data set's field, source=[n, ...]")
+    with torch.no_grad():
+        x = modality.derive(source)
+        require(
+            isinstance(x, Tensor) and x.shape[:1] == source.shape[:1],
+            "derive(source) has a row for each sample",
+            f"shape {tuple(x.shape)}, {len(source)} samples" if isinstance(x, Tensor) else kind_of(x),
+            "derive gets a batch of the field, and returns a batch of x",
+        )
+        fix = "use no statistics of the batch: data are derived some hundred samples at a time"
+        close(modality.derive(source[:1]), x[:1], "what is derived does not depend on the other samples", fix)
+
+
+@check("derive")
 def examples(subject: ModalitySubject) -> None:
     """check accepts real data, or what a fresh head draws."""
-    if subject.given is None:
+    if subject.source is not None:
+        what, fix = "what derive makes of the source", "return a valid x from derive: right shape and dtype, finite"
+    elif subject.given is None:
         what, fix = "sample(params), drawn since no examples are given", "return a valid x: right dtype, within range"
     else:
         what, fix = "the examples", "make check accept real data, or give valid examples"
@@ -182,6 +212,9 @@ def refusal(subject: ModalitySubject) -> None:
         require(refused, f"check refuses x with {what}", "it passed", "compare shape, dtype and range in check")
 
 
+_DTYPE = "give x one dtype everywhere: in the data, placeholder, mode and sample"
+
+
 @check("examples")
 def placeholder(subject: ModalitySubject) -> None:
     """placeholder(B) is a valid batch x, with a finite code."""
@@ -190,6 +223,7 @@ def placeholder(subject: ModalitySubject) -> None:
         for batch in BATCHES:
             blank = case.modality.placeholder(batch)
             same_shape(blank, (batch, *shape), "placeholder(B) has the shape of a batch x", "placeholder")
+            same_dtype(blank, subject.examples.dtype, "placeholder(B) has the dtype of x", _DTYPE)
             _accepts(case.modality, blank, "placeholder(B)", "return a valid x")
             code = case.modality.encoder(blank)
             finite(code, "the code of a placeholder is finite", "it is encoded, then weighted with 0")
@@ -340,6 +374,103 @@ def nll(subject: ModalitySubject) -> None:
             finite(value, "nll is finite", "compute with logits and log scales")
 
 
+@check("nll", "draw")
+def likelihood(subject: ModalitySubject) -> None:
+    """nll is -log of the density that sample draws from."""
+    case, batch = subject.cases[0], max(BATCHES)
+    decoder = case.modality.decoder
+    each = max(64, min(DRAWS // batch, LIKELIHOOD_NUMBERS // subject.examples[0].numel()))
+    params = {name: value.detach() for name, value in case.params(batch).items()}
+    repeated = {name: value.repeat_interleave(each, 0) for name, value in params.items()}
+    with torch.no_grad():
+        drawn = decoder.sample(repeated, torch.Generator().manual_seed(0))
+    try:
+        _require_score(decoder, repeated, drawn, batch)
+        _require_ratio(decoder, params, repeated, drawn, batch)
+    except ContractError:
+        if _clipped(drawn):  # as it may: what is drawn must be valid
+            raise NotApplicable(
+                "sample clips or rounds, so that it draws from another density than that of nll"
+            ) from None
+        raise
+
+
+def _clipped(x: Tensor) -> bool:
+    """Whether real numbers meet at an end of their range, which those of a density do not."""
+    return x.is_floating_point() and max(int((x == end).sum()) for end in (x.min(), x.max())) > 1
+
+
+_LIKELIHOOD = "nll is -log of the density that sample draws from"
+
+
+def _require_score(decoder: Decoder, params: Params, drawn: Tensor, batch: int) -> None:
+    """The gradient of a log-likelihood has mean zero under its own density: a term that is missing shows."""
+    leaves = {name: value.clone().requires_grad_() for name, value in params.items() if value.is_floating_point()}
+    loss = decoder.nll({**params, **leaves}, drawn).sum()
+    if not loss.requires_grad:
+        raise NotApplicable("nll has no gradient to the params")
+    gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    for name, gradient in zip(leaves, gradients, strict=True):
+        if gradient is None:
+            continue
+        rows = gradient.double().reshape(batch, len(drawn) // batch, -1)
+        mean, square = rows.mean(1), rows.square().mean(1)
+        off, size = mean.norm().item(), square.sum().sqrt().item()
+        standard_error = ((square - mean.square()).clamp(min=0).sum() / rows.shape[1]).sqrt().item()
+        allowed = STANDARD_ERRORS * standard_error + SCORE_BIAS * size
+        require(
+            off <= allowed,
+            f"{_LIKELIHOOD}: over samples, the mean of its gradient to {name} is zero",
+            f"a norm of {off:.3g}, allowed {allowed:.3g}, where a sample's is {size:.3g}",
+            "give nll all terms that depend on the params (a log scale, a log determinant), and sample the same scale",
+        )
+
+
+def _require_ratio(decoder: Decoder, params: Params, repeated: Params, drawn: Tensor, batch: int) -> None:
+    """The ratio of another density to one's own has mean 1 under one's own: a factor of the logarithm shows."""
+    each = len(drawn) // batch
+    direction = {name: torch.randn_like(value) for name, value in params.items() if value.is_floating_point()}
+
+    def log_ratio(step: float, most: int) -> Tensor:
+        """To the density that is a step away, for that many samples of each of the params: ``[batch, most]``."""
+        rows = torch.arange(len(drawn)).view(batch, each)[:, :most].flatten()
+        own = {name: value[rows] for name, value in repeated.items()}
+        there = {name: (params[name] + step * way).repeat_interleave(most, 0) for name, way in direction.items()}
+        difference = decoder.nll(own, drawn[rows]).double() - decoder.nll({**own, **there}, drawn[rows]).double()
+        return difference.view(batch, most)
+
+    with torch.no_grad():
+        step = 1.0
+        while step > 1e-9 and not log_ratio(step, 16).std(1).max() <= 1:  # which varies by about 1 then; not for NaN
+            step /= 2
+        log_ratios = log_ratio(step, each)
+    ratio = log_ratios.exp()
+    off = (ratio.mean(1) - 1).abs()
+    allowed = STANDARD_ERRORS * ratio.std(1) / math.sqrt(each) + RATIO_BIAS
+    worst = int((off - allowed).argmax())
+    found, wide = ratio.mean(1)[worst].item(), allowed[worst].item()
+    require(
+        bool((off <= allowed).all()),
+        f"{_LIKELIHOOD}: over samples, the mean ratio of a density near by to it, exp of a difference of two nll, is 1",
+        f"{found:.3g}, allowed {1 - wide:.3g} to {1 + wide:.3g}",
+        "sum the nll over the dimensions of x, in nats; do not average it, weigh it or leave out a factor",
+    )
+
+
+@check("nll")
+def dims(subject: ModalitySubject) -> None:
+    """dims, the number of dimensions of one x, is stated where there is more than one."""
+    decoder, shape = subject.cases[0].modality.decoder, subject.examples.shape[1:]
+    found, contract = decoder.dims, "decoder.dims is the number of scalar dimensions of one x"
+    fix = f"set self.dims in the decoder ({shape.numel()} for x of this shape, unless some say nothing)"
+    kept = isinstance(found, int) and not isinstance(found, bool) and found >= 1
+    require(kept, contract, repr(found), fix)
+    # A 1 that was meant (a one-hot vector, say) can be stated; only what was forgotten is known to be wrong.
+    classes = type(decoder).__mro__[: type(decoder).__mro__.index(Decoder)]
+    stated = any("dims" in vars(owner) for owner in (decoder, *classes))
+    require(stated or shape.numel() == 1, contract, f"1, since it is not set, for x of shape {tuple(shape)}", fix)
+
+
 @check("nll")
 def objective(subject: ModalitySubject) -> None:
     """objective(params, x) is one finite number a sample, [B]."""
@@ -381,6 +512,7 @@ def mode(subject: ModalitySubject) -> None:
             found = case.modality.decoder.mode(case.params(batch))
             shape = (batch, *subject.examples.shape[1:])
             same_shape(found, shape, "mode(params) has the shape of x", "mode")
+            same_dtype(found, subject.examples.dtype, "mode(params) has the dtype of x", _DTYPE)
             _accepts(case.modality, found, "mode(params)", "return a valid x: right dtype, within range")
 
 
@@ -394,6 +526,7 @@ def draw(subject: ModalitySubject) -> None:
             found = decoder.sample(params, torch.Generator().manual_seed(1))
             shape = (batch, *subject.examples.shape[1:])
             same_shape(found, shape, "sample(params) has the shape of x", "sample")
+            same_dtype(found, subject.examples.dtype, "sample(params) has the dtype of x", _DTYPE)
             _accepts(case.modality, found, "sample(params)", "return a valid x: right dtype, within range")
         _accepts(case.modality, decoder.sample(params), "sample(params) without a generator", "accept generator=None")
 
@@ -495,6 +628,27 @@ def metrics(subject: ModalitySubject) -> None:
         require(not both, "metrics and predictive_metrics have different names", ", ".join(both), "rename one of them")
 
 
+@check("metrics")
+def directions(subject: ModalitySubject) -> None:
+    """metric_directions says "higher" or "lower" of metrics that there are."""
+    case, x = subject.cases[0], subject.examples
+    stated = case.modality.metric_directions
+    require_directions(stated)
+    with torch.no_grad():
+        names = {
+            *case.modality.metrics(x, x),
+            *case.modality.metrics(x.roll(1, 0), x),
+            *case.modality.predictive_metrics(case.params(len(x)), x),
+        }
+    for name in stated:
+        require(
+            name in names,
+            "metric_directions names metrics that there are",
+            f'"{name}"{did_you_mean(name, sorted(names))} (reported: {", ".join(sorted(names)) or "none"})',
+            "name it as metrics or predictive_metrics does: a metric without a direction is never ranked",
+        )
+
+
 @check("examples")
 def files(subject: ModalitySubject) -> None:
     """parse reads what write wrote, and refuses what it cannot read by a ValueError."""
@@ -556,16 +710,20 @@ def state(subject: ModalitySubject) -> None:
 def dtype(subject: ModalitySubject) -> None:
     """modality.double() computes in float64."""
     x = subject.examples[:3]
+    fix = "register constants as buffers, and take dtypes from parameters and buffers, or from the input"
     for case in subject.cases:
         features = case.features(3)
         double = Features(features.map.double(), features.vector.double())
-        outputs = _outputs(deepcopy(case.modality).double(), x.double() if x.is_floating_point() else x, double)
+        try:
+            outputs = _outputs(deepcopy(case.modality).double(), x.double() if x.is_floating_point() else x, double)
+        except RuntimeError as error:
+            raise contract_error("modality.double() computes in float64", str(error).partition("\n")[0], fix) from error
         for name, value in outputs.items():
             require(
                 not value.is_floating_point() or value.dtype == torch.float64,
                 f"modality.double() computes in float64 ({name})",
                 f"{value.dtype}",
-                "take dtypes from parameters and buffers, or from the input",
+                fix,
             )
 
 
@@ -755,6 +913,7 @@ def learns(subject: ModalitySubject) -> None:
 CHECKS: tuple[contract.Check, ...] = (
     *of_config.CHECKS,
     build,
+    derive,
     examples,
     refusal,
     placeholder,
@@ -765,6 +924,8 @@ CHECKS: tuple[contract.Check, ...] = (
     hidden,
     params,
     nll,
+    likelihood,
+    dims,
     objective,
     gradients,
     mode,
@@ -773,6 +934,7 @@ CHECKS: tuple[contract.Check, ...] = (
     expected_encoding,
     render,
     metrics,
+    directions,
     files,
     state,
     dtype,
