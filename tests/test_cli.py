@@ -456,7 +456,7 @@ def test_nothing_is_left_half_written(
         (["--steps", "0"], "argument --steps: invalid positive integer value: '0'"),
         (["-n", "few"], "argument -n: invalid positive integer value: 'few'"),
         (["--seed", "-1"], "argument --seed: "),
-        (["--eta", "2"], "sampling: 'eta' must be <= 1"),
+        (["--eta", "-1"], "sampling: 'eta' must be >= 0"),
         (["--guidance", "-1"], "sampling: 'guidance' must be >= 0"),
         (["--solver", "dim"], "invalid choice: 'dim'"),
         (["--solver", "dim"], 'did you mean "ddim"?'),

@@ -200,6 +200,7 @@ class Runner:
         folder.parent.mkdir(parents=True, exist_ok=True)
         problem = self._problem(cell, folder)
         modalities, queries = problem.modalities, problem.queries
+        directions = directions_of(modalities, held.evaluators)  # before it is trained: they may contradict one another
         method = self.profile.method(cell.method)
         matched = self._matched(trained, problem) if method.budget != "steps" else None
         if matched is not None:
@@ -220,7 +221,7 @@ class Runner:
                 "trained_as": method.trained_as,
             },
             "metrics": dict(sorted(metrics.items())),
-            "directions": _directions(modalities, held.evaluators),
+            "directions": directions,
             "curve": fitted.curve,
             "figures": figures,
         }
@@ -380,13 +381,24 @@ def _ask(
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _directions(modalities: Mapping[str, Modality], evaluators: Sequence[Evaluator]) -> dict[str, str]:
-    directions: dict[str, str] = {}
-    for modality in modalities.values():
-        directions |= modality.metric_directions
-    for evaluator in evaluators:
-        directions |= evaluator.metric_directions
-    return dict(sorted(directions.items()))
+def directions_of(modalities: Mapping[str, Modality], evaluators: Sequence[Evaluator]) -> dict[str, str]:
+    """Which way each metric is better, by its bare name.
+
+    Raises:
+        UserError: if a name is better higher for one of them and lower for another.
+    """
+    givers = [(f"the modality {name}", modality.metric_directions) for name, modality in modalities.items()]
+    givers += [(type(evaluator).__name__, evaluator.metric_directions) for evaluator in evaluators]
+    found: dict[str, tuple[str, str]] = {}
+    for giver, directions in givers:
+        for name, direction in directions.items():
+            other, before = found.setdefault(name, (giver, direction))
+            if before != direction:
+                raise UserError(
+                    f"metric_directions: {name} is better {before} for {other} and better {direction} for {giver}; a "
+                    "name must mean one direction, so give one of the metrics another name"
+                )
+    return {name: direction for name, (_, direction) in sorted(found.items())}
 
 
 def summary(profile: Profile, cells: Sequence[Cell], out: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mtdiffusion import SamplerSettings
 from mtdiffusion_benchmarks.interfaces import Cost, Fitted
-from mtdiffusion_benchmarks.runner import Held, measure
+from mtdiffusion_benchmarks.runner import Held, directions_of, measure
 from mtdiffusion_engine.evaluation import evaluate_joint, judge_joint, judge_real, judge_target, merge_metrics
 from mtdiffusion_engine.experiment import build_model
 from mtdiffusion_registry import Evaluator, Query, UserError
@@ -115,3 +115,21 @@ def test_the_benchmark_refuses_both(tmp_path: Path) -> None:
     assert measured(read, First())["label|image/nll"] > 2
     with pytest.raises(UserError, match="the modality label both give the metric nll of label"):
         measured(read, OfLabels())
+
+
+class Upward(First):
+    metric_directions: Mapping[str, str] = {"fid_x": "lower", "accuracy": "higher"}
+
+
+class Downward(First):
+    metric_directions: Mapping[str, str] = {"fid_x": "higher"}
+
+
+def test_a_name_means_one_direction(tmp_path: Path) -> None:
+    modalities = digits(tmp_path).modalities
+    directions = directions_of(modalities, [Upward(), Upward()])
+    assert directions["fid_x"] == "lower"
+    assert directions["accuracy"] == "higher"  # the label's, too
+    assert directions["mse"] == "lower"
+    with pytest.raises(UserError, match="fid_x is better lower for Upward and better higher for Downward"):
+        directions_of(modalities, [Upward(), Downward()])

@@ -163,7 +163,7 @@ def test_a_checkpoint_can_be_chosen(tiny_run: Path) -> None:
         ({"observed": {"image": torch.zeros(1, 8, 8)}, "visible": {"image": torch.ones(8, 8) / 2}}, "other values"),
         ({"steps": 0}, "sampling: 'steps' must be >= 1"),
         ({"solver": "euler"}, "sampling: 'solver' must be in"),
-        ({"eta": 2.0}, "sampling: 'eta' must be <= 1"),
+        ({"eta": -1.0}, "sampling: 'eta' must be >= 0"),
         ({"n": 0}, "expected at least 1 sample, found 0"),
     ],
 )

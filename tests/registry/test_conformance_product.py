@@ -161,6 +161,7 @@ VALUES = {
     "task.transition": ["source=image", "target=label"],
     "method.single": ['targets=["label"]'],
     "method.mae": ["target=image"],
+    "method.sdedit": ["target=image"],
     "method.regression": ["target=label", 'observed=["image"]'],
     "evaluator.lpips": ["net=squeeze"],
 }
