@@ -32,6 +32,7 @@ DIRECTIONS = {
     "accuracy": "higher",
     "nll": "lower",
     "f1": "higher",
+    "readout_f1": "higher",
 }
 
 
@@ -238,20 +239,21 @@ def variant_results(folder: Path, *others: list[dict[str, Any]]) -> Results:
 
 
 def test_variants_are_counted_by_the_modalities_in_which_they_keep_up(tmp_path: Path) -> None:
-    remedied = ASKED | {"label|depth/accuracy": 0.95, "depth|label/fid_x": 9.0}
+    remedied = ASKED | {"label|depth/accuracy": 0.95, "depth|label/fid_x": 9.0, "sound|label/readout_f1": 0.95}
     results = variant_results(tmp_path / "x", made("joint-remedy", remedied, "joint"))
     (table,) = variants(results)
     plain, remedy = table.variants
-    # Of label the accuracy counts, of depth the Fréchet distance; sound has neither, so all but nll and read-outs.
-    assert plain.kept == {"label": False, "depth": True, "sound": True}
-    assert (plain.told, plain.lost) == ("2 of 3", ("label",))
+    # Of label the accuracy counts, of depth the Fréchet distance; sound has neither, so all but nll: f1, of which both
+    # have a read-out.
+    assert plain.kept == {"label": False, "depth": True, "sound": False}
+    assert (plain.told, plain.lost) == ("1 of 3", ("label", "sound"))
     assert remedy.kept == {"label": True, "depth": False, "sound": True}
     assert table.keys[0] == "joint/fid_x"  # has no control, and is shown
     assert "joint/x_agreement" not in table.keys  # has no direction
     assert set(table.controls) == set(table.keys) - {"joint/fid_x"}
     assert [query for query, _ in table.queries] == ["joint", "depth|label", "label|depth", "sound|label"]
     page, document = texts(tmp_path / "x")
-    assert "<td>2 of 3<small>not label</small></td>" in page
+    assert "<td>1 of 3<small>not label, sound</small></td>" in page
     assert "| 2 of 3 (not depth) |" in document
     assert "▼ 0.9000" in document and "▲ 0.95" in document
     row = next(line for line in document.splitlines() if line.startswith("| control, one for each"))

@@ -14,8 +14,10 @@ INTRODUCTION = (
     "Where a task was trained jointly in several ways: every metric that has a control, marked as better (▲), worse "
     "(▼) or tied (≈), and those of joint samples. “Ties or beats” counts target modalities: one is counted if none of "
     "its primary metrics is worse than its control, whatever it is given; without an interval, the mean decides. "
-    "Primary are accuracy, mean IoU, cosine and the Fréchet distance, of samples; of a modality that has none of them, "
-    "all its metrics but read-outs and those of the predicted distribution (nll, ece). Joint samples are no modality."
+    "Primary are accuracy, mean IoU, cosine and the Fréchet distance; of a modality that has none of them, all its "
+    "metrics but those of the predicted distribution (nll, ece). Where both have a primary metric of one evaluation "
+    "too (readout_accuracy), that one decides: the control answers in one evaluation, and so can the joint model. "
+    "Joint samples are no modality."
 )
 _PRIMARY = frozenset(("accuracy", "miou", "cosine", "fid"))
 _OF_DISTRIBUTION = frozenset(("nll", "ece"))
@@ -109,7 +111,8 @@ def _worse(comparison: Comparison) -> bool:
 
 
 def _primary(keys: Iterable[str]) -> dict[str, list[str]]:
-    """The keys by which each target modality is judged."""
+    """The keys by which each target modality is judged, of those that have a control."""
+    keys = set(keys)
     by_target: dict[str, list[str]] = {}
     for key in sorted(keys, key=key_order):
         query, metric = split_key(key)
@@ -119,8 +122,14 @@ def _primary(keys: Iterable[str]) -> dict[str, list[str]]:
     for target, own in by_target.items():
         named = [key for key in own if _PRIMARY & {*_ends(key)}]
         if found := named or [key for key in own if _ends(key)[1] not in _OF_DISTRIBUTION]:
-            chosen[target] = found
+            chosen[target] = [_read_out(key) if _read_out(key) in keys else key for key in found]
     return chosen
+
+
+def _read_out(key: str) -> str:
+    """The same metric, of one evaluation."""
+    query, metric = split_key(key)
+    return f"{query}/{_READOUT}{metric}"
 
 
 def _ends(key: str) -> tuple[str, str]:
