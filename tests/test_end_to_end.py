@@ -29,6 +29,8 @@ def test_one_model_learns_every_direction(tmp_path: Path) -> None:
     assert metrics["image|label/judge_accuracy"] > 0.6
     assert metrics["mask|image/miou"] > 0.75
     assert metrics["clip|image/cosine"] > 0.75
+    assert metrics["label|image/readout_accuracy"] > 0.6
+    assert metrics["mask|image/readout_miou"] > 0.75
     assert metrics["joint/judge_agreement"] > 0.4
     assert metrics["real/judge_accuracy"] > 0.97
     assert metrics["joint/draws"] == 2

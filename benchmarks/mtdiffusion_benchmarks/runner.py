@@ -35,7 +35,6 @@ from mtdiffusion_engine.evaluation import (
     judge_joint,
     judge_real,
     judge_target,
-    merge_metrics,
 )
 from mtdiffusion_engine.experiment import EvaluationConfig, Experiment, build_model
 from mtdiffusion_registry import Evaluator, Query, Registry, UserError
@@ -336,15 +335,12 @@ def measure(
         else:
             predicted = fitted.predict(query, test)
             for target in dict.fromkeys([*generated, *predicted]):
-                parts: list[tuple[str, Mapping[str, float]]] = []
+                params = predicted.get(target)
                 if target in generated:
-                    judged = judge_target(modalities[target], target, generated, test, held.evaluators)
-                    parts.append(("what judges samples", judged))
-                if target in predicted:
-                    told = modalities[target].predictive_metrics(predicted[target], test[target])
-                    parts.append((f"the modality {target}", told))
-                merged = merge_metrics(parts, target)
-                metrics |= {f"{query.key(target)}/{name}": value for name, value in merged.items()}
+                    judged = judge_target(modalities[target], target, generated, test, held.evaluators, params)
+                else:
+                    judged = dict(modalities[target].predictive_metrics(predicted[target], test[target]))
+                metrics |= {f"{query.key(target)}/{name}": value for name, value in judged.items()}
         if shown:
             figures += figures_of(query, generated, test, visible, modalities, shown)
     metrics |= {f"real/{name}": value for name, value in judge_real(held.evaluators, test).items()}

@@ -16,7 +16,7 @@ from mtdiffusion.interfaces import (
 from mtdiffusion.loss import Bound, LossTerms, LossWeights, composite_loss, variational_bound
 from mtdiffusion.model import LatentLayout, MultimodalDiffusion, Prediction
 from mtdiffusion.process import DiffusionProcess
-from mtdiffusion.sampler import SamplerSettings, sample
+from mtdiffusion.sampler import SamplerSettings, read_out, sample
 from mtdiffusion.schedules import DirectWeights, Retention, SNRMatched, TargetSignal
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "TargetSignal",
     "WeightSchedule",
     "composite_loss",
+    "read_out",
     "sample",
     "variational_bound",
 ]

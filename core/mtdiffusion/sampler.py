@@ -211,6 +211,17 @@ def sample(
     return out
 
 
+def read_out(model: MultimodalDiffusion, observation: Observation) -> dict[str, Params]:
+    """Parameters of p(x_i | observed) by modality name, from one evaluation of the network: at t = T, where z says
+    nothing (it is 0 here), so that all there is to go by is what is observed.
+
+    For what the observed all but determine, this is a classifier or a regression. It is differentiable.
+    """
+    z = torch.zeros_like(observation.codes[:, 0])
+    t = torch.full((len(z),), model.process.steps, device=z.device)
+    return model(z, t, observation).params
+
+
 def _check_request(model: MultimodalDiffusion, batch: int, observed: Mapping[str, Tensor], wanted: set[str]) -> None:
     unknown = sorted(wanted - set(model.names))
     if unknown:

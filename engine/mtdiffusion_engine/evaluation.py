@@ -15,7 +15,7 @@ import torch
 from attrs import evolve
 from torch import Tensor
 
-from mtdiffusion import Modality, MultimodalDiffusion, SamplerSettings, sample, variational_bound
+from mtdiffusion import Modality, MultimodalDiffusion, Params, SamplerSettings, read_out, sample, variational_bound
 from mtdiffusion.conditioning import random_holes
 from mtdiffusion_engine.data import ModalityData
 from mtdiffusion_registry import Evaluator, UserError
@@ -100,8 +100,20 @@ def evaluate(
             parts.append({name: x.cpu() for name, x in out.items()})
         return {name: torch.cat([part[name] for part in parts]) for name in names}
 
-    def judge(target: str, given: str, generated: dict[str, Tensor]) -> None:
-        judged = judge_target(model.modality(target), target, generated, test, evaluators)
+    @torch.no_grad()
+    def read(observed: list[str]) -> dict[str, Params]:
+        device = model.owner.device
+        parts = []
+        for rows in batches:
+            given = {name: test[name][rows].to(device) for name in observed}
+            parts.append(read_out(model, model.observe(given, model.visibility(len(rows), given))))
+        return {
+            name: {key: torch.cat([part[name][key].cpu() for part in parts]) for key in parts[0][name]}
+            for name in names
+        }
+
+    def judge(target: str, given: str, generated: dict[str, Tensor], params: Params | None = None) -> None:
+        judged = judge_target(model.modality(target), target, generated, test, evaluators, params)
         results.update({f"{target}|{given}/{metric}": value for metric, value in judged.items()})
 
     subsets = [[name] for name in names] if len(names) > 1 else []
@@ -110,10 +122,10 @@ def evaluate(
     for observed in subsets:
         given = "+".join(observed)
         progress(f"given {given}")
-        generated = draw(observed, conditional)
+        generated, params = draw(observed, conditional), read(observed)
         for target in names:
             if target not in observed:
-                judge(target, given, generated)
+                judge(target, given, generated, params[target])
     latent = model.layout.latent
     for name, spatial in zip(names, model.spatial, strict=True):
         if not spatial:
@@ -166,16 +178,22 @@ def judge_target(
     generated: Mapping[str, Tensor],
     test: Mapping[str, Tensor],
     evaluators: Sequence[Evaluator],
+    params: Params | None = None,
 ) -> Metrics:
     """The modality's own metrics of a generated target against the truth, and the evaluators', by name.
+
+    Args:
+        params: of one evaluation of the network given the same; None leaves out what the modality says of those.
 
     Raises:
         UserError: if two of them give a metric of one name.
     """
-    own = modality.metrics(generated[target], test[target])
+    own = [(f"the modality {target}", modality.metrics(generated[target], test[target]))]
+    if params is not None:
+        own.append((f"the predicted {target}", modality.predictive_metrics(params, test[target])))
     judged = [(who, each.conditional(target, generated, test)) for who, each in _named(evaluators)]
     counted = {"samples": len(test[target])}
-    return merge_metrics([(f"the modality {target}", own), *judged, ("the count of samples", counted)], target)
+    return merge_metrics([*own, *judged, ("the count of samples", counted)], target)
 
 
 def judge_joint(evaluators: Sequence[Evaluator], generated: Mapping[str, Tensor]) -> Metrics:

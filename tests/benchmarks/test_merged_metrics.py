@@ -113,7 +113,9 @@ def test_the_benchmark_refuses_both(tmp_path: Path) -> None:
         measured(Query(), First(), OfReal())
     read = Query(("image",), ("label",))
     assert measured(read, First())["label|image/nll"] > 2
-    with pytest.raises(UserError, match="the modality label both give the metric nll of label"):
+    with pytest.raises(
+        UserError, match=r"the predicted label and evaluators\[0\] \(OfLabels\) both give the metric nll of label"
+    ):
         measured(read, OfLabels())
 
 

@@ -27,6 +27,7 @@ from mtdiffusion import (
     SamplerSettings,
     SNRMatched,
     WeightSchedule,
+    read_out,
     sample,
 )
 from mtdiffusion.sampler import solve_ddim, solve_dpmpp_2m, time_steps
@@ -392,6 +393,21 @@ def test_an_exact_epsilon_head_samples_what_exact_codes_do() -> None:
             for epsilon_head in (False, True)
         )
         torch.testing.assert_close(derived, head, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("given", [("pose",), ("depth", "sound")])
+def test_a_read_out_is_the_conditional_law_given_what_is_observed(given: tuple[str, ...]) -> None:
+    model, joint = gaussian_model(own_channels=True)
+    x = {name: values for name, values in joint.draw(3).items() if name in given}
+    params = read_out(model, model.observe(x, model.visibility(3, x).double()))
+    rest = [name for name in joint.dims if name not in given]
+    for row in range(3):
+        mean, covariance = joint.conditional({name: values[row] for name, values in x.items()})
+        found = torch.cat([params[name]["mean"][row] for name in rest])
+        torch.testing.assert_close(found, mean, rtol=0, atol=1e-3)
+        width = joint.dims[rest[0]]
+        tril = params[rest[0]]["tril"][row]
+        torch.testing.assert_close(tril @ tril.T, covariance[:width, :width], rtol=0, atol=1e-3)
 
 
 # Guidance -----------------------------------------------------------------------------------------------------------

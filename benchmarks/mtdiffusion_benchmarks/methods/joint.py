@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from mtdiffusion import MultimodalDiffusion, SamplerSettings, composite_loss, sample, variational_bound
-from mtdiffusion.loss import standard_normal
+from mtdiffusion import MultimodalDiffusion, SamplerSettings, composite_loss, read_out, sample, variational_bound
 from mtdiffusion_benchmarks.interfaces import Cost, Curve, Fitted, Problem
 from mtdiffusion_engine.checkpoint import read_json, write_json
 from mtdiffusion_engine.data import ModalityData
@@ -80,16 +79,13 @@ class Diffusion(Fitted):
 
     @torch.no_grad()
     def predict(self, query: Query, x: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tensor]]:
-        """What the heads say at t = T, where z is noise and all there is to go by is what is given."""
+        """What the heads say at t = T, where all there is to go by is what is given."""
         if query.joint or query.hidden:
             return {}
         model = self.model
         observed = {name: x[name].to(model.owner.device) for name in query.observed}
         batch = len(next(iter(observed.values())))
-        observation = model.observe(observed, model.visibility(batch, observed))
-        z = standard_normal(observation.codes[:, 0], torch.Generator().manual_seed(0))
-        t = torch.full((batch,), model.process.steps, device=z.device)
-        params = model(z, t, observation).params
+        params = read_out(model, model.observe(observed, model.visibility(batch, observed)))
         return {name: {k: v.cpu() for k, v in params[name].items()} for name in query.targets if name in params}
 
     @torch.no_grad()

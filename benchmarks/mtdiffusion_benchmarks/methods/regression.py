@@ -9,7 +9,7 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
-from mtdiffusion import MultimodalDiffusion, Observation, Params
+from mtdiffusion import MultimodalDiffusion, Params, read_out
 from mtdiffusion.conditioning import merge_visible, random_holes
 from mtdiffusion_benchmarks.interfaces import Cost, Fitted, Problem
 from mtdiffusion_benchmarks.methods._training import fit_module
@@ -71,14 +71,7 @@ class Regression(Fitted):
         given = {name: x[name].to(model.owner.device) for name in names}
         maps = {config.target: visible} if visible is not None else {}
         seen = model.visibility(len(next(iter(given.values()))), given, maps)
-        return evaluate(model, model.observe(given, seen))[config.target]
-
-
-def evaluate(model: MultimodalDiffusion, observation: Observation) -> dict[str, Params]:
-    """What the heads say of an observation alone: z = 0 at t = T."""
-    z = torch.zeros_like(observation.codes[:, 0])
-    t = torch.full((len(z),), model.process.steps, device=z.device)
-    return model(z, t, observation).params
+        return read_out(model, model.observe(given, seen))[config.target]
 
 
 @frozen
@@ -131,7 +124,7 @@ class RegressionConfig(MethodConfig):
                 share = low + (high - low) * torch.rand(count, generator=generator)
                 visible[:, place] = random_holes(share, places, generator).to(visible)
             observation = model.observe(x, visible * batch.presence[:, :, None, None])
-            params = evaluate(model, observation)[self.target]
+            params = read_out(model, observation)[self.target]
             present = batch.presence[:, place]
             objective = model.modality(self.target).decoder.objective(params, x[self.target])
             return {"loss": (objective * present).sum() / present.sum().clamp(min=1)}
