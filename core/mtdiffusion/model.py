@@ -15,7 +15,8 @@ from mtdiffusion.interfaces import Backbone, LatentSpec, Modality, Params
 from mtdiffusion.process import DiffusionProcess, per_sample
 
 TERMINAL_SNR = 1e-3
-"""Below it, z_T is taken to tell nothing of any modality, and the network is not shown it (at t = T alone)."""
+"""Below it, z_T is taken to tell nothing of any modality, and the network is not shown it (at t = T alone), unless it
+has an ε head."""
 
 
 @frozen
@@ -116,7 +117,8 @@ class MultimodalDiffusion(nn.Module):
         self.process = process
         self.layout = layout
         self.own_channels = own_channels and layout.disjoint
-        self.ends_in_noise = bool((process.terminal_snr < TERMINAL_SNR).all())
+        # An ε head needs z at t = T, of which it is to tell the noise.
+        self.hides_last = not epsilon_head and bool((process.terminal_snr < TERMINAL_SNR).all())
         self.epsilon_head: nn.Conv2d | None = None
         if epsilon_head:
             self.epsilon_head = nn.Conv2d(backbone.features.channels, layout.latent.channels, 3, padding=1)
@@ -250,7 +252,7 @@ class MultimodalDiffusion(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         aggregate, visible = observation.aggregate, observation.visible
         scaled = z * self.input_scale(t, presence).to(z.dtype)
-        if self.ends_in_noise:
+        if self.hides_last:
             # z_T says nothing: shown, its noise would only have to be learned away by whoever reads what is observed.
             scaled = scaled * per_sample(t < self.process.steps, scaled)
         if self.own_channels:

@@ -167,6 +167,12 @@ def test_a_process_that_ends_in_noise_shows_none_of_it(own_channels: bool) -> No
             assert torch.equal(scaled[0, :4], aggregate[0, :4])
 
 
+def test_an_epsilon_head_is_shown_the_noise_it_has_to_tell() -> None:
+    model = picture_and_label(epsilon_head=True)
+    z = _forward(model, torch.zeros(2, 2, 4, 4), 20)
+    assert torch.equal(_shown(model)[0][:, :5] != 0, z != 0)
+
+
 def test_a_process_that_does_not_end_in_noise_shows_z_to_the_last() -> None:
     process = DiffusionProcess.build(Retention.from_curve("linear", 20, 2), DirectWeights(start=1.0), 2)
     assert process.terminal_snr.min() > 1e-3
