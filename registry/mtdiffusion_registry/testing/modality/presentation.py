@@ -1,0 +1,113 @@
+"""For people: pictures, metrics and files."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from mtdiffusion_registry.errors import UserError, did_you_mean
+from mtdiffusion_registry.testing.contract import (
+    BATCHES,
+    ContractError,
+    check,
+    contract_error,
+    finite_metrics,
+    require,
+    require_directions,
+    same_shape,
+)
+from mtdiffusion_registry.testing.modality.subject import ModalitySubject, accepts
+
+__tracebackhide__ = True
+
+
+@check("examples")
+def render(subject: ModalitySubject) -> None:
+    """render(x) is pictures [B, 3, h, w] in [0, 1]."""
+    for batch in BATCHES:
+        picture = subject.cases[0].modality.render(subject.examples[:batch])
+        require(
+            picture.dim() == 4 and picture.shape[:2] == (batch, 3) and picture.is_floating_point(),
+            "render(x) is floating point, [B, 3, h, w]",
+            f"{picture.dtype} of shape {tuple(picture.shape)}",
+            "repeat grey to three channels",
+        )
+        require(
+            bool(((picture >= 0) & (picture <= 1)).all()),
+            "render(x) is in [0, 1]",
+            f"from {picture.min().item():.3g} to {picture.max().item():.3g}",
+            "rescale and clip",
+        )
+
+
+@check("examples", "params")
+def metrics(subject: ModalitySubject) -> None:
+    """metrics and predictive_metrics are dicts of finite floats, of names that differ."""
+    case = subject.cases[0]
+    for batch in BATCHES:
+        x = subject.examples[:batch]
+        fix = "bound what is infinite for equal x, such as PSNR"
+        of_samples = case.modality.metrics(x, x)
+        finite_metrics(of_samples, "metrics of x and x", fix)
+        with torch.no_grad():
+            predictive = case.modality.predictive_metrics(case.params(batch), x)
+        finite_metrics(predictive, "predictive_metrics", "compute with logits and log scales")
+        both = sorted(of_samples.keys() & predictive.keys())
+        require(not both, "metrics and predictive_metrics have different names", ", ".join(both), "rename one of them")
+
+
+@check("metrics")
+def directions(subject: ModalitySubject) -> None:
+    """metric_directions says "higher" or "lower" of metrics that there are."""
+    case, x = subject.cases[0], subject.examples
+    stated = case.modality.metric_directions
+    require_directions(stated)
+    with torch.no_grad():
+        names = {
+            *case.modality.metrics(x, x),
+            *case.modality.metrics(x.roll(1, 0), x),
+            *case.modality.predictive_metrics(case.params(len(x)), x),
+        }
+    for name in stated:
+        require(
+            name in names,
+            "metric_directions names metrics that there are",
+            f'"{name}"{did_you_mean(name, sorted(names))} (reported: {", ".join(sorted(names)) or "none"})',
+            "name it as metrics or predictive_metrics does: a metric without a direction is never ranked",
+        )
+
+
+@check("examples")
+def files(subject: ModalitySubject) -> None:
+    """parse reads what write wrote, and refuses what it cannot read by a ValueError."""
+    modality, x = subject.cases[0].modality, subject.examples
+    with tempfile.TemporaryDirectory() as folder:
+        path = modality.write(x[0], Path(folder), "example")
+        require(
+            isinstance(path, Path) and path.is_file() and path.parent == Path(folder) and path.stem == "example",
+            "write makes and returns folder/stem.<suffix>",
+            repr(path),
+            "write to folder / f'{stem}.<suffix>' and return it",
+        )
+        try:
+            again = modality.parse(str(path))
+        except (UserError, ValueError) as error:
+            raise contract_error(
+                "parse reads what write wrote", str(error), "let parse take the path of such a file"
+            ) from error
+    same_shape(again, x.shape[1:], "parse(path) gives what write wrote, without a batch axis", "parse")
+    accepts(modality, again[None], "what parse reads", "return a valid x from parse")
+    try:
+        accepts(modality, modality.parse("no/such-file.?")[None], "what parse reads", "refuse it with a ValueError")
+    except (UserError, ValueError):
+        pass
+    except ContractError:
+        raise
+    except Exception as error:
+        raise contract_error(
+            "parse refuses what it cannot read by a ValueError",
+            f"{type(error).__name__}: {error}",
+            "raise a ValueError",
+        ) from error
