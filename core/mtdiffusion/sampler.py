@@ -140,6 +140,26 @@ def solve_dpmpp_2m(
     return prediction
 
 
+def solve(
+    predict: Predict,
+    process: DiffusionProcess,
+    z: Tensor,
+    times: Sequence[int],
+    settings: SamplerSettings,
+    *,
+    presence: Tensor | None = None,
+    epsilon_head: bool = False,
+    generator: torch.Generator | None = None,
+) -> Prediction:
+    """The solver that the settings name, over given times; their ``steps`` are not asked."""
+    if settings.solver == "dpmpp_2m":
+        return solve_dpmpp_2m(predict, process, z, times, presence=presence)
+    eta = 1.0 if settings.solver == "ancestral" else settings.eta
+    return solve_ddim(
+        predict, process, z, times, eta=eta, presence=presence, epsilon_head=epsilon_head, generator=generator
+    )
+
+
 def _half_log_snr(process: DiffusionProcess, t: Tensor) -> Tensor:
     return 0.5 * torch.log(process.snr(t))
 
@@ -182,19 +202,16 @@ def sample(
     predict = _predictor(model, observation, presence, settings)
     z = standard_normal(observation.codes[:, 0], generator)
     times = time_steps(settings.steps, model.process.steps)
-    if settings.solver == "dpmpp_2m":
-        prediction = solve_dpmpp_2m(predict, model.process, z, times, presence=presence)
-    else:
-        prediction = solve_ddim(
-            predict,
-            model.process,
-            z,
-            times,
-            eta=1.0 if settings.solver == "ancestral" else settings.eta,
-            presence=presence,
-            epsilon_head=model.epsilon_head is not None,
-            generator=generator,
-        )
+    prediction = solve(
+        predict,
+        model.process,
+        z,
+        times,
+        settings,
+        presence=presence,
+        epsilon_head=model.epsilon_head is not None,
+        generator=generator,
+    )
     out: dict[str, Tensor] = {}
     for i, name in enumerate(model.names):
         if name not in wanted:

@@ -18,7 +18,7 @@ from mtdiffusion.conditioning import Observation, merge_visible
 from mtdiffusion.loss import standard_normal
 from mtdiffusion.model import Prediction
 from mtdiffusion.process import DiffusionProcess
-from mtdiffusion.sampler import Predict, solve_ddim, solve_dpmpp_2m, time_steps
+from mtdiffusion.sampler import Predict, solve, time_steps
 from mtdiffusion_benchmarks.interfaces import Fitted, Problem
 from mtdiffusion_benchmarks.methods.joint import Diffusion, train, without_observations
 from mtdiffusion_engine.data import ModalityData
@@ -61,10 +61,7 @@ def edit(
     t = torch.full((len(guide),), start, device=guide.device)
     z = noise if start == process.steps else process.corrupt(guide, t, noise)
     times = time_steps(settings.steps, start)
-    if settings.solver == "dpmpp_2m":
-        return solve_dpmpp_2m(predict, process, z, times)
-    eta = 1.0 if settings.solver == "ancestral" else settings.eta
-    return solve_ddim(predict, process, z, times, eta=eta, epsilon_head=epsilon_head, generator=generator)
+    return solve(predict, process, z, times, settings, epsilon_head=epsilon_head, generator=generator)
 
 
 def fill_holes(code: Tensor, visible: Tensor, otherwise: Tensor | None = None) -> Tensor:
