@@ -78,6 +78,42 @@ def test_the_balanced_distance_sees_within_classes_alone(judged) -> None:
     assert "fid_judge_balanced" not in judge.joint({"image": test["image"][test["label"] == 3]})
 
 
+def test_the_perceptual_distance_is_that_of_the_lpips_package_without_its_weights(judged) -> None:
+    import lpips
+
+    judge, train, test = judged
+    a, b = test["image"], train["image"][: len(test["image"])]
+    layers = []
+    hooks = [
+        part.register_forward_hook(lambda *args: layers.append(args[-1]))
+        for part in judge.classifier.modules()
+        if isinstance(part, torch.nn.ReLU)
+    ]
+    with torch.no_grad():
+        judge.classifier(torch.cat([a, b]))
+    for hook in hooks:
+        hook.remove()
+    assert len(layers) == 3
+    expected = torch.zeros(len(a), 1, 1, 1)
+    for f, g in (layer.chunk(2) for layer in layers):
+        squared = (lpips.normalize_tensor(f) - lpips.normalize_tensor(g)) ** 2
+        expected += lpips.spatial_average(squared.sum(1, keepdim=True), keepdim=True)
+    found = judge.conditional("image", {"image": a}, {"image": b, "label": test["label"]})["perceptual_judge"]
+    assert found == pytest.approx(expected.mean().item(), rel=1e-5)
+
+
+def test_the_perceptual_distance_is_of_each_to_its_own_truth(judged) -> None:
+    judge, _, test = judged
+    x = test["image"]
+
+    def distance(generated: torch.Tensor) -> float:
+        return judge.conditional("image", {"image": generated}, test)["perceptual_judge"]
+
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    assert distance(x) == 0
+    assert 0 < distance(x + 0.05 * noise) < distance(x + 0.3 * noise) < distance(x.roll(1, 0))
+
+
 def test_training_samples_are_seen_to_be_copies(judged) -> None:
     judge, train, test = judged
     copies = {"image": train["image"][:360], "label": train["label"][:360]}
@@ -91,21 +127,21 @@ DISTANCES = {"fid_judge", "kid_judge", "precision_judge", "recall_judge", "memor
 def test_its_metrics_and_their_directions(judged) -> None:
     judge, _, test = judged
     conditional, joint, real = judge.conditional("image", test, test), judge.joint(test), judge.real(test)
-    assert conditional.keys() == {*DISTANCES, "judge_accuracy"}
+    assert conditional.keys() == {*DISTANCES, "judge_accuracy", "perceptual_judge"}
     assert joint.keys() == {*DISTANCES, "judge_agreement", "class_entropy", "fid_judge_balanced"}
     assert real.keys() == {*DISTANCES, "judge_accuracy", "fid_judge_iid", "fid_judge_balanced"}
     assert judge.joint({"image": test["image"]}).keys() == joint.keys() - {"judge_agreement"}
     directed = (conditional.keys() | joint.keys() | real.keys()) - {"memorisation_judge", "class_entropy"}
     assert judge.metric_directions.keys() == directed
     lower = {name for name, direction in judge.metric_directions.items() if direction == "lower"}
-    assert lower == {"fid_judge", "kid_judge", "fid_judge_iid", "fid_judge_balanced"}
+    assert lower == {"perceptual_judge", "fid_judge", "kid_judge", "fid_judge_iid", "fid_judge_balanced"}
 
 
 def test_one_sample_is_judged_by_what_one_sample_shows(judged) -> None:
     judge, _, test = judged
     one = {name: x[:1] for name, x in test.items()}
     possible = {"precision_judge", "memorisation_judge"}
-    assert judge.conditional("image", one, one).keys() == {*possible, "judge_accuracy"}
+    assert judge.conditional("image", one, one).keys() == {*possible, "judge_accuracy", "perceptual_judge"}
     assert judge.joint(one).keys() == {*possible, "judge_agreement", "class_entropy"}
     assert judge.real(one).keys() == {*possible, "judge_accuracy"}
 

@@ -17,7 +17,7 @@ INTRODUCTION = (
     "features say how likely the samples look, the target's own metrics how near they are to what was hidden: a model "
     "that gives the mean of all possibilities does well in the second and badly in the first."
 )
-_DISTANCES = ("fid", "kid", "lpips")
+_DISTANCES = ("fid", "kid", "lpips", "perceptual")
 _READOUT = "readout_"
 
 

@@ -52,6 +52,15 @@ class Classifier(nn.Module):
         """The last pooling layer's output ``[B, 8 · width]``, before the classifier: where Inception's FID is taken."""
         return self.body(x)
 
+    def layers(self, x: Tensor) -> list[Tensor]:
+        """Feature maps after each ReLU, each ``[B, C_l, h_l, w_l]``: where LPIPS takes its differences."""
+        maps = []
+        for part in self.body:
+            x = part(x)
+            if isinstance(part, nn.ReLU):
+                maps.append(x)
+        return maps
+
     def forward(self, x: Tensor) -> Tensor:
         return self.head(F.dropout(self.features(x), 0.3, self.training))
 
@@ -105,6 +114,7 @@ class Judge(Evaluator):
             **self.reference.directions,
             f"{self.name}_accuracy": "higher",
             f"{self.name}_agreement": "higher",
+            f"perceptual_{self.name}": "lower",
             f"fid_{self.name}_iid": "lower",
             f"fid_{self.name}_balanced": "lower",
         }
@@ -120,19 +130,32 @@ class Judge(Evaluator):
         return torch.cat([self.classifier.features(self._pictures(part)) for part in torch.split(x, 512)])
 
     @torch.no_grad()
+    def _perceptual(self, generated: Tensor, truth: Tensor) -> float:
+        """Mean over samples of Σ_layers mean_places Σ_channels (f̂ − ĝ)², f̂ and ĝ of unit norm over channels."""
+        total = 0.0
+        for a, b in zip(torch.split(generated, 512), torch.split(truth, 512), strict=True):
+            pairs = zip(*(self.classifier.layers(self._pictures(x)) for x in (a, b)), strict=True)
+            difference = sum((_unit(f) - _unit(g)).square().sum(1).mean((1, 2)) for f, g in pairs)
+            total += float(torch.as_tensor(difference).double().sum())
+        return total / len(generated)
+
+    @torch.no_grad()
     def _read(self, features: Tensor) -> Tensor:
         return self.classifier.head(features).argmax(1)
 
     def conditional(
         self, target: str, generated: Mapping[str, Tensor], truth: Mapping[str, Tensor]
     ) -> dict[str, float]:
-        """``judge_accuracy``: how often the judge reads the true class off the generated; and the distances of
-        :meth:`TrainingFeatures.metrics` (``fid_judge``, ...) to the training split."""
+        """``judge_accuracy``: how often the judge reads the true class off the generated; ``perceptual_judge``: the
+        perceptual distance of each generated to its truth, that is LPIPS before its linear calibration (Zhang et al.
+        2018, equation 1 with w = 1) in the judge's features; and the distances of :meth:`TrainingFeatures.metrics`
+        (``fid_judge``, ...) to the training split."""
         if target != self.input:
             return {}
         features = self._features(generated[self.input])
         return {
             f"{self.name}_accuracy": (self._read(features) == truth[self.target].cpu()).double().mean().item(),
+            f"perceptual_{self.name}": self._perceptual(generated[self.input], truth[self.input]),
             **self.reference.metrics(features),
         }
 
@@ -204,6 +227,11 @@ class Judge(Evaluator):
                     count -= len(rows[-1])
             distances.append(frechet_distance(self.reference.features, features[torch.cat(rows)]))
         return sum(distances) / len(distances)
+
+
+def _unit(features: Tensor) -> Tensor:
+    """``[B, C, h, w]`` of unit norm over channels; 0 where all are 0."""
+    return F.normalize(features, dim=1, eps=1e-10)
 
 
 def _apportioned(total: int, shares: Tensor) -> Tensor:
