@@ -73,7 +73,6 @@ def solve_ddim(
     times: Sequence[int],
     *,
     eta: float = 0.0,
-    presence: Tensor | None = None,
     epsilon_head: bool = False,
     generator: torch.Generator | None = None,
 ) -> Prediction:
@@ -89,9 +88,9 @@ def solve_ddim(
         s = torch.full_like(t, later)
         prediction = predict(z, t)
         if epsilon_head:
-            mean = process.mean_from_epsilon(z, prediction.epsilon, prediction.codes, t, s, presence)
+            mean = process.mean_from_epsilon(z, prediction.epsilon, prediction.codes, t, s)
         else:
-            mean = process.mean(prediction.codes, s, presence)
+            mean = process.mean(prediction.codes, s)
         noise = standard_normal(z, generator) if eta > 0 else None
         z = process.jump(mean, prediction.epsilon, t, s, eta, noise)
     return prediction
@@ -114,8 +113,6 @@ def solve_dpmpp_2m(
     process: DiffusionProcess,
     z: Tensor,
     times: Sequence[int],
-    *,
-    presence: Tensor | None = None,
 ) -> Prediction:
     """DPM-Solver++(2M) (Lu et al. 2022), generalised to N modalities, each with its half-log-SNR λ_i = log(m^(i)/σ).
 
@@ -134,7 +131,7 @@ def solve_dpmpp_2m(
             extrapolate = (h / (2 * h_previous)).nan_to_num(0.0, 0.0, 0.0)[:, :, None, None, None].to(codes.dtype)
             codes = codes + extrapolate * (codes - previous.codes)
         ratio = (process.variance(s) / process.variance(t)).sqrt()
-        gain = process.signal(s, presence) - ratio[:, None] * process.signal(t, presence)
+        gain = process.signal(s) - ratio[:, None] * process.signal(t)
         z = per_sample(ratio, z) * z + mix(gain, codes)
         previous, h_previous = prediction, h
     return prediction
@@ -147,17 +144,14 @@ def solve(
     times: Sequence[int],
     settings: SamplerSettings,
     *,
-    presence: Tensor | None = None,
     epsilon_head: bool = False,
     generator: torch.Generator | None = None,
 ) -> Prediction:
     """The solver that the settings name, over given times; their ``steps`` are not asked."""
     if settings.solver == "dpmpp_2m":
-        return solve_dpmpp_2m(predict, process, z, times, presence=presence)
+        return solve_dpmpp_2m(predict, process, z, times)
     eta = 1.0 if settings.solver == "ancestral" else settings.eta
-    return solve_ddim(
-        predict, process, z, times, eta=eta, presence=presence, epsilon_head=epsilon_head, generator=generator
-    )
+    return solve_ddim(predict, process, z, times, eta=eta, epsilon_head=epsilon_head, generator=generator)
 
 
 def _half_log_snr(process: DiffusionProcess, t: Tensor) -> Tensor:
@@ -181,7 +175,8 @@ def sample(
         batch: how many samples, B.
         observed: what is given, by modality name, each ``[B, ...]``.
         visible: for those given in part, a map ``[B, h, w]`` of 1 (seen) and 0 (to be filled in).
-        generate: the modalities wanted beside the observed; None: all. Others are left out of the process.
+        generate: the modalities wanted beside the observed; None: all. The others take part unseen: the process is that
+            of the whole, so the wanted have the law that they have among all.
         generator: where all randomness comes from.
 
     Returns:
@@ -198,8 +193,7 @@ def sample(
     observed = {name: x.to(weight.device) for name, x in observed.items()}
     seen = model.visibility(batch, observed, visible).to(weight.dtype)
     observation = model.observe(observed, seen)
-    presence = weight.new_tensor([float(name in wanted) for name in model.names]).expand(batch, -1)
-    predict = _predictor(model, observation, presence, settings)
+    predict = _predictor(model, observation, settings)
     z = standard_normal(observation.codes[:, 0], generator)
     times = time_steps(settings.steps, model.process.steps)
     prediction = solve(
@@ -208,7 +202,6 @@ def sample(
         z,
         times,
         settings,
-        presence=presence,
         epsilon_head=model.epsilon_head is not None,
         generator=generator,
     )
@@ -249,21 +242,19 @@ def _check_request(model: MultimodalDiffusion, batch: int, observed: Mapping[str
         model.modality(name).check(x)
 
 
-def _predictor(
-    model: MultimodalDiffusion, observation: Observation, presence: Tensor, settings: SamplerSettings
-) -> Predict:
+def _predictor(model: MultimodalDiffusion, observation: Observation, settings: SamplerSettings) -> Predict:
     """What the solvers call: the model with its conditioning and classifier-free guidance."""
     if settings.conditioning == "replacement":
         nothing = observation.without()
 
         def replace(z: Tensor, t: Tensor) -> Prediction:
-            blind = model(z, t, nothing, presence)
+            blind = model(z, t, nothing)
             epsilon = blind.epsilon if model.epsilon_head is not None else None
-            return model.complete(z, t, observation, blind.params, epsilon, presence)
+            return model.complete(z, t, observation, blind.params, epsilon)
 
         return replace
     if settings.guidance == 1.0 or not bool(observation.visible.any()):
-        return lambda z, t: model(z, t, observation, presence)
+        return lambda z, t: model(z, t, observation)
     both = Observation(
         torch.cat([observation.codes, torch.zeros_like(observation.codes)]),
         torch.cat([observation.visible, torch.zeros_like(observation.visible)]),
@@ -271,13 +262,13 @@ def _predictor(
 
     def guided(z: Tensor, t: Tensor) -> Prediction:
         """Ho & Salimans 2022, on the heads' parameters: θ = θ_u + g (θ_c − θ_u). For logits it is exact Bayes."""
-        pair = model(torch.cat([z, z]), torch.cat([t, t]), both, torch.cat([presence, presence]))
+        pair = model(torch.cat([z, z]), torch.cat([t, t]), both)
         params: dict[str, Params] = {
             name: {key: _extrapolate(value, settings.guidance) for key, value in values.items()}
             for name, values in pair.params.items()
         }
         epsilon = _extrapolate(pair.epsilon, settings.guidance) if model.epsilon_head is not None else None
-        return model.complete(z, t, observation, params, epsilon, presence)
+        return model.complete(z, t, observation, params, epsilon)
 
     return guided
 

@@ -88,7 +88,7 @@ class Run:
             observed: what is given, by modality name: ``[n, ...]``, or one value (no batch axis) for all samples.
             visible: for those given in part, a map of 1 (seen) and 0 (to be filled in) of the data's height and width:
                 ``[n, h, w]``, or ``[h, w]`` for all samples.
-            generate: the modalities wanted beside the observed; None: all.
+            generate: the modalities wanted beside the observed; None: all. It saves no time: all of them are sampled.
             steps, solver, eta, guidance, conditioning, draw: as in :class:`mtdiffusion.SamplerSettings`; None: as the
                 run's configuration says.
             seed: of all randomness. The same request on the same kind of device gives the same samples.
