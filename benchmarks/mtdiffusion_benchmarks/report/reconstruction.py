@@ -13,9 +13,10 @@ from mtdiffusion_benchmarks.report.statistics import Comparison, Direction
 from mtdiffusion_benchmarks.report.tables import Group, Results, split_key
 
 INTRODUCTION = (
-    "Each joint model against everything else that fills in the same target, by how much of it is hidden. Distances in "
-    "features say how likely the samples look, the target's own metrics how near they are to what was hidden: a model "
-    "that gives the mean of all possibilities does well in the second and badly in the first."
+    "Each joint model against everything else that fills in the same target, by how much of it is hidden. Distances of "
+    "all samples together to the training data (fid, kid) say how likely the samples look; perceptual distances "
+    "(lpips, perceptual) and the target's own metrics say how near each is to what was hidden: a model that gives the "
+    "mean of all possibilities does well in the second and badly in the first."
 )
 _DISTANCES = ("fid", "kid", "lpips", "perceptual")
 _READOUT = "readout_"

@@ -135,8 +135,7 @@ class Judge(Evaluator):
         total = 0.0
         for a, b in zip(torch.split(generated, 512), torch.split(truth, 512), strict=True):
             pairs = zip(*(self.classifier.layers(self._pictures(x)) for x in (a, b)), strict=True)
-            difference = sum((_unit(f) - _unit(g)).square().sum(1).mean((1, 2)) for f, g in pairs)
-            total += float(torch.as_tensor(difference).double().sum())
+            total += sum((_unit(f) - _unit(g)).square().sum(1).mean((1, 2)).double().sum().item() for f, g in pairs)
         return total / len(generated)
 
     @torch.no_grad()
