@@ -229,6 +229,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
         ("modalities={}", "modalities"),
         ('modalities.a-b={kind="label", classes=2}', "'a-b' cannot name a modality"),
         ("conditioning.subsets={lable=1.0}", "conditioning.subsets: no modality named lable"),
+        ("loss.readout={lable=0.5}", "loss.readout: no modality named lable"),
+        ("loss.readout={label=1.5}", "loss.readout: 'readout': expected a share in [0, 1], found 1.5"),
         ("modalities.image.size=9", "modalities.image: image: size 9 does not fit a latent of 8 × 8"),
         ("modalities.image.channels=3", "'image': image: expected shape [batch, 3, 8, 8], found [8, 1, 8, 8]"),
         ("modalities.label.classes=5", "'label': label of 5 classes: expected values from 0 to 4, found 0 to"),

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from attrs import Attribute, field, frozen
-from attrs.validators import and_, ge, in_, le
+from attrs.validators import ge, in_
 from torch import Tensor
 
 from mtdiffusion.conditioning import Observation
@@ -25,6 +25,13 @@ def low_before_high(_: object, attribute: Attribute[tuple[float, float]], value:
         raise ValueError(f"'{attribute.name}': expected 0 <= low <= high, found {list(value)}")
 
 
+def share_or_shares(_: object, attribute: Attribute[Any], value: float | Mapping[str, float]) -> None:
+    """Attrs validator of a share, or of shares by name: in [0, 1]."""
+    for share in value.values() if isinstance(value, Mapping) else (value,):
+        if not 0 <= share <= 1:
+            raise ValueError(f"'{attribute.name}': expected a share in [0, 1], found {share}")
+
+
 @frozen
 class LossWeights:
     """How the four terms add up to the training loss.
@@ -35,7 +42,8 @@ class LossWeights:
             weighted as ½ ‖ε − ε̂‖² · clamp(SNR_t) / SNR_t, per latent dimension.
         l1_clamp: (low, high) of that clamp; (0, inf) leaves the plain ε loss.
         readout: share of the samples with something observed that are taken at t = T, where z tells nothing and every
-            head has to read its modality off what is observed.
+            head has to read its modality off what is observed. By name: of the samples that see that modality whole (of
+            several, the greatest counts), so that no others are spent on it ({"image": 0.5}).
     """
 
     l0: float = field(default=0.0, validator=ge(0.0))
@@ -44,7 +52,7 @@ class LossWeights:
     l3: float = field(default=0.0, validator=ge(0.0))
     l1_time: Literal["snr", "elbo"] = field(default="snr", validator=in_(("snr", "elbo")))
     l1_clamp: tuple[float, float] = field(default=(0.05, 5.0), validator=low_before_high)
-    readout: float = field(default=0.25, validator=and_(ge(0.0), le(1.0)))
+    readout: float | Mapping[str, float] = field(default=0.25, validator=share_or_shares)
 
 
 @frozen(eq=False)
@@ -159,12 +167,30 @@ def composite_loss(
     observation = model.observe(x, visible * presence[:, :, None, None])
     process = model.process
     t = draw_times(batch, process.steps, generator).to(codes.device)
-    if weights.readout > 0:
-        last = torch.rand(batch, generator=generator).to(codes.device) < weights.readout
-        t = torch.where(last & (observation.visible.amax((1, 2, 3)) > 0), process.steps, t)
+    if weights.readout:
+        last = torch.rand(batch, generator=generator).to(codes.device) < _readout_share(
+            model, observation, weights.readout
+        )
+        t = torch.where(last, process.steps, t)
     z = process.corrupt(codes, t, standard_normal(codes[:, 0], generator), presence)
     prediction = model(z, t, observation, presence)
     return _terms(model, x, codes, z, t, observation, presence, prediction, weights)
+
+
+def _readout_share(
+    model: MultimodalDiffusion, observation: Observation, readout: float | Mapping[str, float]
+) -> Tensor:
+    """Probability of t = T for each sample: ``[B]``.
+
+    Raises:
+        ValueError: if ``readout`` names a modality that is not there.
+    """
+    if not isinstance(readout, Mapping):
+        return (observation.visible.amax((1, 2, 3)) > 0) * readout
+    if unknown := sorted(set(readout) - set(model.names)):
+        raise ValueError(f"readout: expected names among {', '.join(model.names)}, found {', '.join(unknown)}")
+    shares = observation.visible.new_tensor([readout.get(name, 0.0) for name in model.names])  # [N]
+    return (observation.complete * shares).amax(1)
 
 
 def _terms(

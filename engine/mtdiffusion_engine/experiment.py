@@ -215,12 +215,14 @@ class Experiment:
             raise ValueError(
                 "model.parameterisation = 'epsilon_head' needs loss.l1 above 0: nothing else trains that head"
             )
-        unknown = {part for key in self.conditioning.subsets for part in key.split("+")} - set(self.modalities)
-        if unknown:
-            raise ValueError(
-                f"conditioning.subsets: no modality named {', '.join(sorted(unknown))}; "
-                f"this experiment has {', '.join(self.modalities)}"
-            )
+        named = {"conditioning.subsets": {part for key in self.conditioning.subsets for part in key.split("+")}}
+        if isinstance(self.loss.readout, Mapping):
+            named["loss.readout"] = set(self.loss.readout)
+        for key, names in named.items():
+            if unknown := sorted(names - set(self.modalities)):
+                raise ValueError(
+                    f"{key}: no modality named {', '.join(unknown)}; this experiment has {', '.join(self.modalities)}"
+                )
 
 
 def load_experiment(path: Path, overrides: list[str], registry: Registry) -> Experiment:

@@ -382,12 +382,10 @@ def test_bits_per_dimension_count_the_dimensions_of_all_modalities() -> None:
     torch.testing.assert_close(bound.bits_per_dim, bound.nats / 65 / math.log(2))
 
 
-def test_readouts_are_trained_at_the_last_time_where_something_is_observed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With ``readout = 1`` every sample with an observation is taken at t = T, and no other."""
-    model = picture_and_label()
-    latent = model.layout.latent
-    visible = torch.zeros(64, len(model.names), latent.height, latent.width)
-    visible[:32, 0] = 1
+def _times(
+    monkeypatch: pytest.MonkeyPatch, model: MultimodalDiffusion, visible: Tensor, weights: LossWeights
+) -> Tensor:
+    """The times ``[B]`` at which the loss of a batch is taken."""
     times: list[Tensor] = []
     forward = type(model).forward
 
@@ -396,6 +394,41 @@ def test_readouts_are_trained_at_the_last_time_where_something_is_observed(monke
         return forward(self, z, t, *rest)
 
     monkeypatch.setattr(type(model), "forward", note)
-    composite_loss(model, data(64), LossWeights(readout=1.0), visible=visible)
-    assert bool((times[0][:32] == model.process.steps).all())
-    assert len(times[0][32:].unique()) > model.process.steps // 4
+    composite_loss(model, data(len(visible)), weights, visible=visible)
+    return times[0]
+
+
+def test_readouts_are_trained_at_the_last_time_where_something_is_observed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``readout = 1`` every sample with an observation is taken at t = T, and no other."""
+    model = picture_and_label()
+    latent = model.layout.latent
+    visible = torch.zeros(64, len(model.names), latent.height, latent.width)
+    visible[:32, 0] = 1
+    t = _times(monkeypatch, model, visible, LossWeights(readout=1.0))
+    assert bool((t[:32] == model.process.steps).all())
+    assert len(t[32:].unique()) > model.process.steps // 4
+
+
+def test_readouts_by_name_are_of_samples_that_see_that_modality_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A label alone, or a part of the picture, is no reason; the picture is, whatever is seen beside it."""
+    model = picture_and_label()
+    latent = model.layout.latent
+    visible = torch.zeros(256, len(model.names), latent.height, latent.width)
+    visible[:64, 0] = 1
+    visible[32:128, 1] = 1
+    visible[128:192, 0, 0] = 1
+    picture, label = model.names
+    last = _times(monkeypatch, model, visible, LossWeights(readout={picture: 1.0, label: 0.0})) == model.process.steps
+    assert bool(last[:64].all())
+    assert not bool(last[64:].float().mean() > 0.2)
+    half = _times(monkeypatch, model, visible, LossWeights(readout={label: 0.5})) == model.process.steps
+    assert 0.25 < float(half[32:128].float().mean()) < 0.75
+    assert float(half[128:].float().mean()) < 0.2
+
+
+def test_a_readout_of_no_modality_is_refused() -> None:
+    model = picture_and_label()
+    with pytest.raises(ValueError, match="readout: expected names among picture, label, found sound"):
+        composite_loss(model, data(4), LossWeights(readout={"sound": 0.5}))
+    with pytest.raises(ValueError, match=r"'readout': expected a share in \[0, 1\], found 1.5"):
+        LossWeights(readout={"picture": 1.5})
