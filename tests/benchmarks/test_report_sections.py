@@ -33,6 +33,8 @@ DIRECTIONS = {
     "nll": "lower",
     "f1": "higher",
     "readout_f1": "higher",
+    "readout_accuracy": "higher",
+    "pixel_accuracy": "higher",
 }
 
 
@@ -270,6 +272,21 @@ def test_every_query_of_a_modality_counts_and_a_single_seed_decides_by_its_mean(
     )
     (table,) = variants(results)
     assert [variant.kept["label"] for variant in table.variants] == [False, True]
+
+
+def test_where_there_is_a_readout_what_is_sampled_does_not_count(tmp_path: Path) -> None:
+    """Neither the metric that has a read-out nor another of the same answer; other queries are judged by what is
+    there."""
+    control = {"label|depth/accuracy": 0.9, "label|depth/readout_accuracy": 0.9, "label|depth/pixel_accuracy": 0.9}
+    read = {"label|depth/accuracy": 0.8, "label|depth/readout_accuracy": 0.95, "label|depth/pixel_accuracy": 0.8}
+    results = results_of(
+        tmp_path / "x",
+        made("joint", read | {"label|sound/pixel_accuracy": 0.9}, "joint"),
+        made("joint-b", read | {"label|sound/pixel_accuracy": 0.7}, "joint"),
+        made("classifier", control | {"label|sound/pixel_accuracy": 0.8}),
+    )
+    (table,) = variants(results)
+    assert [variant.kept["label"] for variant in table.variants] == [True, False]
 
 
 def test_a_variant_that_diverged_keeps_nothing_and_one_model_alone_has_no_table(tmp_path: Path) -> None:

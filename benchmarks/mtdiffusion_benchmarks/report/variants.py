@@ -16,7 +16,8 @@ INTRODUCTION = (
     "its primary metrics is worse than its control, whatever it is given; without an interval, the mean decides. "
     "Primary are accuracy, mean IoU, cosine and the Fréchet distance; of a modality that has none of them, all its "
     "metrics but those of the predicted distribution (nll, ece). Where both have a primary metric of one evaluation "
-    "too (readout_accuracy), that one decides: the control answers in one evaluation, and so can the joint model. "
+    "(readout_accuracy), those of one evaluation alone decide the query: the control answers in one evaluation, and so "
+    "can the joint model. "
     "Joint samples are no modality."
 )
 _PRIMARY = frozenset(("accuracy", "miou", "cosine", "fid"))
@@ -122,7 +123,9 @@ def _primary(keys: Iterable[str]) -> dict[str, list[str]]:
     for target, own in by_target.items():
         named = [key for key in own if _PRIMARY & {*_ends(key)}]
         if found := named or [key for key in own if _ends(key)[1] not in _OF_DISTRIBUTION]:
-            chosen[target] = [_read_out(key) if _read_out(key) in keys else key for key in found]
+            read = [_read_out(key) for key in found if _read_out(key) in keys]
+            answered = {split_key(key)[0] for key in read}
+            chosen[target] = read + [key for key in found if split_key(key)[0] not in answered]
     return chosen
 
 
