@@ -260,6 +260,16 @@ def test_variants_are_counted_by_the_modalities_in_which_they_keep_up(tmp_path: 
     assert "▼ 0.9000" in document and "▲ 0.95" in document
     row = next(line for line in document.splitlines() if line.startswith("| control, one for each"))
     assert "0.9200" in row
+    told = "“joint-remedy” ties or beats the controls in most modalities, 2 of 3 (not depth); “joint model” in 1 of 3"
+    assert told in page and told in document
+
+
+def test_where_no_variant_keeps_up_in_more_modalities_the_headline_says_so(tmp_path: Path) -> None:
+    variant_results(tmp_path / "x", made("joint-remedy", ASKED | {"depth|label/fid_x": 9.0}, "joint"))
+    for said in texts(tmp_path / "x"):
+        assert (
+            "of 2 joint models, none ties or beats the controls in more modalities than “joint model”, 1 of 3" in said
+        )
 
 
 def test_every_query_of_a_modality_counts_and_a_single_seed_decides_by_its_mean(tmp_path: Path) -> None:

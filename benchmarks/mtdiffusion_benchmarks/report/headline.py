@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from attrs import frozen
 
-from mtdiffusion_benchmarks.report import text
+from mtdiffusion_benchmarks.report import text, variants
 from mtdiffusion_benchmarks.report.statistics import LEVEL, NEGLIGIBLE, Comparison
 from mtdiffusion_benchmarks.report.tables import (
     BUDGETS,
@@ -139,6 +139,7 @@ def sentences(results: Results) -> list[str]:
             + "; ".join(itertools.starmap(_named, points[:3]))
             + "."
         )
+    told += variants.sentences(results)
     if results.uncontrolled:
         told.append(f"{results.uncontrolled} metrics of joint models have no control and are not compared.")
     if len(codes := _codes(results)) > 1:

@@ -139,14 +139,13 @@ def _variants(results: Results) -> Iterator[str]:
         header = [f"{_code(key)} {ARROWS[results.direction(key) or 'lower']}" for key in table.keys]
         rows = []
         for variant in table.variants:
-            lost = f" (not {', '.join(variant.lost)})" if variant.lost else ""
             cells = []
             for key in table.keys:
                 found = variant.cells[key]
                 mark = f"{SIGNS[found.verdict]} " if found else ""
                 cells.append(f"{mark}{_summary(variant.group, key)}")
             title = f"{variant.group.title} ({variant.group.state})"
-            rows.append([_plain(title), _plain(variant.told + lost), *cells])
+            rows.append([_plain(title), _plain(variant.told + variant.except_for), *cells])
         controls = [_summary(table.controls[key], key) if key in table.controls else "" for key in table.keys]
         rows.append(["control, one for each question", "", *controls])
         yield _table(["joint model", "ties or beats the control", *header], rows)

@@ -39,9 +39,19 @@ class Variant:
     kept: Mapping[str, bool | None]
 
     @property
+    def count(self) -> int:
+        """In how many modalities it ties or beats."""
+        return sum(kept is True for kept in self.kept.values())
+
+    @property
     def told(self) -> str:
         """``3 of 4``."""
-        return f"{sum(kept is True for kept in self.kept.values())} of {len(self.kept)}"
+        return f"{self.count} of {len(self.kept)}"
+
+    @property
+    def except_for(self) -> str:
+        """`` (not clip)``; "" if it is worse in none."""
+        return f" (not {', '.join(self.lost)})" if self.lost else ""
 
     @property
     def lost(self) -> tuple[str, ...]:
@@ -86,6 +96,23 @@ def variants(results: Results) -> Iterator[Table]:
         primary = _primary(controls)
         made = tuple(_variant(group, found, keys, primary) for group in joint)
         yield Table(setting, task, queries, made, controls)
+
+
+def sentences(results: Results) -> Iterator[str]:
+    """For every table, which of its models keeps up in most modalities."""
+    for table in variants(results):
+        first = table.variants[0]
+        best = max(table.variants, key=lambda variant: variant.count)
+        where = f"{results.title('settings', table.setting)}, {results.title('tasks', table.task)}"
+        told = f"{where}: of {len(table.variants)} joint models, "
+        if best.count > first.count:
+            told += (
+                f"“{best.group.title}” ties or beats the controls in most modalities, {best.told}{best.except_for}; "
+            )
+            yield f"{told}“{first.group.title}” in {first.told}{first.except_for}."
+        else:
+            told += f"none ties or beats the controls in more modalities than “{first.group.title}”, "
+            yield f"{told}{first.told}{first.except_for}."
 
 
 def _variant(
