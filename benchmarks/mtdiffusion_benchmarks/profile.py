@@ -245,6 +245,9 @@ def cell_experiment(profile: Profile, cell: Cell, folder: Path, registry: Regist
             f"{cell.id}: the setting has no modality named {', '.join(missing)}; it has {', '.join(known)} ({path})"
         )
     tables["modalities"] = {name: known[name] for name in task.instances()}
+    if isinstance(readout := tables.get("loss", {}).get("readout"), dict):
+        # The setting's read-outs are of all its modalities.
+        tables["loss"]["readout"] = {name: share for name, share in readout.items() if name in task.instances()}
     tables = _merged(tables, task.training())
     own = [*method.set, f"training.seed={cell.seed}", f"evaluation.seed={cell.seed}"]
     return structure_experiment(apply_overrides(tables, own), registry, f"{cell.id} ({path})")

@@ -331,6 +331,25 @@ def test_a_setting_may_leave_plugins_out(source: Path, tmp_path: Path, monkeypat
             make(attrs.evolve(profile, set=('plugins.disable=["bench-twin-b", "modality.label"]',)))
 
 
+def test_readouts_of_modalities_that_a_task_or_a_control_lacks_are_left_out(
+    source: Path, tmp_path: Path, registry: Registry
+) -> None:
+    """A setting names read-outs of all its modalities; a task has some of them, a control fewer."""
+    with (source / "config.toml").open("a") as file:
+        file.write("[loss]\nreadout = { image = 0.5, label = 0.25 }\n")
+    alone = PROFILE.replace(
+        'kind = "single", targets = ["image"], observed = ["label"]', 'kind = "single", targets = ["image"]'
+    )
+    (source / "profile.toml").write_text(alone)
+    runner, cells, _ = runner_of(source, tmp_path / "out", registry)
+    experiments = {cell.id: cell_experiment(runner.profile, cell, source, registry) for cell in cells}
+    assert experiments["digits/image+label/joint/0"].loss.readout == {"image": 0.5, "label": 0.25}
+    assert experiments["digits/masked/joint/0"].loss.readout == {"image": 0.5}
+    runner.run([cell for cell in cells if cell.id == "digits/image+label/class-conditional/0"])
+    (made,) = results(tmp_path / "out").values()
+    assert made["status"] == "ok", made["reason"]
+
+
 def test_the_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     profile, out = str(source / "profile.toml"), str(tmp_path / "out")
     assert cli.main(["bench", "list"]) == 0

@@ -192,10 +192,14 @@ class SingleConfig(MethodConfig):
             subsets={"+".join(self.observed): 1.0} if self.observed else {},
             partial=1.0 if self.partial else 0.0,
         )
+        loss = experiment.loss
+        if isinstance(loss.readout, Mapping):
+            loss = evolve(loss, readout={name: share for name, share in loss.readout.items() if name in names})
         alone = evolve(
             experiment,
             modalities={name: experiment.modalities[name] for name in names},
             conditioning=conditioning,
+            loss=loss,
         )
         asked = Query(self.observed, self.targets, 0.5 if self.partial else 0.0)
         return train(problem, alone, asked)
