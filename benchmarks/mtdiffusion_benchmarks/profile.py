@@ -6,7 +6,7 @@ import fnmatch
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -245,12 +245,18 @@ def cell_experiment(profile: Profile, cell: Cell, folder: Path, registry: Regist
             f"{cell.id}: the setting has no modality named {', '.join(missing)}; it has {', '.join(known)} ({path})"
         )
     tables["modalities"] = {name: known[name] for name in task.instances()}
-    if isinstance(readout := tables.get("loss", {}).get("readout"), dict):
-        # The setting's read-outs are of all its modalities.
-        tables["loss"]["readout"] = {name: share for name, share in readout.items() if name in task.instances()}
+    if "readout" in tables.get("loss", {}):
+        tables["loss"]["readout"] = readout_of(tables["loss"]["readout"], task.instances())
     tables = _merged(tables, task.training())
     own = [*method.set, f"training.seed={cell.seed}", f"evaluation.seed={cell.seed}"]
     return structure_experiment(apply_overrides(tables, own), registry, f"{cell.id} ({path})")
+
+
+def readout_of(readout: Any, names: Collection[str]) -> Any:
+    """``loss.readout`` for these modalities alone: of a table by modality, what is said of the others is left out."""
+    if not isinstance(readout, Mapping):
+        return readout
+    return {name: share for name, share in readout.items() if name in names}
 
 
 def _source(profile: Profile, setting: str, folder: Path) -> tuple[Path, list[str]]:

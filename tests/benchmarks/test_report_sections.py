@@ -15,7 +15,7 @@ from mtdiffusion_benchmarks.report.fidelity import fidelity
 from mtdiffusion_benchmarks.report.fidelity import sentence as fidelity_sentence
 from mtdiffusion_benchmarks.report.reconstruction import InPart, parse, reconstruction
 from mtdiffusion_benchmarks.report.tables import Results, read_results
-from mtdiffusion_benchmarks.report.variants import variants
+from mtdiffusion_benchmarks.report.variants import sentences, variants
 
 Values = Mapping[str, float | tuple[float, ...]]
 DIRECTIONS = {
@@ -282,6 +282,7 @@ def test_every_query_of_a_modality_counts_and_a_single_seed_decides_by_its_mean(
     )
     (table,) = variants(results)
     assert [variant.kept["label"] for variant in table.variants] == [False, True]
+    assert not list(sentences(results))  # "1 of 1" would say nothing that the table's cells do not
 
 
 def test_where_there_is_a_readout_what_is_sampled_does_not_count(tmp_path: Path) -> None:

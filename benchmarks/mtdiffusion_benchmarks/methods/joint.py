@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mtdiffusion import MultimodalDiffusion, SamplerSettings, composite_loss, read_out, sample, variational_bound
 from mtdiffusion_benchmarks.interfaces import Cost, Curve, Fitted, Problem
+from mtdiffusion_benchmarks.profile import readout_of
 from mtdiffusion_engine.checkpoint import read_json, write_json
 from mtdiffusion_engine.data import ModalityData
 from mtdiffusion_engine.experiment import Experiment, build_model
@@ -192,9 +193,7 @@ class SingleConfig(MethodConfig):
             subsets={"+".join(self.observed): 1.0} if self.observed else {},
             partial=1.0 if self.partial else 0.0,
         )
-        loss = experiment.loss
-        if isinstance(loss.readout, Mapping):
-            loss = evolve(loss, readout={name: share for name, share in loss.readout.items() if name in names})
+        loss = evolve(experiment.loss, readout=readout_of(experiment.loss.readout, names))
         alone = evolve(
             experiment,
             modalities={name: experiment.modalities[name] for name in names},

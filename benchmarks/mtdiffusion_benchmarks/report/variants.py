@@ -99,9 +99,11 @@ def variants(results: Results) -> Iterator[Table]:
 
 
 def sentences(results: Results) -> Iterator[str]:
-    """For every table, which of its models keeps up in most modalities."""
+    """For every table of several modalities, which of its models keeps up in most of them."""
     for table in variants(results):
         first = table.variants[0]
+        if len(first.kept) < 2:
+            continue
         best = max(table.variants, key=lambda variant: variant.count)
         where = f"{results.title('settings', table.setting)}, {results.title('tasks', table.task)}"
         told = f"{where}: of {len(table.variants)} joint models, "
