@@ -18,6 +18,9 @@ from mtdiffusion_registry import Query
 SIDE = 32
 """Pictures smaller than this are enlarged by whole pixels, larger ones are made smaller."""
 
+NEIGHBOURS = 3
+"""How many held-out samples are shown beside what a person cannot see, such as an embedding."""
+
 
 def figures_of(
     query: Query,
@@ -27,13 +30,22 @@ def figures_of(
     modalities: Mapping[str, Modality],
     shown: int,
 ) -> list[dict[str, Any]]:
-    """Sheets of the first samples: all modalities of a joint sample together; else one for each target."""
+    """Sheets of the first samples: all modalities of a joint sample together; else one for each target.
+
+    Below what a person cannot see are the held-out samples nearest to it, by the modality's own similarity, each as its
+    picture in another modality of the task.
+    """
 
     def render(name: str, x: Tensor) -> Tensor:
         return modalities[name].render(x[:shown].cpu())
 
+    def nearest(name: str) -> dict[str, Tensor]:
+        return _nearest(name, generated[name][:shown].cpu(), test, modalities)
+
     if query.joint:
         rows = {name: render(name, x) for name, x in generated.items()}
+        for name in generated:
+            rows |= nearest(name)
         return [_figure("joint", "Joint samples, nothing given", "sheet", rows)]
     figures = []
     for target, x in generated.items():
@@ -44,8 +56,29 @@ def figures_of(
             rows[f"given {target}"] = picture * seen + 0.5 * (1 - seen)
         rows[f"true {target}"] = render(target, test[target])
         rows[f"generated {target}"] = render(target, x)
+        rows |= nearest(target)
         figures.append(_figure(query.key(target), f"{target} given {query.given}", "triptych", rows))
     return figures
+
+
+def _nearest(name: str, x: Tensor, test: Mapping[str, Tensor], modalities: Mapping[str, Modality]) -> dict[str, Tensor]:
+    """A row for each of the samples nearest to x, ``[n, 3, h, w]``: none if x can be seen, or nothing beside it can."""
+    similarity = modalities[name].similarity(x, test[name].cpu())
+    visible = [other for other, modality in modalities.items() if other in test and _visible(modality)]
+    if similarity is None or not visible:
+        return {}
+    field = modalities[name].field  # what it is derived from, if so, shows best what it says
+    seen = next((other for other in visible if (modalities[other].field or other) == field), visible[0])
+    order = similarity.argsort(dim=1, descending=True)[:, :NEIGHBOURS]  # [n, NEIGHBOURS]
+    return {
+        f"{seen} by nearest {name}, {rank}": modalities[seen].render(test[seen][of.to(test[seen].device)].cpu())
+        for rank, of in enumerate(order.unbind(1), 1)
+    }
+
+
+def _visible(modality: Modality) -> bool:
+    one = modality.placeholder(1)
+    return modality.similarity(one, one) is None
 
 
 def _figure(name: str, title: str, kind: str, rows: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -195,6 +195,14 @@ class Modality(nn.Module, ABC):
         """
         return {}
 
+    def similarity(self, x: Tensor, candidates: Tensor) -> Tensor | None:
+        """How alike each x ``[B, ...]`` is to each candidate ``[N, ...]``: ``[B, N]``, larger is nearer.
+
+        For data whose pictures tell a person little, such as embeddings: figures show real samples near to x, too. By
+        default None, of data that can be seen.
+        """
+        return None
+
     def derive(self, source: Tensor) -> Tensor:
         """x from its source field, a batch at a time. Called once for a data set and kept."""
         return source

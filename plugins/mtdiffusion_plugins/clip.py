@@ -109,12 +109,16 @@ class ClipModality(Modality):
     def metrics(self, generated: Tensor, truth: Tensor) -> dict[str, float]:
         """``cosine`` to the truth (mean); ``retrieval_at_1`` and ``retrieval_at_5``: how often the truth is among that
         many nearest (at most n) of the n truths in the batch, ties broken at random (in expectation)."""
-        similarity = F.normalize(generated, dim=1) @ F.normalize(truth, dim=1).T
+        similarity = self.similarity(generated, truth)
         own = similarity.diagonal()
         nearer = (similarity > own[:, None]).sum(1)
         tied = (similarity == own[:, None]).sum(1)  # itself among them
         found = {k: ((min(k, len(truth)) - nearer) / tied).clamp(0, 1).mean().item() for k in (1, 5)}
         return {"cosine": own.mean().item()} | {f"retrieval_at_{k}": share for k, share in found.items()}
+
+    def similarity(self, x: Tensor, candidates: Tensor) -> Tensor:
+        """The cosine."""
+        return F.normalize(x, dim=1) @ F.normalize(candidates, dim=1).T
 
     def predictive_metrics(self, params: Params, truth: Tensor) -> dict[str, float]:
         """``readout_cosine``: of the mean's direction to the truth."""

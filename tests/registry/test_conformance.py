@@ -399,6 +399,16 @@ class TooBright(Picture):
         return x.expand(-1, 3, -1, -1)
 
 
+class NearestIsFarthest(Picture):
+    def similarity(self, x: Tensor, candidates: Tensor) -> Tensor:
+        return torch.cdist(x.flatten(1), candidates.flatten(1))
+
+
+class PairsAlone(Picture):
+    def similarity(self, x: Tensor, candidates: Tensor) -> Tensor:
+        return -(x - candidates[: len(x)]).square().flatten(1).sum(1)
+
+
 class TensorMetrics(Picture):
     def metrics(self, generated: Tensor, truth: Tensor) -> dict[str, float]:
         return {"mse": (generated - truth).square().mean()}  # type: ignore[dict-item]
@@ -529,6 +539,8 @@ PARTS: list[tuple[type, str]] = [
     (Asserts, "refusal"),
     (PoorPlaceholder, "placeholder"),
     (TooBright, "render"),
+    (NearestIsFarthest, "similarity"),
+    (PairsAlone, "similarity"),
     (TensorMetrics, "metrics"),
     (InfiniteMetrics, "metrics"),
     (InfinitePrediction, "metrics"),

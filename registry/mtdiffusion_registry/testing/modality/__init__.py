@@ -32,6 +32,7 @@ CHECKS: tuple[contract.Check, ...] = (
     decoders.generator,
     decoders.expected_encoding,
     presentation.render,
+    presentation.similarity,
     presentation.metrics,
     presentation.directions,
     presentation.files,

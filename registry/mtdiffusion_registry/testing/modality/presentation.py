@@ -42,6 +42,25 @@ def render(subject: ModalitySubject) -> None:
         )
 
 
+@check("examples")
+def similarity(subject: ModalitySubject) -> None:
+    """similarity(x, candidates), if there is one, is [B, N], and nothing is nearer to x than x itself."""
+    modality, candidates = subject.cases[0].modality, subject.examples
+    for batch in BATCHES:
+        x = candidates[:batch]
+        similar = modality.similarity(x, candidates)
+        if similar is None:
+            return
+        same_shape(similar, (len(x), len(candidates)), "similarity(x, candidates) is [B, N]", "compare every pair")
+        least = (similar.diagonal() - similar.amax(1)).min().item()
+        require(
+            least > -1e-4,  # NaN is not
+            "nothing is nearer to x than x itself: larger is nearer",
+            f"another {-least:.3g} nearer",
+            "negate a distance; normalize what is multiplied",
+        )
+
+
 @check("examples", "params")
 def metrics(subject: ModalitySubject) -> None:
     """metrics and predictive_metrics are dicts of finite floats, of names that differ."""
