@@ -260,8 +260,17 @@ def test_variants_are_counted_by_the_modalities_in_which_they_keep_up(tmp_path: 
     assert "▼ 0.9000" in document and "▲ 0.95" in document
     row = next(line for line in document.splitlines() if line.startswith("| control, one for each"))
     assert "0.9200" in row
-    told = "“joint-remedy” ties or beats the controls in most modalities, 2 of 3 (not depth); “joint model” in 1 of 3"
+    told = "“joint-remedy”, in 2 of 3 (not depth), ties or beats the controls in most modalities; “joint model” in 1"
     assert told in page and told in document
+
+
+def test_the_headline_names_all_that_keep_up_in_most_modalities(tmp_path: Path) -> None:
+    remedied = made("joint-remedy", ASKED | {"label|depth/accuracy": 0.95, "sound|label/readout_f1": 0.95}, "joint")
+    other = made("joint-other", ASKED | {"label|depth/accuracy": 0.95, "sound|label/readout_f1": 0.95}, "joint")
+    variant_results(tmp_path / "x", remedied, other)
+    told = "“joint-remedy”, in 3 of 3, and “joint-other”, in 3 of 3, tie or beat the controls in most modalities"
+    for said in texts(tmp_path / "x"):
+        assert told in said
 
 
 def test_where_no_variant_keeps_up_in_more_modalities_the_headline_says_so(tmp_path: Path) -> None:

@@ -99,19 +99,20 @@ def variants(results: Results) -> Iterator[Table]:
 
 
 def sentences(results: Results) -> Iterator[str]:
-    """For every table of several modalities, which of its models keeps up in most of them."""
+    """For every table of several modalities, which of its models keep up in most of them."""
     for table in variants(results):
         first = table.variants[0]
         if len(first.kept) < 2:
             continue
-        best = max(table.variants, key=lambda variant: variant.count)
+        most = max(variant.count for variant in table.variants)
         where = f"{results.title('settings', table.setting)}, {results.title('tasks', table.task)}"
         told = f"{where}: of {len(table.variants)} joint models, "
-        if best.count > first.count:
-            told += (
-                f"“{best.group.title}” ties or beats the controls in most modalities, {best.told}{best.except_for}; "
-            )
-            yield f"{told}“{first.group.title}” in {first.told}{first.except_for}."
+        if most > first.count:
+            best = [variant for variant in table.variants if variant.count == most]
+            told += " and ".join(f"“{each.group.title}”, in {each.told}{each.except_for}," for each in best)
+            verb = "ties or beats" if len(best) == 1 else "tie or beat"
+            told += f" {verb} the controls in most modalities; “{first.group.title}” in "
+            yield f"{told}{first.told}{first.except_for}."
         else:
             told += f"none ties or beats the controls in more modalities than “{first.group.title}”, "
             yield f"{told}{first.told}{first.except_for}."
