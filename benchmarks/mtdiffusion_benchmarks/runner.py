@@ -144,11 +144,14 @@ class Runner:
         return result
 
     def _check(self, cells: Sequence[Cell]) -> dict[Cell, str]:
-        """Every cell's configuration is sound, and is that of the result that is there, before anything runs.
+        """Every setting's and cell's configuration is sound, and is that of the result that is there, before anything
+        runs.
 
         Returns:
             The status of those that are done; each result is read once, here.
         """
+        for setting in dict.fromkeys(cell.setting for cell in cells):
+            base_experiment(self.profile, setting, self.source, self.registry)
         found = ((cell, self._result(cell, quiet=True)) for cell in cells)
         return {cell: str(result["status"]) for cell, result in found if result is not None}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import attrs
@@ -329,6 +330,25 @@ def test_a_setting_may_leave_plugins_out(source: Path, tmp_path: Path, monkeypat
         assert type(chosen.process.weights).__module__ == "bench_twin_a"
         with pytest.raises(UserError, match=r"modality\.label of mtdiffusion .* is installed but blocked by plugins"):
             make(attrs.evolve(profile, set=('plugins.disable=["bench-twin-b", "modality.label"]',)))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda config: f"loss = 3\n{config}", r"config\.toml: loss: found 3 \(int\), expected a table"),
+        (lambda config: f"{config}[loss]\nreadout = {{ lable = 0.5 }}\n", r"config\.toml: .*no modality named lable"),
+    ],
+    ids=["no table", "misspelt"],
+)
+def test_what_is_wrong_with_a_setting_is_said_with_its_file_before_anything_runs(
+    change: Callable[[str], str], told: str, source: Path, tmp_path: Path, registry: Registry
+) -> None:
+    config = source / "config.toml"
+    config.write_text(change(config.read_text()))
+    runner, cells, _ = runner_of(source, tmp_path / "out", registry)
+    with pytest.raises(UserError, match=told):
+        runner.run(cells)
+    assert not list((tmp_path / "out").rglob("*.json"))
 
 
 def test_readouts_of_modalities_that_a_task_or_a_control_lacks_are_left_out(
