@@ -64,14 +64,16 @@ def figures_of(
 def _nearest(name: str, x: Tensor, test: Mapping[str, Tensor], modalities: Mapping[str, Modality]) -> dict[str, Tensor]:
     """A row for each of the samples nearest to x, ``[n, 3, h, w]``: none if x can be seen, or nothing beside it can."""
     similarity = modalities[name].similarity(x, test[name].cpu())
+    if similarity is None:
+        return {}
     visible = [other for other, modality in modalities.items() if other in test and _visible(modality)]
-    if similarity is None or not visible:
+    if not visible:
         return {}
     field = modalities[name].field  # what it is derived from, if so, shows best what it says
     seen = next((other for other in visible if (modalities[other].field or other) == field), visible[0])
     order = similarity.argsort(dim=1, descending=True)[:, :NEIGHBOURS]  # [n, NEIGHBOURS]
     return {
-        f"{seen} by nearest {name}, {rank}": modalities[seen].render(test[seen][of.to(test[seen].device)].cpu())
+        f"{seen} by nearest {name}, {rank}": modalities[seen].render(test[seen].cpu()[of])
         for rank, of in enumerate(order.unbind(1), 1)
     }
 
