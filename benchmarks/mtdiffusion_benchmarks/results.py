@@ -14,7 +14,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from mtdiffusion_benchmarks.report.tables import Results, read_results
+from mtdiffusion_benchmarks.report import text, variants
+from mtdiffusion_benchmarks.report.tables import SIGNS, Results, read_results
 
 ROWS: Mapping[str, str] = {
     "label → image: the judge reads the label given": "image|label/judge_accuracy",
@@ -59,8 +60,7 @@ def benchmark_table(results: Results) -> str:
     columns = results.profile.table
     groups = [group for group in results.groups if group.ok]
     several = [axis for axis in ("setting", "task") if len({getattr(group, axis) for group in groups}) > 1]
-    bar = r"\|"  # a bar inside a cell of a Markdown table
-    lines = ["| variant | seeds | " + " | ".join(f"`{column.replace('|', bar)}`" for column in columns) + " |"]
+    lines = ["| variant | seeds | " + " | ".join(map(_code, columns)) + " |"]
     lines.append("|---|---|" + "---|" * len(columns))
     for group in groups:
         where = "".join(f"{results.title(f'{axis}s', getattr(group, axis))}: " for axis in several)
@@ -71,6 +71,31 @@ def benchmark_table(results: Results) -> str:
             cells.append("" if summary is None else f"{summary.mean:.3f}{spread}")
         lines.append(f"| {where}{group.title} | {len(group.ok)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def side_by_side(table: variants.Table) -> str:
+    """The joint models of a task against their controls, by joint samples' distances and what decides the count."""
+    keys = [key for key in table.keys if key.startswith("joint/fid")]
+    keys += [key for own in table.primary.values() for key in own]
+    lines = ["| trained as | cells | ties or beats | " + " | ".join(map(_code, keys)) + " |"]
+    lines.append("|---|---|---|" + "---|" * len(keys))
+    for variant in table.variants:
+        cells = []
+        for key in keys:
+            found, summary = variant.cells[key], variant.group.summary(key)
+            sign = f"{SIGNS[found.verdict]} " if found else ""
+            cells.append("" if summary is None else sign + text.mean_std(summary))
+        head = f"`{variant.group.method}` | {variant.group.state} | {variant.told}"
+        lines.append(f"| {head} | " + " | ".join(cells) + " |")
+    summaries = [table.controls[key].summary(key) if key in table.controls else None for key in keys]
+    controls = ["" if summary is None else text.mean_std(summary) for summary in summaries]
+    lines.append("| control, one for each question | | | " + " | ".join(controls) + " |")
+    return "\n".join(lines)
+
+
+def _code(key: str) -> str:
+    """A metric's key as code in a cell of a table, where a bar has to be escaped."""
+    return "`" + key.replace("|", "\\|") + "`"
 
 
 def blocks(results: Path) -> dict[str, str]:
@@ -86,8 +111,11 @@ def blocks(results: Path) -> dict[str, str]:
     for path in sorted(results.glob("*/table.md")):
         made[path.parent.name] = path.read_text(encoding="utf-8").strip()
     for path in sorted(results.glob("*/profile.json")):
-        if json.loads(path.read_text(encoding="utf-8")).get("table"):
-            made[path.parent.name] = benchmark_table(read_results(path.parent))
+        benchmark = read_results(path.parent)
+        if benchmark.profile.table:
+            made[path.parent.name] = benchmark_table(benchmark)
+        for table in variants.variants(benchmark):
+            made[f"{path.parent.name}: {table.setting}/{table.task}"] = side_by_side(table)
     return made
 
 

@@ -66,6 +66,7 @@ class Table:
     Attributes:
         queries: what was asked, with its metrics' keys; joint samples first.
         controls: by key, of the metrics that have one.
+        primary: by target modality, the keys that decide whether it is counted.
     """
 
     setting: str
@@ -73,6 +74,7 @@ class Table:
     queries: tuple[tuple[str, tuple[str, ...]], ...]
     variants: tuple[Variant, ...]
     controls: Mapping[str, Group]
+    primary: Mapping[str, list[str]]
 
     @property
     def keys(self) -> list[str]:
@@ -95,7 +97,7 @@ def variants(results: Results) -> Iterator[Table]:
         queries = tuple((q, tuple(part)) for q, part in itertools.groupby(keys, lambda key: split_key(key)[0]))
         primary = _primary(controls)
         made = tuple(_variant(group, found, keys, primary) for group in joint)
-        yield Table(setting, task, queries, made, controls)
+        yield Table(setting, task, queries, made, controls, primary)
 
 
 def sentences(results: Results) -> Iterator[str]:
