@@ -14,8 +14,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from mtdiffusion_benchmarks.report import text, variants
-from mtdiffusion_benchmarks.report.tables import SIGNS, Results, read_results
+from mtdiffusion_benchmarks.report import variants
+from mtdiffusion_benchmarks.report.markdown import code, variants_table
+from mtdiffusion_benchmarks.report.tables import Results, read_results
 
 ROWS: Mapping[str, str] = {
     "label → image: the judge reads the label given": "image|label/judge_accuracy",
@@ -60,7 +61,7 @@ def benchmark_table(results: Results) -> str:
     columns = results.profile.table
     groups = [group for group in results.groups if group.ok]
     several = [axis for axis in ("setting", "task") if len({getattr(group, axis) for group in groups}) > 1]
-    lines = ["| variant | seeds | " + " | ".join(map(_code, columns)) + " |"]
+    lines = ["| variant | seeds | " + " | ".join(map(code, columns)) + " |"]
     lines.append("|---|---|" + "---|" * len(columns))
     for group in groups:
         where = "".join(f"{results.title(f'{axis}s', getattr(group, axis))}: " for axis in several)
@@ -73,29 +74,11 @@ def benchmark_table(results: Results) -> str:
     return "\n".join(lines)
 
 
-def side_by_side(table: variants.Table) -> str:
+def side_by_side(results: Results, table: variants.Table) -> str:
     """The joint models of a task against their controls, by joint samples' distances and what decides the count."""
     keys = [key for key in table.keys if key.startswith("joint/fid")]
     keys += [key for own in table.primary.values() for key in own]
-    lines = ["| trained as | cells | ties or beats | " + " | ".join(map(_code, keys)) + " |"]
-    lines.append("|---|---|---|" + "---|" * len(keys))
-    for variant in table.variants:
-        cells = []
-        for key in keys:
-            found, summary = variant.cells[key], variant.group.summary(key)
-            sign = f"{SIGNS[found.verdict]} " if found else ""
-            cells.append("" if summary is None else sign + text.mean_std(summary))
-        head = f"`{variant.group.method}` | {variant.group.state} | {variant.told}"
-        lines.append(f"| {head} | " + " | ".join(cells) + " |")
-    summaries = [table.controls[key].summary(key) if key in table.controls else None for key in keys]
-    controls = ["" if summary is None else text.mean_std(summary) for summary in summaries]
-    lines.append("| control, one for each question | | | " + " | ".join(controls) + " |")
-    return "\n".join(lines)
-
-
-def _code(key: str) -> str:
-    """A metric's key as code in a cell of a table, where a bar has to be escaped."""
-    return "`" + key.replace("|", "\\|") + "`"
+    return variants_table(results, table, keys, lambda group: f"{code(group.method)} ({group.state})")
 
 
 def blocks(results: Path) -> dict[str, str]:
@@ -115,7 +98,7 @@ def blocks(results: Path) -> dict[str, str]:
         if benchmark.profile.table:
             made[path.parent.name] = benchmark_table(benchmark)
         for table in variants.variants(benchmark):
-            made[f"{path.parent.name}: {table.setting}/{table.task}"] = side_by_side(table)
+            made[f"{path.parent.name}: {table.setting}/{table.task}"] = side_by_side(benchmark, table)
     return made
 
 

@@ -13,6 +13,7 @@ from tests.benchmarks.test_report import Reader, broken, cell, write
 from mtdiffusion_benchmarks.report import build_report
 from mtdiffusion_benchmarks.report.fidelity import fidelity
 from mtdiffusion_benchmarks.report.fidelity import sentence as fidelity_sentence
+from mtdiffusion_benchmarks.report.markdown import code
 from mtdiffusion_benchmarks.report.reconstruction import InPart, parse, reconstruction
 from mtdiffusion_benchmarks.report.tables import Results, read_results
 from mtdiffusion_benchmarks.report.variants import sentences, variants
@@ -261,14 +262,18 @@ def test_variants_are_counted_by_the_modalities_in_which_they_keep_up(tmp_path: 
     assert "▼ 0.9000" in document and "▲ 0.95" in document
     row = next(line for line in document.splitlines() if line.startswith("| control, one for each"))
     assert "0.9200" in row
-    expected = r"""
-| trained as | cells | ties or beats | `joint/fid_x` | `depth\|label/fid_x` | `label\|depth/accuracy` | KEY |
-|---|---|---|---|---|---|---|
-| `joint` | 3 seeds | 1 of 3 | 5.0000 ± 0.0050 | ▲ 3.0000 ± 0.0030 | ▼ 0.90000 ± 0.00090 | ▼ 0.80000 ± 0.00080 |
-| `joint-remedy` | 3 seeds | 2 of 3 | 5.0000 ± 0.0050 | ▼ 9.0000 ± 0.0090 | ▲ 0.95000 ± 0.00095 | ▲ 0.95000 ± 0.00095 |
-| control, one for each question | | |  | 4.0000 ± 0.0040 | 0.92000 ± 0.00092 | 0.90000 ± 0.00090 |
+    expected = """
+| joint model | ties or beats the control | `joint/fid_x` ↓ | FID ↓ | ACCURACY ↑ | F1 ↑ |
+| --- | --- | --- | --- | --- | --- |
+| JOINT | 1 of 3 (not label, sound) | 5.0000 ± 0.0050 | ▲ 3.0000 ± 0.0030 | ▼ 0.90000 ± 0.00090 | ▼ 0.80000 ± 0.00080 |
+| REMEDY | 2 of 3 (not depth) | 5.0000 ± 0.0050 | ▼ 9.0000 ± 0.0090 | ▲ 0.95000 ± 0.00095 | ▲ 0.95000 ± 0.00095 |
+| control, one for each question |  |  | 4.0000 ± 0.0040 | 0.92000 ± 0.00092 | 0.90000 ± 0.00090 |
 """
-    assert side_by_side(table) == expected.strip().replace("KEY", r"`sound\|label/readout_f1`")
+    expected = expected.replace("JOINT", "`joint` (3 seeds)").replace("REMEDY", "`joint-remedy` (3 seeds)")
+    keys = {"FID": "depth|label/fid_x", "ACCURACY": "label|depth/accuracy", "F1": "sound|label/readout_f1"}
+    for short, key in keys.items():
+        expected = expected.replace(short, code(key))
+    assert side_by_side(results, table) == expected.strip()
     told = "“joint-remedy”, in 2 of 3 (not depth), ties or beats the controls in most modalities; “joint model” in 1"
     assert told in page and told in document
 
@@ -323,7 +328,7 @@ def test_a_variant_that_diverged_keeps_nothing_and_one_model_alone_has_no_table(
     results = variant_results(tmp_path / "a", lost)
     (table,) = variants(results)
     assert table.variants[1].told == "0 of 3" and table.variants[1].lost == ()
-    assert "| `joint-hot` | diverged | 0 of 3 |  |" in side_by_side(table)
+    assert "| `joint-hot` (diverged) | 0 of 3 | diverged |" in side_by_side(results, table)
     page, document = texts(tmp_path / "a")
     assert "diverged" in page and "| 0 of 3 |" in document
     assert list(variants(variant_results(tmp_path / "b"))) == []

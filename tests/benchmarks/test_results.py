@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 from tests.benchmarks.test_report import small, write
 
+from mtdiffusion_benchmarks.profile import load_profile, plan
 from mtdiffusion_benchmarks.report import build_report
 from mtdiffusion_benchmarks.results import blocks, fill, main, metrics_table
+from mtdiffusion_benchmarks.runner import Runner
+from mtdiffusion_registry import Registry
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,3 +82,22 @@ def test_a_committed_report_is_what_its_results_say_byte_for_byte(folder: Path, 
     shutil.copy(folder / "profile.json", tmp_path)
     for made in build_report(tmp_path):
         assert made.read_bytes() == (folder / made.name).read_bytes(), f"run: mtdiffusion bench report {folder}"
+
+
+@pytest.mark.parametrize(
+    ("name", "results"),
+    [
+        ("benchmarks/ablations/digits.toml", "ablation-digits"),
+        ("benchmarks/ablations/shares.toml", "ablation-shares"),
+        ("small", "small"),
+    ],
+)
+def test_committed_results_are_of_the_benchmark_as_it_stands(
+    name: str, results: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    registry = Registry.discover()
+    profile, path = load_profile(name, registry)
+    cells = plan(profile)
+    runner = Runner(profile, path.parent, Path("benchmarks/results") / results, registry, say=lambda _: None)
+    assert runner._check(cells) == dict.fromkeys(cells, "ok")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from mtdiffusion_benchmarks.report import fidelity, headline, reconstruction, text, variants
 from mtdiffusion_benchmarks.report.statistics import Comparison
@@ -50,7 +50,7 @@ def _blocks(results: Results) -> Iterator[str]:
     troubles = headline.troubles(results)
     if troubles:
         yield "## Diverged, failed and missing cells"
-        yield _table(["cell", "status", "reason"], ([_code(a), b, _plain(c)] for a, b, c in troubles))
+        yield _table(["cell", "status", "reason"], ([code(a), b, _plain(c)] for a, b, c in troubles))
     yield "## How to read it"
     yield "\n".join(f"- {_plain(line)}" for line in headline.reading(results))
 
@@ -74,7 +74,7 @@ def _transfer_rows(results: Results) -> Iterator[list[str]]:
                 text.scale(found),
                 f"{SIGNS[found.verdict]} {found.verdict}",
             ]
-        yield [*map(_code, names), *values, *told]
+        yield [*map(code, names), *values, *told]
 
 
 def _reconstruction(results: Results) -> Iterator[str]:
@@ -91,7 +91,7 @@ def _reconstruction(results: Results) -> Iterator[str]:
         rows = []
         for block in table.blocks:
             for row in block.rows:
-                name = f"{_code(block.metric)} {ARROWS[results.direction(row.key) or 'lower']}"
+                name = f"{code(block.metric)} {ARROWS[results.direction(row.key) or 'lower']}"
                 against = [_against(one.group, row.key, one.comparison) for one in row.against]
                 rows.append([name, f"{row.percent}%", _summary(group, row.key), *against])
         titles = [_plain(rival.title) for rival in table.rivals]
@@ -123,7 +123,7 @@ def _fidelity(results: Results) -> Iterator[str]:
         for key, found in (row.precision, row.recall):
             values += [_summary(row.group, key), _summary(row.control, key)]
             values += [f"{SIGNS[found.verdict]} {text.effect(found)}", text.interval(found)] if found else ["–", "–"]
-        lines.append([*map(_code, about), *values])
+        lines.append([*map(code, about), *values])
     yield _table(header, lines)
 
 
@@ -136,19 +136,24 @@ def _variants(results: Results) -> Iterator[str]:
     for table in tables:
         where = f"{results.title('settings', table.setting)}: {results.title('tasks', table.task)}"
         yield f"### Joint models: {_plain(where)}"
-        header = [f"{_code(key)} {ARROWS[results.direction(key) or 'lower']}" for key in table.keys]
-        rows = []
-        for variant in table.variants:
-            cells = []
-            for key in table.keys:
-                found = variant.cells[key]
-                mark = f"{SIGNS[found.verdict]} " if found else ""
-                cells.append(f"{mark}{_summary(variant.group, key)}")
-            title = f"{variant.group.title} ({variant.group.state})"
-            rows.append([_plain(title), _plain(variant.told + variant.except_for), *cells])
-        controls = [_summary(table.controls[key], key) if key in table.controls else "" for key in table.keys]
-        rows.append(["control, one for each question", "", *controls])
-        yield _table(["joint model", "ties or beats the control", *header], rows)
+        yield variants_table(results, table, table.keys, lambda group: _plain(f"{group.title} ({group.state})"))
+
+
+def variants_table(results: Results, table: variants.Table, keys: Sequence[str], name: Callable[[Group], str]) -> str:
+    """The joint models of a task against their controls, by these metrics. ``name``: what a row is called, in
+    Markdown."""
+    header = [f"{code(key)} {ARROWS[results.direction(key) or 'lower']}" for key in keys]
+    rows = []
+    for variant in table.variants:
+        cells = []
+        for key in keys:
+            found = variant.cells[key]
+            mark = f"{SIGNS[found.verdict]} " if found else ""
+            cells.append(f"{mark}{_summary(variant.group, key)}")
+        rows.append([name(variant.group), _plain(variant.told + variant.except_for), *cells])
+    controls = [_summary(table.controls[key], key) if key in table.controls else "" for key in keys]
+    rows.append(["control, one for each question", "", *controls])
+    return _table(["joint model", "ties or beats the control", *header], rows)
 
 
 def _named(control: Group) -> str:
@@ -161,7 +166,7 @@ def _task_table(results: Results, groups: Sequence[Group]) -> str:
         leaders = best(results, groups, key)
         arrow = ARROWS.get(results.direction(key) or "", "")
         cells = [f"**{_summary(g, key)}**" if g.method in leaders else _summary(g, key) for g in groups]
-        rows.append([f"{_code(key)} {arrow if split_key(key)[0] != REAL else ''}".strip(), *cells])
+        rows.append([f"{code(key)} {arrow if split_key(key)[0] != REAL else ''}".strip(), *cells])
     return _table(["metric", *(f"{_plain(group.title)} ({group.state})" for group in groups)], rows)
 
 
@@ -174,7 +179,7 @@ def _summary(group: Group, key: str) -> str:
 
 def _cost_rows(results: Results) -> Iterator[list[str]]:
     for row in headline.costs(results):
-        names = [_code(row.group.setting), _code(row.group.task), _code(row.group.method)]
+        names = [code(row.group.setting), code(row.group.task), code(row.group.method)]
         yield [*names, *(f"{value} ({ratio})" if ratio else value for value, ratio in row.values)]
 
 
@@ -188,7 +193,7 @@ def _plain(value: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(value.split()))
 
 
-def _code(value: str) -> str:
+def code(value: str) -> str:
     """As code; a table wants bars escaped there too. A backtick would end it: such a name is written as text."""
     flat = " ".join(value.split())
     return _plain(flat) if "`" in flat else "`" + flat.replace("|", "\\|") + "`"
