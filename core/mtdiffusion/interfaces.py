@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from attrs import field, frozen
@@ -57,9 +57,10 @@ class FeatureSpec:
     vector: int
 
 
-@frozen(eq=False)
-class Features:
+class Features(NamedTuple):
     """The shared features h that every decoder head reads.
+
+    A tuple, as what a network returns has to be for ``torch.compile`` to trace it.
 
     Attributes:
         map: ``[B, F, H, W]``, aligned with the diffusion space; spatial heads read it.

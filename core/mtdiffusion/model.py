@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from attrs import frozen
@@ -67,8 +67,7 @@ class LatentLayout:
         return nn.functional.pad(code, (0, 0, 0, 0, start, self.latent.channels - stop))
 
 
-@frozen(eq=False)
-class Prediction:
+class Prediction(NamedTuple):
     """What the network says of X at one time.
 
     Attributes:

@@ -4,7 +4,9 @@ import pytest
 import torch
 from attrs import evolve
 
+from mtdiffusion_engine.experiment import Experiment, build_model
 from mtdiffusion_registry import Registry
+from mtdiffusion_registry.config import structure
 from mtdiffusion_registry.testing import check_backbone, check_modality, check_weight_schedule
 
 REGISTRY = Registry.discover(block=["*"])  # ours alone, whatever else is installed
@@ -68,3 +70,26 @@ def test_unet_refuses_a_latent_that_its_levels_do_not_divide() -> None:
     config = evolve(build("backbone", "unet"), multipliers=(1, 2, 2))
     with pytest.raises(ValueError, match="10 × 10 is not divisible by 4"):
         config.build(4, 10, 10, 2)
+
+
+@pytest.mark.parametrize("kind", REGISTRY.kinds("backbone"))
+def test_a_model_of_every_modality_is_one_graph_to_the_compiler(kind: str) -> None:
+    latent = {"height": 8, "width": 8}
+    modalities = {
+        "image": {"kind": "image", "size": 8, "channels": 1},
+        "mask": {"kind": "mask", "size": 8},
+        "label": {"kind": "label", "classes": 10},
+        "clip": {"kind": "clip", "dim": 32},
+    }
+    tables = {"data": {"kind": "digits"}, "latent": latent, "modalities": modalities, "backbone": {"kind": kind}}
+    model = build_model(structure(REGISTRY, tables, Experiment)).eval()
+    label = torch.arange(4)
+    observation = model.observe({"label": label}, model.visibility(4, {"label": label}))
+    z = torch.randn(4, *model.layout.latent.shape, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([1, 100, 250, 500])
+    with torch.no_grad():
+        expected = model(z, t, observation)
+        # "eager" traces as every backend needs it traced, and spends no time on generating code.
+        found = torch.compile(model, backend="eager", fullgraph=True)(z, t, observation)
+    torch.testing.assert_close(found.codes, expected.codes)
+    torch.testing.assert_close(found.epsilon, expected.epsilon)
