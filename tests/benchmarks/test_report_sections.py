@@ -254,7 +254,9 @@ def test_variants_are_counted_by_the_modalities_in_which_they_keep_up(tmp_path: 
     assert remedy.kept == {"label": True, "depth": False, "sound": True}
     assert table.keys[0] == "joint/fid_x"  # has no control, and is shown
     assert "joint/x_agreement" not in table.keys  # has no direction
-    assert set(table.controls) == set(table.keys) - {"joint/fid_x"}
+    ((which, controls),) = table.controls
+    assert which == "one for each question"
+    assert set(controls) == set(table.keys) - {"joint/fid_x"}
     assert [query for query, _ in table.queries] == ["joint", "depth|label", "label|depth", "sound|label"]
     page, document = texts(tmp_path / "x")
     assert "<td>1 of 3<small>not label, sound</small></td>" in page
@@ -333,3 +335,30 @@ def test_a_variant_that_diverged_keeps_nothing_and_one_model_alone_has_no_table(
     assert "diverged" in page and "| 0 of 3 |" in document
     assert list(variants(variant_results(tmp_path / "b"))) == []
     assert "Joint models side by side" not in "".join(texts(tmp_path / "b"))
+
+
+def sampled(cells: list[dict[str, Any]], solver: str, steps: int = 25) -> list[dict[str, Any]]:
+    experiment = {"sampling": {"solver": solver}, "evaluation": {"steps": steps}}
+    return [one | {"config": one["config"] | {"experiment": experiment}} for one in cells]
+
+
+def test_a_control_that_is_sampled_alike_comes_before_the_first_of_the_profile(tmp_path: Path) -> None:
+    values = {"image|label/fid_x": 3.0, "image|label/precision_x": 0.8, "image|label/recall_x": 0.7}
+    other = {"image|label/fid_x": 2.0, "image|label/precision_x": 0.9, "image|label/recall_x": 0.6}
+    groups = [
+        sampled(made("joint", values, "joint"), "ancestral"),
+        sampled(made("joint-ddim", values, "joint"), "ddim"),
+        sampled(made("joint-few", values, "joint"), "ancestral", steps=5),
+        sampled(made("single", values, kind="single"), "ancestral"),
+        sampled(made("single-ddim", other, kind="single"), "ddim"),
+    ]
+    results = results_of(tmp_path, *groups)
+    expected = {"joint": "single", "joint-ddim": "single-ddim", "joint-few": "single"}
+    assert {t.group.method: t.control.method for t in results.transfers} == expected
+    assert {row.group.method: row.control.method for row in fidelity(results)} == expected
+    (table,) = variants(results)
+    rows = [(name, {group.method for group in controls.values()}) for name, controls in table.controls]
+    assert rows == [("one for each question", {"single"}), ("sampled otherwise", {"single-ddim"})]
+    page, document = texts(tmp_path)
+    assert "sampled otherwise" in page
+    assert "| control, sampled otherwise |" in document

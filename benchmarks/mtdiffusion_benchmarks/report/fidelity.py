@@ -10,7 +10,7 @@ from attrs import frozen
 from mtdiffusion_benchmarks.report import text
 from mtdiffusion_benchmarks.report.reconstruction import parse
 from mtdiffusion_benchmarks.report.statistics import Comparison, compare
-from mtdiffusion_benchmarks.report.tables import REAL, Group, Results, split_key
+from mtdiffusion_benchmarks.report.tables import REAL, Group, Results, preference, split_key
 
 INTRODUCTION = (
     "Precision is the share of generated samples that look like training samples, recall the share of training "
@@ -56,14 +56,7 @@ def _rows(results: Results) -> Iterator[Row]:
 
 
 def _control(results: Results, group: Group, keys: Sequence[str]) -> Group | None:
-    """The diffusion model for this query alone, at the same steps, of the same task if it is there; else any other
-    control."""
-    order = list(results.profile.methods)
-
-    def place(other: Group) -> tuple[bool, int, str, bool]:
-        known = order.index(other.method) if other.method in order else len(order)
-        return other.kind != _DIFFUSION, known, other.method, other.task != group.task
-
+    """A diffusion model for this query alone, at the same steps, if there is one; else any other control."""
     controls = [
         other
         for other in results.groups
@@ -72,7 +65,9 @@ def _control(results: Results, group: Group, keys: Sequence[str]) -> Group | Non
         and other.budget == "steps"
         and all(other.values(key) for key in keys)
     ]
-    return min(controls, key=place) if controls else None
+    if not controls:
+        return None
+    return min(controls, key=lambda other: (other.kind != _DIFFUSION, preference(results, group, other)))
 
 
 def _points(group: Group, control: Group, key: str) -> Comparison | None:

@@ -236,8 +236,8 @@ def reading(results: Results) -> list[str]:
         f"samples of all modalities with nothing given; {REAL}/… is of held-out real data, what a perfect model would "
         "score, and no result of any model.",
         "joint: one model for all of a task's questions. control: a model for one of them alone. "
-        "baseline: anything else. Where several controls have a metric, the first of the profile is taken, preferably "
-        "of the same task; it is named in the table.",
+        "baseline: anything else. Where several controls have a metric, one that is sampled alike is taken, of these "
+        "the first of the profile, preferably of the same task; it is named in the table.",
         "Effect, of the error: metrics that are shares of something right, better when higher, with all values in [0, "
         f"1] ({by_scale['error']}) are compared by their errors: 1 − (1 − joint) / (1 − control). +20% is "
         "a fifth fewer errors.",

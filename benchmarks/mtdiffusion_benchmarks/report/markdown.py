@@ -151,8 +151,9 @@ def variants_table(results: Results, table: variants.Table, keys: Sequence[str],
             mark = f"{SIGNS[found.verdict]} " if found else ""
             cells.append(f"{mark}{_summary(variant.group, key)}")
         rows.append([name(variant.group), _plain(variant.told + variant.except_for), *cells])
-    controls = [_summary(table.controls[key], key) if key in table.controls else "" for key in keys]
-    rows.append(["control, one for each question", "", *controls])
+    for which, controls in table.controls:
+        cells = [_summary(controls[key], key) if key in controls else "" for key in keys]
+        rows.append([f"control, {which}", "", *cells])
     return _table(["joint model", "ties or beats the control", *header], rows)
 
 

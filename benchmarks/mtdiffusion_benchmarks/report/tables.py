@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from attrs import evolve, frozen
 
@@ -83,6 +84,15 @@ class Group:
         """Of the method; None if the results do not tell."""
         method = self.cells[0].config.get("method")
         return method.get("kind") if isinstance(method, dict) else None
+
+    def alike(self, other: Group) -> bool:
+        """Whether both are sampled with the same settings; none, if the results do not tell, are the same."""
+        return self._sampling == other._sampling
+
+    @property
+    def _sampling(self) -> tuple[Any, Any]:
+        experiment = self.cells[0].config.get("experiment", {})
+        return experiment.get("sampling"), experiment.get("evaluation", {}).get("steps")
 
     @property
     def ok(self) -> tuple[Cell, ...]:
@@ -184,6 +194,11 @@ class Results:
         """The joint method that the headline is about: the first with a comparison."""
         return self.transfers[0].group.method if self.transfers else None
 
+    def place(self, method: str) -> int:
+        """Of a method in the profile's order; those that it does not know come last."""
+        order = list(self.profile.methods)
+        return order.index(method) if method in order else len(order)
+
     def title(self, axis: str, name: str) -> str:
         """What the profile calls a setting, task or method; its name if nothing."""
         entries: Mapping[str, Entry] = getattr(self.profile, axis)
@@ -269,18 +284,19 @@ def _scales(cells: Iterable[Cell], directions: Mapping[str, Direction]) -> dict[
     return scales
 
 
+def preference(results: Results, group: Group, control: Group) -> tuple[bool, int, str, bool]:
+    """Least for the control that a joint model is compared with: one that is sampled alike, of these the first method,
+    of its tasks the same one, since a task may train a control differently."""
+    return not group.alike(control), results.place(control.method), control.method, control.task != group.task
+
+
 def _transfers(results: Results) -> tuple[tuple[Transfer, ...], int]:
     """Every joint group's directed metrics against the control of each budget that has the same; by method, then
     setting and task. And how many have none at the same steps."""
     found: list[Transfer] = []
     uncontrolled = 0
-    order = list(results.profile.methods)
-
-    def place(method: str) -> int:
-        return order.index(method) if method in order else len(order)
-
     joint = sorted(
-        (group for group in results.groups if group.role == "joint"), key=lambda g: (place(g.method), g.method)
+        (group for group in results.groups if group.role == "joint"), key=lambda g: (results.place(g.method), g.method)
     )
     for group in joint:
         for key in group.keys:
@@ -296,7 +312,6 @@ def _transfers(results: Results) -> tuple[tuple[Transfer, ...], int]:
                 equal = [other for other in controls if other.budget == budget]
                 if not equal:
                     continue
-                # The first method; of its tasks the same one if it is there: a task may train a control differently.
-                control = min(equal, key=lambda other: (place(other.method), other.method, other.task != group.task))
+                control = min(equal, key=lambda other: preference(results, group, other))
                 found.append(Transfer(group, control, key, results.compared(group, control, key)))
     return tuple(found), uncontrolled

@@ -65,7 +65,8 @@ class Table:
 
     Attributes:
         queries: what was asked, with its metrics' keys; joint samples first.
-        controls: by key, of the metrics that have one.
+        controls: rows of them, by key, each with what the row is called: the first of every metric that has one, and
+            below it those that other models are compared with, being sampled like them.
         primary: by target modality, the keys that decide whether it is counted.
     """
 
@@ -73,7 +74,7 @@ class Table:
     task: str
     queries: tuple[tuple[str, tuple[str, ...]], ...]
     variants: tuple[Variant, ...]
-    controls: Mapping[str, Group]
+    controls: tuple[tuple[str, Mapping[str, Group]], ...]
     primary: Mapping[str, list[str]]
 
     @property
@@ -89,7 +90,7 @@ def variants(results: Results) -> Iterator[Table]:
             continue
         ids = {group.id for group in joint}
         found = {(t.group.id, t.key): t for t in results.transfers if t.group.id in ids}
-        controls = {key: transfer.control for (_, key), transfer in found.items()}
+        controls = _controls(found.values())
         plain = {key for group in joint for key in group.keys if split_key(key)[0] == JOINT and results.direction(key)}
         keys = sorted({*controls, *plain}, key=key_order)
         if not keys:
@@ -97,7 +98,7 @@ def variants(results: Results) -> Iterator[Table]:
         queries = tuple((q, tuple(part)) for q, part in itertools.groupby(keys, lambda key: split_key(key)[0]))
         primary = _primary(controls)
         made = tuple(_variant(group, found, keys, primary) for group in joint)
-        yield Table(setting, task, queries, made, controls, primary)
+        yield Table(setting, task, queries, made, tuple(_rows(controls)), primary)
 
 
 def sentences(results: Results) -> Iterator[str]:
@@ -118,6 +119,20 @@ def sentences(results: Results) -> Iterator[str]:
         else:
             told += f"none ties or beats the controls in more modalities than “{first.group.title}”, "
             yield f"{told}{first.told}{first.except_for}."
+
+
+def _controls(transfers: Iterable[Transfer]) -> dict[str, list[Group]]:
+    """By key, every control that is compared with, in the order of the joint models."""
+    found: dict[str, dict[tuple[str, str, str], Group]] = {}
+    for transfer in transfers:
+        found.setdefault(transfer.key, {}).setdefault(transfer.control.id, transfer.control)
+    return {key: list(groups.values()) for key, groups in found.items()}
+
+
+def _rows(controls: Mapping[str, list[Group]]) -> Iterator[tuple[str, Mapping[str, Group]]]:
+    for row in range(max(map(len, controls.values()), default=1)):
+        name = "sampled otherwise" if row else "one for each question"
+        yield name, {key: groups[row] for key, groups in controls.items() if row < len(groups)}
 
 
 def _variant(
