@@ -60,7 +60,7 @@ class FeatureSpec:
 class Features(NamedTuple):
     """The shared features h that every decoder head reads.
 
-    A tuple, as what a network returns has to be for ``torch.compile`` to trace it.
+    A named tuple: ``torch.compile`` cannot trace the making of a frozen attrs class.
 
     Attributes:
         map: ``[B, F, H, W]``, aligned with the diffusion space; spatial heads read it.
