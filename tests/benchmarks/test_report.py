@@ -482,6 +482,17 @@ def test_a_metric_with_negative_values_is_compared_plainly(tmp_path: Path) -> No
     assert "+0.00300" in build_report(folder)[1].read_text(encoding="utf-8")
 
 
+def test_the_headline_tells_the_values_where_a_share_is_beyond_telling(tmp_path: Path) -> None:
+    profile, cells = small()
+    for made in cells:
+        joint = made["method"] == "joint"
+        made["metrics"]["label|image/accuracy"] = (0.7 if joint else 0.99) + 0.01 * made["seed"] * joint
+    document = build_report(write(tmp_path / "x", profile, cells))[1].read_text(encoding="utf-8")
+    (losses,) = (line for line in document.splitlines() if line.startswith("Greatest losses"))
+    assert "label|image/accuracy in digits, all: 0.705 to the control's 0.990" in losses.replace("\\", "")
+    assert "999%" not in losses
+
+
 def test_a_perfect_control_does_not_rule_the_median_or_the_headline(tmp_path: Path) -> None:
     profile, cells = small()
     _, third = benchmark()

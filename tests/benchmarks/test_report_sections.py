@@ -337,6 +337,22 @@ def test_a_variant_that_diverged_keeps_nothing_and_one_model_alone_has_no_table(
     assert "Joint models side by side" not in "".join(texts(tmp_path / "b"))
 
 
+def test_one_joint_model_of_a_setting_has_a_table_if_another_setting_of_its_task_has_several(tmp_path: Path) -> None:
+    elsewhere = [
+        [one | {"setting": "other"} for one in made(method, values, role)]
+        for method, values, role in (
+            ("joint", ASKED, "joint"),
+            ("classifier", {"label|depth/accuracy": 0.85}, "control"),
+            ("conditional", {"depth|label/fid_x": 2.0}, "control"),
+        )
+    ]
+    results = variant_results(tmp_path / "x", made("joint-remedy", ASKED, "joint"), *elsewhere)
+    alone, _ = variants(results)
+    assert (alone.setting, len(alone.variants), alone.variants[0].told) == ("other", 1, "1 of 2")
+    told = "other, t: “joint model” ties with or beats the controls in 1 of 2 modalities (not depth)."
+    assert told in list(sentences(results))
+
+
 def sampled(cells: list[dict[str, Any]], solver: str, steps: int = 25) -> list[dict[str, Any]]:
     experiment = {"sampling": {"solver": solver}, "evaluation": {"steps": steps}}
     return [one | {"config": one["config"] | {"experiment": experiment}} for one in cells]

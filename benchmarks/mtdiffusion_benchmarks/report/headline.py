@@ -30,7 +30,8 @@ TRANSFER = (
 )
 COST = (
     "Means over seeds. In brackets, for joint models: relative to the controls they are compared with (the least and "
-    "the greatest ratio where there are several)."
+    "the greatest ratio where there are several). Parameters and operations are counted, times are those measured: "
+    "they depend on the machine and on what else ran on it."
 )
 _FEATURES = {
     "fid": "Fréchet distance between Gaussians fitted to generated and training samples (Heusel et al. 2017)",
@@ -149,7 +150,12 @@ def sentences(results: Results) -> list[str]:
 
 def _named(found: Comparison, transfer: Transfer) -> str:
     group = transfer.group
-    return f"{transfer.key} in {group.setting}, {group.task}: {text.effect(found)} ({text.interval(found)})"
+    told = f"{text.effect(found)} ({text.interval(found)})"
+    if found.relative and text.beyond(found.effect):
+        # Such a share says only that the control leaves little to be relative to.
+        summaries = (side.summary(transfer.key) for side in (group, transfer.control))
+        told = " to the control's ".join(text.number(summary.mean) for summary in summaries if summary)
+    return f"{transfer.key} in {group.setting}, {group.task}: {told}"
 
 
 def _other_budgets(results: Results) -> Iterator[tuple[str, Counts]]:

@@ -37,10 +37,15 @@ def mean_std(summary: Summary) -> str:
 
 def percent(share: float) -> str:
     """A signed percentage; what is beyond ±999 % says so."""
-    if abs(share) >= 9.995:
+    if beyond(share):
         return ">+999%" if share > 0 else f"<{MINUS}999%"
     decimals = 0 if abs(share) >= 0.0995 else 1
     return f"{share:+.{decimals}%}".replace("-", MINUS)
+
+
+def beyond(share: float) -> bool:
+    """Whether a share is too large for its percentage to be told."""
+    return abs(share) >= 9.995
 
 
 def effect(comparison: Comparison) -> str:

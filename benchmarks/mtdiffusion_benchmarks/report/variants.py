@@ -83,10 +83,14 @@ class Table:
 
 
 def variants(results: Results) -> Iterator[Table]:
-    """A table for every task with more than one joint model."""
-    for setting, task, groups in results.by_task():
-        joint = [group for group in groups if group.role == "joint"]
-        if len(joint) < 2:
+    """For every task that has more than one joint model in some setting, a table in each setting."""
+    by_task = [
+        (setting, task, [group for group in groups if group.role == "joint"])
+        for setting, task, groups in results.by_task()
+    ]
+    several = {task for _, task, joint in by_task if len(joint) > 1}
+    for setting, task, joint in by_task:
+        if task not in several:
             continue
         ids = {group.id for group in joint}
         found = {(t.group.id, t.key): t for t in results.transfers if t.group.id in ids}
@@ -109,6 +113,10 @@ def sentences(results: Results) -> Iterator[str]:
             continue
         most = max(variant.count for variant in table.variants)
         where = f"{results.title('settings', table.setting)}, {results.title('tasks', table.task)}"
+        if len(table.variants) == 1:
+            verb = "ties with or beats the controls in"
+            yield f"{where}: “{first.group.title}” {verb} {first.told} modalities{first.except_for}."
+            continue
         told = f"{where}: of {len(table.variants)} joint models, "
         if most > first.count:
             best = [variant for variant in table.variants if variant.count == most]
