@@ -80,12 +80,13 @@ class Runner:
         self._cells: tuple[Cell, ...] = ()
 
     def run(self, cells: Sequence[Cell]) -> dict[str, int]:
-        """Run what is not done yet.
+        """Run what is not done yet. Torch is set to flush denormal numbers, as the engine's trainer does.
 
         Returns:
             How many cells are "ok", "diverged", "failed", and how many were left to another process ("elsewhere").
         """
         self._cells = tuple(cells)
+        torch.set_flush_denormal(True)  # for methods with a loop of their own, and before the judges' first tensor
         finished = self._check(cells)
         (self.out / "cells").mkdir(parents=True, exist_ok=True)
         write_json(self.out / "profile.json", summary(self.profile, cells, self.out), sort_keys=False)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import attrs
 import pytest
+import torch
 
 from mtdiffusion_benchmarks.profile import Cell, base_experiment, cell_experiment, load_profile, plan, shipped
 from mtdiffusion_benchmarks.runner import Runner
@@ -105,6 +106,16 @@ def runner_of(source: Path, out: Path, registry: Registry, **options: object) ->
 
 def results(out: Path) -> dict[str, dict]:
     return {path.stem: json.loads(path.read_text()) for path in sorted((out / "cells").glob("*.json"))}
+
+
+def test_denormals_are_flushed_for_methods_that_have_a_loop_of_their_own(
+    source: Path, tmp_path: Path, registry: Registry
+) -> None:
+    torch.set_flush_denormal(False)
+    smallest = torch.full((4,), torch.finfo(torch.float32).tiny)
+    assert (smallest / 2).all()
+    runner_of(source, tmp_path / "out", registry)[0].run([])
+    assert not (smallest / 2).any()
 
 
 def test_a_query_names_its_metrics() -> None:
