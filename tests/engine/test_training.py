@@ -65,7 +65,7 @@ def flat(model: nn.Module) -> Tensor:
 
 
 def test_denormals_are_flushed(tmp_path: Path) -> None:
-    """They make the CPU ten times as slow once a network knows its data by heart."""
+    """They make the CPU many times as slow once a network knows its data by heart."""
     torch.set_flush_denormal(False)
     smallest = torch.full((4,), torch.finfo(torch.float32).tiny)
     assert (smallest / 2).all()
