@@ -11,14 +11,14 @@ from mtdiffusion_benchmarks.report.statistics import Comparison
 from mtdiffusion_benchmarks.report.tables import JOINT, Group, Results, Transfer, key_order, modality, split_key
 
 INTRODUCTION = (
-    "Where a task was trained jointly in several ways: every metric that has a control, marked as better (▲), worse "
-    "(▼) or tied (≈), and those of joint samples. “Ties or beats” counts target modalities: one is counted if none of "
-    "its primary metrics is worse than its control, whatever it is given; without an interval, the mean decides. "
+    "Tasks that were trained jointly in several ways, and the same tasks in other settings: every metric that has a "
+    "control, marked as better (▲), worse (▼) or tied (≈), and those of joint samples. “Ties or beats” counts target "
+    "modalities: one is counted if none of its primary metrics is worse than its control, whatever it is given; "
+    "without an interval, the mean decides. "
     "Primary are accuracy, mean IoU, cosine and the Fréchet distance; of a modality that has none of them, all its "
     "metrics but those of the predicted distribution (nll, ece). Where both have a primary metric of one evaluation "
     "(readout_accuracy), those of one evaluation alone decide the query: the control answers in one evaluation, and so "
-    "can the joint model. "
-    "Joint samples are no modality."
+    "can the joint model. Joint samples are no modality."
 )
 _PRIMARY = frozenset(("accuracy", "miou", "cosine", "fid"))
 _OF_DISTRIBUTION = frozenset(("nll", "ece"))
@@ -114,8 +114,8 @@ def sentences(results: Results) -> Iterator[str]:
         most = max(variant.count for variant in table.variants)
         where = f"{results.title('settings', table.setting)}, {results.title('tasks', table.task)}"
         if len(table.variants) == 1:
-            verb = "ties with or beats the controls in"
-            yield f"{where}: “{first.group.title}” {verb} {first.told} modalities{first.except_for}."
+            told = f"ties with or beats the controls in {first.told} modalities{first.except_for}."
+            yield f"{where}: “{first.group.title}” {told}"
             continue
         told = f"{where}: of {len(table.variants)} joint models, "
         if most > first.count:
