@@ -117,8 +117,8 @@ class Trainer:
         device: str | None = None,
         on_message: Callable[[str], None] = print,
     ) -> None:
-        # The gradients of a network that knows its data by heart are full of denormals, with which the CPU computes many
-        # times as slowly. Threads inherit the setting, so it comes before the first tensor.
+        # The gradients of a network that knows its data by heart are full of denormals, with which the CPU computes
+        # many times as slowly. Threads inherit the setting, so it comes before the first tensor.
         torch.set_flush_denormal(True)
         self.experiment = experiment
         self.config = experiment.training
