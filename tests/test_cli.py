@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -367,17 +368,19 @@ def test_sample_writes_what_suits_each_modality(cli: Cli, tiny_run: Path, tmp_pa
     assert json.loads((out / "request.json").read_text()) == {
         "run": str(tiny_run),
         "checkpoint": "step-00000010",
-        "version": "0.1.0",
+        "version": version("mtdiffusion"),
         "n": 3,
         "observed": {"label": "3", "image": str(picture)},
         "visible": {"image": str(picture)},
+        "strength": {},
         "generated": ["image", "mask"],
         "settings": {
             "steps": 2,
             "solver": "ddim",
             "eta": 0.5,
             "guidance": 2.0,
-            "conditioning": "observed_aggregate",
+            "path": None,
+            "conditioning": "observed",
             "draw": True,
         },
         "seed": 4,
@@ -392,6 +395,27 @@ def test_sample_writes_what_suits_each_modality(cli: Cli, tiny_run: Path, tmp_pa
     )  # fmt: skip
     for i, stem in enumerate(stems):
         assert np.array_equal(np.asarray(Image.open(out / "mask" / f"{stem}.png")), samples["mask"][i].numpy())
+
+
+def test_sample_starts_from_something_observed_and_goes_along_a_path(
+    cli: Cli, tiny_run: Path, tmp_path: Path, picture: Path
+) -> None:
+    options = ("--observe", f"image={picture}", "--strength", "image=0.5", "--path", "label=0.6,mask=0.3", "--steps", 4)
+    assert cli("sample", tiny_run, "-n", 2, *options, "--out", tmp_path / "out", "--device", "cpu").code == 0
+    request = json.loads((tmp_path / "out" / "request.json").read_text())
+    assert (request["strength"], request["settings"]["path"]) == ({"image": 0.5}, {"label": 0.6, "mask": 0.3})
+    assert request["generated"] == ["image", "mask", "label"]  # what one starts from does not stay
+    run = load_run(tiny_run, device="cpu")
+    samples = run.sample(
+        2,
+        observed={"image": run.modality("image").parse(str(picture))},
+        strength={"image": 0.5},
+        path={"label": 0.6, "mask": 0.3},
+        steps=4,
+    )
+    for i in range(2):
+        written = np.asarray(Image.open(tmp_path / "out" / "mask" / f"000{i}.png"))
+        assert np.array_equal(written, samples["mask"][i].numpy())
 
 
 def test_sample_generates_only_what_is_asked_for(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
@@ -454,6 +478,12 @@ def test_nothing_is_left_half_written(
         (["--observe", "image={picture}", "--visible", "image={small}"], "expected [1, 8, 8] or [8, 8], found [4, 5]"),
         (["--observe", "image={picture}", "--visible", "image={text}"], "{text}: cannot be read as a picture"),
         (["--observe", "image={picture}", "--visible", "image=none.png"], "none.png: no such file"),
+        (["--strength", "image=0.4"], "strength: 0.4 was given for 'image', but it is not among the observed"),
+        (["--observe", "label=1", "--strength", "label=2"], "strength['label']: expected a share of the path above 0"),
+        (["--observe", "label=1", "--strength", "label=much"], "--strength label=much: expected a number, such as"),
+        (["--path", "lable=0.5"], "path: no modality named lable; this model has image, mask, label"),
+        (["--path", "label"], "--path label: expected NAME=VALUE"),
+        (["--path", "label=early"], "--path label=early: expected a number, such as label=0.4"),
         (["--generate", "masks"], 'no modality named "masks"; did you mean "mask"?'),
         (["--steps", "0"], "argument --steps: invalid positive integer value: '0'"),
         (["-n", "few"], "argument -n: invalid positive integer value: 'few'"),

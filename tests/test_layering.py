@@ -1,11 +1,13 @@
-"""The arrows of the design: core <- registry <- plugins; core, registry <- engine <- benchmarks."""
+"""The arrows of the design: core <- registry <- plugins; core, registry <- engine <- benchmarks; and no circles."""
 
 from __future__ import annotations
 
 import ast
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,34 @@ def kind_comparisons(source: str, kinds: frozenset[str] = MODALITY_KINDS) -> lis
     return found
 
 
+def module_sources(room: str) -> dict[str, str]:
+    """The source of each module of a room, by its full name; of a package, ending in ``.__init__``."""
+    paths = [path for name, path in SOURCES if name == room]
+    return {".".join(path.relative_to(ROOT / room).with_suffix("").parts): path.read_text() for path in paths}
+
+
+def circle_of_imports(sources: Mapping[str, str]) -> list[str]:
+    """Modules each of which imports the next, be it in a function or for types alone; the last is the first again."""
+    modules = {name.removesuffix(".__init__") for name in sources}
+    graph = {}
+    for name, source in sources.items():
+        imported = set()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                start = "." * node.level + (node.module or "")
+                start = resolve_name(start, name.rpartition(".")[0]) if node.level else start
+                names = {f"{start}.{alias.name}" for alias in node.names}
+                imported |= {name if name in modules else start for name in names}
+        graph[name.removesuffix(".__init__")] = imported & modules
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(reversed(error.args[1]))
+    return []
+
+
 @every_source
 def test_imports_follow_the_arrows(room: str, path: Path) -> None:
     assert forbidden_imports(ROOMS[room], path.read_text()) == []
@@ -109,6 +139,11 @@ def test_imports_follow_the_arrows(room: str, path: Path) -> None:
 )
 def test_no_modality_kind_is_compared_outside_plugins(room: str, path: Path) -> None:
     assert kind_comparisons(path.read_text()) == []
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_modules_of_a_room_import_one_another_in_a_circle(room: str) -> None:
+    assert circle_of_imports(module_sources(room)) == []
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -180,3 +215,29 @@ def test_a_comparison_with_a_modality_kind_is_found(source: str) -> None:
 )
 def test_other_comparisons_are_allowed(source: str) -> None:
     assert kind_comparisons(source) == []
+
+
+@pytest.mark.parametrize(
+    ("sources", "circle"),
+    [
+        ({"p.a": "import p.b", "p.b": "def f():\n    from p.a import g"}, {"p.a", "p.b"}),
+        ({"p.a": "from p import b", "p.b": "if TYPE_CHECKING:\n    from p import a"}, {"p.a", "p.b"}),
+        ({"p.a": "from .b import x, y", "p.b": "from . import c", "p.c": "from p.a import z"}, {"p.a", "p.b", "p.c"}),
+        ({"p.__init__": "from p.a import x", "p.a": "from p import y"}, {"p", "p.a"}),
+        ({"p.__init__": "from .a import x", "p.a": "from . import b, y", "p.b": ""}, {"p", "p.a"}),
+    ],
+)
+def test_a_circle_of_imports_is_found(sources: dict[str, str], circle: set[str]) -> None:
+    assert set(circle_of_imports(sources)) == circle
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [
+        {"p.a": "import p.b, p.c", "p.b": "from p.c import x", "p.c": "import torch"},
+        {"p.__init__": "from p import a, b", "p.a": "from p import b", "p.b": ""},
+        {"p.a": "from q import a", "p.b": "from p.a import b"},
+    ],
+)
+def test_imports_without_a_circle_are_allowed(sources: dict[str, str]) -> None:
+    assert circle_of_imports(sources) == []

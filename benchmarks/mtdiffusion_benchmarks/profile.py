@@ -245,18 +245,19 @@ def cell_experiment(profile: Profile, cell: Cell, folder: Path, registry: Regist
             f"{cell.id}: the setting has no modality named {', '.join(missing)}; it has {', '.join(known)} ({path})"
         )
     tables["modalities"] = {name: known[name] for name in task.instances()}
-    if "readout" in tables.get("loss", {}):
-        tables["loss"]["readout"] = readout_of(tables["loss"]["readout"], task.instances())
+    for table, key in (("loss", "readout"), ("sampling", "path")):
+        if key in tables.get(table, {}):
+            tables[table][key] = said_of(tables[table][key], task.instances())
     tables = _merged(tables, task.training())
     own = [*method.set, f"training.seed={cell.seed}", f"evaluation.seed={cell.seed}"]
     return structure_experiment(apply_overrides(tables, own), registry, f"{cell.id} ({path})")
 
 
-def readout_of(readout: Any, names: Collection[str]) -> Any:
-    """``loss.readout`` for these modalities alone: of a table by modality, what is said of the others is left out."""
-    if not isinstance(readout, Mapping):
-        return readout
-    return {name: share for name, share in readout.items() if name in names}
+def said_of(value: Any, names: Collection[str]) -> Any:
+    """A setting for these modalities alone: of a table by modality, what is said of the others is left out."""
+    if not isinstance(value, Mapping):
+        return value
+    return {name: each for name, each in value.items() if name in names}
 
 
 def _source(profile: Profile, setting: str, folder: Path) -> tuple[Path, list[str]]:

@@ -1,8 +1,10 @@
 """The method: a diffusion process over any number of modalities, its loss, its model and its samplers."""
 
+from mtdiffusion.clocks import EdgesAndDiagonal, IndependentClocks, MixedClocks, OffsetClocks, SharedClock
 from mtdiffusion.conditioning import Observation, SubsetDistribution
 from mtdiffusion.interfaces import (
     Backbone,
+    ClockLaw,
     Dataset,
     Decoder,
     Encoder,
@@ -13,34 +15,45 @@ from mtdiffusion.interfaces import (
     Params,
     WeightSchedule,
 )
+from mtdiffusion.layout import Layout, OwnLayout, SharedLayout
 from mtdiffusion.loss import Bound, LossTerms, LossWeights, composite_loss, variational_bound
-from mtdiffusion.model import LatentLayout, MultimodalDiffusion, Prediction
+from mtdiffusion.model import Heads, MultimodalDiffusion, Prediction
 from mtdiffusion.process import DiffusionProcess
+from mtdiffusion.retention import Retention
 from mtdiffusion.sampler import SamplerSettings, read_out, sample
-from mtdiffusion.schedules import DirectWeights, Retention, SNRMatched, TargetSignal
+from mtdiffusion.schedules import DirectWeights, SNRMatched, TargetSignal
 
 __all__ = [
     "Backbone",
     "Bound",
+    "ClockLaw",
     "Dataset",
     "Decoder",
     "DiffusionProcess",
     "DirectWeights",
+    "EdgesAndDiagonal",
     "Encoder",
     "FeatureSpec",
     "Features",
-    "LatentLayout",
+    "Heads",
+    "IndependentClocks",
     "LatentSpec",
+    "Layout",
     "LossTerms",
     "LossWeights",
+    "MixedClocks",
     "Modality",
     "MultimodalDiffusion",
     "Observation",
+    "OffsetClocks",
+    "OwnLayout",
     "Params",
     "Prediction",
     "Retention",
     "SNRMatched",
     "SamplerSettings",
+    "SharedClock",
+    "SharedLayout",
     "SubsetDistribution",
     "TargetSignal",
     "WeightSchedule",

@@ -1,8 +1,7 @@
-"""Which modalities are observed, and how much of each: what the backbone is told beside z_t.
+"""Which modalities are observed, and how much of each.
 
-The *observed aggregate* (docs/mathematics.md, section 5): the network receives c = Σ_k (code of what is seen of k) and
-a visibility map per modality. In training a random part is observed, none included, so one network serves every
-conditional and classifier-free guidance needs nothing more.
+In training a random part is observed, none included, so that one network serves every conditional and classifier-free
+guidance needs nothing more (docs/mathematics.md, section 5). How a network is told is the layout's business.
 """
 
 from __future__ import annotations
@@ -24,36 +23,26 @@ class Observation:
     """What is seen of each modality.
 
     Attributes:
-        codes: ``[B, N, C, H, W]``, zero where nothing is seen.
-        visible: ``[B, N, H, W]``, 1 where seen and 0 where not.
+        codes: by name, each ``[B, c_i, H, W]``, of those that something is seen of; of no meaning where it is not.
+        seen: ``[B, N, h, w]``, 1 where seen and 0 where not; h and w are 1 if nothing is seen in part.
     """
 
-    codes: Tensor
-    visible: Tensor
-
-    @property
-    def aggregate(self) -> Tensor:
-        """c = Σ_k codes_k: ``[B, C, H, W]``."""
-        return self.codes.sum(1)
-
-    @property
-    def flags(self) -> Tensor:
-        """Share of each modality that is seen, in [0, 1]: ``[B, N]``."""
-        return self.visible.mean((-2, -1))
+    codes: Mapping[str, Tensor]
+    seen: Tensor
 
     @property
     def complete(self) -> Tensor:
         """Whether the whole of each modality is seen: ``[B, N]`` bool."""
-        return self.visible.amin((-2, -1)) > 0.5
+        return self.seen.amin((-2, -1)) > 0.5
 
-    def merge(self, codes: Tensor) -> Tensor:
-        """Predicted codes ``[B, N, C, H, W]`` with the true ones where they are seen."""
-        seen = self.visible.unsqueeze(2)
-        return self.codes * seen + codes * (1 - seen)
-
-    def without(self) -> Observation:
-        """The same batch with nothing observed."""
-        return Observation(torch.zeros_like(self.codes), torch.zeros_like(self.visible))
+    def merge(self, codes: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+        """Predicted codes by name, with the true ones where they are seen."""
+        return {
+            name: torch.where(self.seen[:, i : i + 1] > 0.5, self.codes[name], codes[name])
+            if name in self.codes
+            else codes[name]
+            for i, name in enumerate(names)
+        }
 
 
 def pool_visibility(visible: Tensor, height: int, width: int) -> Tensor:
@@ -108,7 +97,8 @@ class SubsetDistribution:
         size: tuple[int, int],
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Visibility maps ``[batch, N, H, W]`` of 0 and 1, on the CPU.
+        """Visibility ``[batch, N, h, w]`` of 0 and 1, on the CPU: maps of this size if any may be seen in part, else
+        h = w = 1.
 
         Raises:
             ValueError: if ``subsets`` names a modality that is not there.
@@ -125,9 +115,10 @@ class SubsetDistribution:
             single = F.one_hot((rand(batch) * n).long(), n).bool()
             whole = torch.where(rand(batch, 1) < self.singleton, single, coins)
         whole &= rand(batch, 1) < self.observed
-        visible = whole.float()[:, :, None, None].expand(batch, n, *size).clone()
+        visible = whole.float()[:, :, None, None]
         places = [i for i, s in enumerate(spatial) if s]
         if places and self.partial > 0:
+            visible = visible.expand(batch, n, *size).clone()
             chosen = torch.tensor(places)[(rand(batch) * len(places)).long()]
             rows = (rand(batch) < self.partial).nonzero()[:, 0]
             low, high = self.hidden_share

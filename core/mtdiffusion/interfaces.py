@@ -15,15 +15,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from attrs import field, frozen
 from attrs.validators import ge
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from mtdiffusion.schedules import Retention
+from mtdiffusion.retention import Retention
 
 Params = Mapping[str, Tensor]
 """Parameters of p(x_i | .), each tensor with the batch first. Classifier-free guidance extrapolates them linearly, so
@@ -235,9 +234,9 @@ class Backbone(nn.Module, ABC):
         """Features of a noisy latent.
 
         Args:
-            z: ``[B, in_channels, H, W]``: the scaled z_t, the observed aggregate and the visibility maps.
-            noise: ``[B]`` in [0, 1]: the noise level (0 is data, 1 is noise).
-            vector: ``[B, in_vector]``: flags and read-outs.
+            z: ``[B, in_channels, H, W]``: the scaled z_t, and what else the layout shows place by place.
+            noise: ``[B]`` in [0, 1]: the noise level of the noisiest modality (0 is data, 1 is noise).
+            vector: ``[B, in_vector]``: the modalities' clocks (or flags) and read-outs.
         """
 
 
@@ -247,6 +246,29 @@ class WeightSchedule(ABC):
     @abstractmethod
     def signal(self, retention: Retention, modalities: int) -> Tensor:
         """Signal coefficients m ``[T + 1, N]`` (float64), m_0 first."""
+
+
+class ClockLaw(ABC):
+    """Which clocks are seen together in training, and along which path sampling takes them (docs/mathematics.md, 7).
+
+    Clocks are shares of T: 0 is data, 1 is noise.
+
+    Attributes:
+        shared: whether all modalities always have one clock; a shared layout needs that.
+    """
+
+    shared: bool = False
+
+    @abstractmethod
+    def draw(self, batch: int, modalities: int, generator: torch.Generator | None = None) -> Tensor:
+        """Clocks of a training batch ``[batch, N]`` in [0, 1], on the CPU. A modality at 0 is seen clean."""
+
+    def ahead(self, modalities: int) -> Tensor:
+        """How far ahead of the slowest each modality runs in sampling, in shares of T ``[N]``; by default 0 for all.
+
+        At position u of the path, which falls to 0, the clock of modality i is clamp(u − ahead_i, 0, 1).
+        """
+        return torch.zeros(modalities, dtype=torch.float64)
 
 
 class Dataset(ABC):

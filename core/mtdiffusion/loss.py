@@ -15,8 +15,9 @@ from attrs.validators import ge, in_
 from torch import Tensor
 
 from mtdiffusion.conditioning import Observation
+from mtdiffusion.layout import Codes
 from mtdiffusion.model import MultimodalDiffusion, Prediction
-from mtdiffusion.process import DiffusionProcess, mix
+from mtdiffusion.process import DiffusionProcess
 
 
 def low_before_high(_: object, attribute: Attribute[tuple[float, float]], value: tuple[float, float]) -> None:
@@ -34,16 +35,16 @@ def share_or_shares(_: object, attribute: Attribute[Any], value: float | Mapping
 
 @frozen
 class LossWeights:
-    """How the four terms add up to the training loss.
+    """How the four terms add up to the training loss; a term of weight 0 is not computed.
 
     Attributes:
         l0, l1, l2, l3: weights of the terms.
         l1_time: "elbo": the exact KL terms of the bound, per latent dimension. "snr": the same error of z_{t−1}
             weighted as ½ ‖ε − ε̂‖² · clamp(SNR_t) / SNR_t, per latent dimension.
         l1_clamp: (low, high) of that clamp; (0, inf) leaves the plain ε loss.
-        readout: share of the samples with something observed that are taken at t = T, where z tells nothing and every
-            head has to read its modality off what is observed. By name: of the samples that see that modality whole (of
-            several, the greatest counts), so that no others are spent on it ({"image": 0.5}).
+        readout: share of the samples with something observed of which all else is taken at t = T, where z tells nothing
+            and every head has to read its modality off what is observed. By name: of the samples that see that modality
+            whole (of several, the greatest counts), so that no others are spent on it ({"image": 0.5}).
     """
 
     l0: float = field(default=0.0, validator=ge(0.0))
@@ -61,78 +62,77 @@ class LossTerms:
 
     Attributes:
         total: the weighted training loss.
-        l0: KL(q(z_T | X) ‖ N(0, I)) in nats.
-        l1: one-sample estimate of Σ_{t≥2} KL(q(z_{t−1} | z_t, X) ‖ p) in nats.
-        l2: per modality, the head's objective at a random t, where it has something to predict; 0 elsewhere.
-        l3: per modality, one-sample estimate of −log p(x_i | z_1) in nats: 0 unless t = 1, T times it there.
-        counted: per modality, whether the sample has it and it is not observed whole.
+        l0: KL(q(z_T | X) ‖ N(0, I)) in nats; None if it does not count.
+        l1: one-sample estimate of Σ_{t≥2} KL(q(z_{t−1} | z_t, X) ‖ p) in nats; None if it does not count. It and l3 are
+            scaled for clocks that are uniform on 1..T: by another law they estimate no bound.
+        l2: per modality, the head's objective at its clock, where it has something to predict; 0 elsewhere.
+        l3: per modality, one-sample estimate of −log p(x_i | z_1) in nats: 0 unless t = 1, T times it there; empty if
+            it does not count.
+        counted: per modality, 1 where the sample has it, it is not observed whole and its clock is not at 0.
     """
 
     total: Tensor
-    l0: Tensor
-    l1: Tensor
+    l0: Tensor | None
+    l1: Tensor | None
     l2: dict[str, Tensor]
     l3: dict[str, Tensor]
     counted: dict[str, Tensor]
 
-    def means(self) -> dict[str, float]:
-        """Term by term and modality by modality, for a log: L2 as the mean over the samples it counts for."""
-        means = {"loss": self.total, "l0": self.l0, "l1": self.l1}
-        values = {name: value.mean().item() for name, value in means.items()}
-        for name, value in self.l2.items():
-            values[f"l2/{name}"] = (value.sum() / self.counted[name].sum().clamp(min=1)).item()
-        for name, value in self.l3.items():
-            values[f"l3/{name}"] = value.mean().item()
-        return values
+    def sums(self) -> dict[str, Tensor]:
+        """Sum and count ``[2]`` by name (loss, l0, l1, l2/NAME, l3/NAME), for a log that averages over many batches: L2
+        over the samples it counts for."""
+        every = torch.ones_like(self.total)
+        parts = {"loss": (self.total, every), "l0": (self.l0, every), "l1": (self.l1, every)}
+        parts |= {f"l2/{name}": (value, self.counted[name]) for name, value in self.l2.items()}
+        parts |= {f"l3/{name}": (value, every) for name, value in self.l3.items()}
+        return {
+            name: torch.stack([value.detach().sum(), count.sum()]).double()
+            for name, (value, count) in parts.items()
+            if value is not None
+        }
 
 
-def draw_times(batch: int, steps: int, generator: torch.Generator | None = None) -> Tensor:
-    """Uniform t in 1..T ``[B]``, stratified: one in each of B equal parts, in random order, for less noise."""
-    u = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
-    return 1 + (u[torch.randperm(batch, generator=generator)] * steps).long().clamp(max=steps - 1)
-
-
-def standard_normal(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """N(0, I) in the shape, dtype and device of a tensor, drawn where the generator lives."""
-    device = like.device if generator is None else generator.device
-    return torch.randn(like.shape, dtype=like.dtype, device=device, generator=generator).to(like.device)
-
-
-def prior_kl(process: DiffusionProcess, codes: Tensor, presence: Tensor | None = None) -> Tensor:
+def prior_kl(process: DiffusionProcess, codes: Codes, presence: Tensor | None = None) -> Tensor:
     """L0 = KL(q(z_T | X) ‖ N(0, I)) in nats ``[B]``, in closed form."""
-    t = torch.full((codes.shape[0],), process.steps, device=codes.device)
+    t = torch.full((1, len(codes)), process.steps, device=process.log_alpha_bar.device)
     mean = process.mean(codes, t, presence)
-    log_alpha_bar = process.log_alpha_bar[-1]
-    spread = -torch.expm1(log_alpha_bar) - 1 - torch.log(-torch.expm1(log_alpha_bar))  # σ² − 1 − log σ²
-    return 0.5 * (mean.square().sum((1, 2, 3)) + spread.to(mean.dtype) * mean[0].numel())
+    variance = process.variance(t[0, 0])
+    return 0.5 * (mean.square().sum((1, 2, 3)) + (variance - 1 - torch.log(variance)).to(mean.dtype) * mean[0].numel())
 
 
 def transition_kl(
     process: DiffusionProcess,
     z: Tensor,
-    codes: Tensor,
+    codes: Codes,
     prediction: Prediction,
     t: Tensor,
+    s: Tensor,
     presence: Tensor | None = None,
     *,
     derived_epsilon: bool = True,
 ) -> Tensor:
-    """KL(q(z_{t−1} | z_t, X) ‖ p(z_{t−1} | z_t)) in nats ``[B]``; 0 at t = 1, where L3 takes its place.
+    """KL(q(z_s | z_t, X) ‖ p(z_s | z_t)) in nats ``[B]``, for clocks s ≤ t ``[B, N, h, w]``; 0 for what stays, and for
+    what reaches s = 0, where L3 takes its place.
 
-    With ε derived from the heads it is ‖Σ_i c_t^(i) (e_i − ê_i)‖² / (2 β̃_t), which cancels nothing; with an ε head, the
-    difference of the posterior mean and the paper's μ_θ.
+    With ε derived from the heads it is ‖c (e − ê)‖² / (2 β̃), which cancels nothing; with an ε head, the difference of
+    the posterior mean and the paper's μ_θ.
     """
+    layout = process.layout
     if derived_epsilon:
-        difference = mix(process.code_error_gain(t, presence), codes - prediction.codes)
+        wrong = {name: codes[name] - prediction.codes[name] for name in layout.names}
+        difference = layout.meet(process.code_error_gain(t, s, presence), wrong)
     else:
-        s = t - 1
         mu = process.mean_from_epsilon(z, prediction.epsilon, prediction.codes, t, s, presence)
-        # The posterior keeps √(1 − ᾱ_s − β̃_t) of ε; p keeps as much of its own ε̂.
+        # The posterior keeps √(1 − ᾱ_s − β̃) of ε; p keeps as much of its own ε̂.
         mu = process.jump(mu, prediction.epsilon, t, s, eta=1.0, noise=torch.zeros_like(z))
-        difference = process.posterior_mean(z, codes, t, presence) - mu
-    variance = process.posterior_variance(t).to(z.dtype)
-    kl = difference.square().sum((1, 2, 3)) / (2 * variance.clamp(min=torch.finfo(z.dtype).tiny))
-    return torch.where(t > 1, kl, torch.zeros_like(kl))
+        difference = process.posterior_mean(z, codes, t, s, presence) - mu
+    counts = layout.spread(_where_present((s > 0) & (s < t), presence))
+    variance = layout.spread(process.posterior_variance(t, s)).to(z.dtype).clamp(min=torch.finfo(z.dtype).tiny)
+    return torch.where(counts > 0, difference.square() / (2 * variance), 0).sum((1, 2, 3))
+
+
+def _where_present(counts: Tensor, presence: Tensor | None) -> Tensor:
+    return counts if presence is None else counts & (presence[:, :, None, None] > 0)
 
 
 def snr_weight(snr: Tensor, clamp: tuple[float, float]) -> Tensor:
@@ -149,96 +149,100 @@ def composite_loss(
     presence: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> LossTerms:
-    """The loss of one batch at one random t a sample.
+    """The loss of one batch, its clocks drawn by the model's law.
 
     Args:
         x: every modality by name, ``[B, ...]``; a placeholder where a sample lacks it.
-        visible: what the network is shown, ``[B, N, H, W]``; None shows nothing.
+        visible: what the network is shown, ``[B, N, h, w]``, h = w = 1 if nothing is seen in part; None shows nothing.
         presence: ``[B, N]``, 0 where a sample lacks a modality: out of the process and out of the loss.
     """
     weights = weights or LossWeights()
+    process, names = model.process, model.names
+    batch, n = len(x[names[0]]), len(names)
+    presence = torch.ones(batch, n) if presence is None else presence
+    visible = torch.zeros(batch, n, 1, 1) if visible is None else visible
+    presence, visible = presence.to(model.device, model.dtype), visible.to(model.device, model.dtype)
     codes = model.encode(x)
-    batch, n, _, height, width = codes.shape
-    if presence is None:
-        presence = codes.new_ones(batch, n)
-    if visible is None:
-        visible = codes.new_zeros(batch, n, height, width)
-    presence, visible = presence.to(codes), visible.to(codes)
-    observation = model.observe(x, visible * presence[:, :, None, None])
-    process = model.process
-    t = draw_times(batch, process.steps, generator).to(codes.device)
-    if weights.readout:
-        last = torch.rand(batch, generator=generator).to(codes.device) < _readout_share(
-            model, observation, weights.readout
+    observation = model.observe(x, visible * presence[:, :, None, None], codes)
+    codes = observation.merge(codes, names)  # an encoder may tell less of a part than of the whole
+    t = _draw_clocks(model, observation, weights, generator)
+    if not model.layout.shared_clock:  # what is missing is noise
+        t = torch.where(presence > 0, t, process.steps)
+    clocks = model.layout.clocks(t[:, :, None, None], observation.seen)
+    z = process.corrupt(codes, clocks, model.noise(batch, generator), presence)
+    heads = model(z, clocks, observation, presence)
+
+    total = z.new_zeros(batch)
+    latent_dims = model.layout.latent.numel
+    l0 = l1 = None
+    if weights.l0 > 0:
+        l0 = prior_kl(process, codes, presence)
+        total = total + weights.l0 * l0 / latent_dims
+    if weights.l1 > 0:
+        prediction = model.complete(heads, z, clocks, observation, presence)
+        derived = model.epsilon_head is None
+        earlier = (clocks - 1).clamp(min=0)
+        kl = transition_kl(process, z, codes, prediction, clocks, earlier, presence, derived_epsilon=derived)
+        l1 = process.steps * kl  # p(t) = 1/T: T times one term estimates the sum
+        plain = (
+            l1 if weights.l1_time == "elbo" else _snr_weighted(process, z, codes, prediction, clocks, presence, weights)
         )
-        t = torch.where(last, process.steps, t)
-    z = process.corrupt(codes, t, standard_normal(codes[:, 0], generator), presence)
-    prediction = model(z, t, observation, presence)
-    return _terms(model, x, codes, z, t, observation, presence, prediction, weights)
+        total = total + weights.l1 * plain / latent_dims
+    l2: dict[str, Tensor] = {}
+    l3: dict[str, Tensor] = {}
+    counted: dict[str, Tensor] = {}
+    snr = process.snr(t.clamp(min=1))
+    for i, name in enumerate(names):
+        modality, params = model.modality(name), heads.params[name]
+        counted[name] = presence[:, i] * (~observation.complete[:, i] & (t[:, i] > 0))
+        l2[name] = torch.where(counted[name] > 0, modality.decoder.objective(params, x[name]), 0)
+        scale = modality.loss_weight * snr_weight(snr[:, i], modality.snr_clamp)
+        total = total + weights.l2 * scale.to(z.dtype) * l2[name]
+        if weights.l3 > 0:
+            final = (t[:, i] == 1) & (counted[name] > 0)
+            l3[name] = torch.where(final, process.steps * modality.decoder.nll(params, x[name]), 0)
+            total = total + weights.l3 * l3[name] / modality.decoder.dims
+    return LossTerms(total, l0, l1, l2, l3, counted)
 
 
-def _readout_share(
-    model: MultimodalDiffusion, observation: Observation, readout: float | Mapping[str, float]
+def _draw_clocks(
+    model: MultimodalDiffusion, observation: Observation, weights: LossWeights, generator: torch.Generator | None
 ) -> Tensor:
-    """Probability of t = T for each sample: ``[B]``.
+    """Clocks ``[B, N]`` of the law, some samples with T for all instead.
 
     Raises:
         ValueError: if ``readout`` names a modality that is not there.
     """
-    if not isinstance(readout, Mapping):
-        return (observation.visible.amax((1, 2, 3)) > 0) * readout
-    if unknown := sorted(set(readout) - set(model.names)):
-        raise ValueError(f"readout: expected names among {', '.join(model.names)}, found {', '.join(unknown)}")
-    shares = observation.visible.new_tensor([readout.get(name, 0.0) for name in model.names])  # [N]
-    return (observation.complete * shares).amax(1)
+    names, steps = model.names, model.process.steps
+    batch = len(observation.seen)
+    t = (model.law.draw(batch, len(names), generator) * steps).ceil().long().to(model.device)
+    if isinstance(weights.readout, Mapping):
+        if unknown := sorted(set(weights.readout) - set(names)):
+            raise ValueError(f"readout: expected names among {', '.join(names)}, found {', '.join(unknown)}")
+        shares = observation.seen.new_tensor([weights.readout.get(name, 0.0) for name in names])  # [N]
+        chance = (observation.complete * shares).amax(1)
+    else:
+        chance = (observation.seen.amax((1, 2, 3)) > 0) * weights.readout
+    last = torch.rand(batch, generator=generator).to(model.device) < chance
+    return torch.where(last[:, None], steps, t)
 
 
-def _terms(
-    model: MultimodalDiffusion,
-    x: Mapping[str, Tensor],
-    codes: Tensor,
+def _snr_weighted(
+    process: DiffusionProcess,
     z: Tensor,
-    t: Tensor,
-    observation: Observation,
-    presence: Tensor,
+    codes: Codes,
     prediction: Prediction,
+    t: Tensor,
+    presence: Tensor,
     weights: LossWeights,
-) -> LossTerms:
-    process = model.process
-    latent_dims = codes[0, 0].numel()
-    derived = model.epsilon_head is None
-    l0 = prior_kl(process, codes, presence)
-    kl = transition_kl(process, z, codes, prediction, t, presence, derived_epsilon=derived)
-    l1 = process.steps * kl  # p(t) = 1/T: T times one term estimates the sum
-    total = weights.l0 * l0 / latent_dims
-    snr = process.snr(t)
-    if weights.l1 > 0:
-        if weights.l1_time == "elbo":
-            l1_training = l1
-        else:
-            shared_snr = snr.mean(1).clamp(min=torch.finfo(z.dtype).tiny)  # a target schedule may reach 0
-            scale = snr_weight(shared_snr, weights.l1_clamp) / shared_snr
-            error = process.epsilon(z, codes, t, presence) - prediction.epsilon
-            l1_training = 0.5 * error.square().sum((1, 2, 3)) * scale.to(z.dtype)
-        total = total + weights.l1 * l1_training / latent_dims
-    l2: dict[str, Tensor] = {}
-    l3: dict[str, Tensor] = {}
-    counted: dict[str, Tensor] = {}
-    for i, name in enumerate(model.names):
-        modality = model.modality(name)
-        counts = presence[:, i] * (~observation.complete[:, i])
-        objective = modality.decoder.objective(prediction.params[name], x[name])
-        l2[name] = torch.where(counts > 0, objective, torch.zeros_like(objective))
-        scale = modality.loss_weight * snr_weight(snr[:, i], modality.snr_clamp)
-        total = total + weights.l2 * scale.to(z.dtype) * l2[name]
-        counted[name] = counts
-        final = (t == 1) & (counts > 0)
-        l3[name] = torch.zeros_like(objective)
-        if bool(final.any()):
-            nll = modality.decoder.nll(prediction.params[name], x[name])
-            l3[name] = torch.where(final, process.steps * nll, l3[name])
-        total = total + weights.l3 * l3[name] / modality.decoder.dims
-    return LossTerms(total, l0, l1, l2, l3, counted)
+) -> Tensor:
+    """½ ‖ε − ε̂‖² · clamp(SNR_t) / SNR_t where t > 0: ``[B]``."""
+    layout = process.layout
+    snr = layout.spread(process.snr(t.clamp(min=1))).clamp(min=torch.finfo(z.dtype).tiny)  # a target may reach 0
+    counts = layout.spread(_where_present(t > 0, presence)) > 0
+    scale = counts * snr_weight(snr, weights.l1_clamp) / snr
+    error = process.epsilon(z, codes, t, presence) - prediction.epsilon
+    return 0.5 * (scale.to(z.dtype) * error.square()).sum((1, 2, 3))
 
 
 @frozen(eq=False)
@@ -265,35 +269,43 @@ def variational_bound(
     model: MultimodalDiffusion,
     x: Mapping[str, Tensor],
     *,
+    path: Tensor | None = None,
     times: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Bound:
-    """The true bound of each sample, nothing observed.
+    """The true bound of each sample along a path of clocks, nothing observed.
 
     Args:
-        times: how many of the T − 1 terms of L1 are computed, spread evenly and scaled up; None: all of them.
+        path: clocks ``[K + 1, N]`` from T for all to 0 for all; None: the law's own, T steps for each modality.
+        times: how many of the steps of L1 are computed, spread evenly and scaled up, beside those in which a modality
+            arrives at 0; None: all of them.
 
     Returns:
-        One draw of the noise at each t: unbiased, with a Monte Carlo error that falls with the samples averaged.
+        One draw of the noise at each step: unbiased, with a Monte Carlo error that falls with the samples averaged.
+
+    Raises:
+        ValueError: if the path is none, or has several clocks where the layout has one.
     """
+    process, names = model.process, model.names
+    path = model.path(path=path)
     codes = model.encode(x)
-    batch, n, _, height, width = codes.shape
-    nothing = Observation(torch.zeros_like(codes), codes.new_zeros(batch, n, height, width))
-    process = model.process
-    terms = torch.arange(2, process.steps + 1)
-    if times is not None and times < len(terms):
+    arrives = (path[1:] == 0) & (path[:-1] > 0)  # [K, N]
+    between = (~arrives.any(1)).nonzero()[:, 0].flip(0)
+    chosen = between
+    if times is not None and times < len(between):
         offset = torch.rand(1, generator=generator)
-        terms = terms[((torch.arange(times) + offset) * len(terms) / times).long().clamp(max=len(terms) - 1)]
-    derived = model.epsilon_head is None
-    l1 = codes.new_zeros(batch)
-    for step in terms.tolist():
-        t = torch.full((batch,), step, device=codes.device)
-        z = process.corrupt(codes, t, standard_normal(codes[:, 0], generator))
-        l1 = l1 + transition_kl(process, z, codes, model(z, t, nothing), t, derived_epsilon=derived)
-    l1 = l1 * ((process.steps - 1) / max(len(terms), 1))  # T = 1 has no such term
-    t = torch.ones(batch, dtype=torch.long, device=codes.device)
-    z = process.corrupt(codes, t, standard_normal(codes[:, 0], generator))
-    prediction = model(z, t, nothing)
-    decoders = {name: model.modality(name).decoder for name in model.names}
-    l3 = {name: decoder.nll(prediction.params[name], x[name]) for name, decoder in decoders.items()}
-    return Bound(prior_kl(process, codes), l1, l3, sum(decoder.dims for decoder in decoders.values()))
+        chosen = between[((torch.arange(times) + offset) * len(between) / times).long().clamp(max=len(between) - 1)]
+    l1 = torch.zeros(len(x[names[0]]), device=model.device, dtype=model.dtype)
+    l3: dict[str, Tensor] = {}
+    for k in [*chosen.tolist(), *arrives.any(1).nonzero()[:, 0].tolist()]:
+        t, s = (path[j][None, :, None, None].to(model.device) for j in (k, k + 1))
+        z = process.corrupt(codes, t, model.noise(len(l1), generator))
+        heads = model(z, t)
+        prediction = model.complete(heads, z, t)
+        kl = transition_kl(process, z, codes, prediction, t, s, derived_epsilon=model.epsilon_head is None)
+        l1 = l1 + kl * (1.0 if bool(arrives[k].any()) else len(between) / len(chosen))
+        for i, name in enumerate(names):
+            if bool(arrives[k, i]):
+                l3[name] = model.modality(name).decoder.nll(heads.params[name], x[name])
+    dims = sum(model.modality(name).decoder.dims for name in names)
+    return Bound(prior_kl(process, codes), l1, {name: l3[name] for name in names}, dims)

@@ -2,82 +2,49 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from itertools import pairwise
 from typing import Any, NamedTuple, Self
 
 import torch
-from attrs import frozen
 from torch import Tensor, nn
 
+from mtdiffusion.clocks import SharedClock, check_path, clock_path
 from mtdiffusion.conditioning import Observation, pool_visibility
-from mtdiffusion.interfaces import Backbone, LatentSpec, Modality, Params
-from mtdiffusion.process import DiffusionProcess, per_sample
-
-TERMINAL_SNR = 1e-3
-"""Below it, z_T is taken to tell nothing of any modality, and the network is not shown it (at t = T alone), unless it
-has an ε head."""
+from mtdiffusion.interfaces import Backbone, ClockLaw, Encoder, Modality, Params
+from mtdiffusion.layout import Layout
+from mtdiffusion.process import DiffusionProcess
 
 
-@frozen
-class LatentLayout:
-    """Where each modality lives in the diffusion space.
-
-    Attributes:
-        latent: the whole space.
-        slots: first and past-the-last channel of each modality, in order.
-    """
-
-    latent: LatentSpec
-    slots: Mapping[str, tuple[int, int]]
-
-    @classmethod
-    def own(cls, channels: Mapping[str, int], height: int, width: int) -> LatentLayout:
-        """Channels of its own for each modality: their codes are orthogonal."""
-        slots, start = {}, 0
-        for name, count in channels.items():
-            slots[name] = (start, start + count)
-            start += count
-        return cls(LatentSpec(start, height, width), slots)
-
-    @classmethod
-    def shared(cls, names: list[str], latent: LatentSpec) -> LatentLayout:
-        """All modalities add up in the same channels."""
-        return cls(latent, dict.fromkeys(names, (0, latent.channels)))
-
-    @property
-    def disjoint(self) -> bool:
-        """Whether no two modalities share a channel."""
-        slots = sorted(self.slots.values())
-        return all(stop <= start for (_, stop), (start, _) in pairwise(slots))
-
-    def share(self, name: str) -> LatentSpec:
-        """One modality's share of the space."""
-        start, stop = self.slots[name]
-        return LatentSpec(stop - start, self.latent.height, self.latent.width)
-
-    def take(self, name: str, z: Tensor) -> Tensor:
-        """One modality's channels ``[B, c, H, W]`` of ``z [B, C, H, W]``."""
-        start, stop = self.slots[name]
-        return z[:, start:stop]
-
-    def place(self, name: str, code: Tensor) -> Tensor:
-        """A modality's code ``[B, c, H, W]`` in the whole space, zero elsewhere: ``[B, C, H, W]``."""
-        start, stop = self.slots[name]
-        return nn.functional.pad(code, (0, 0, 0, 0, start, self.latent.channels - stop))
+def standard_normal(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """N(0, I) in the shape, dtype and device of a tensor, drawn where the generator lives."""
+    device = like.device if generator is None else generator.device
+    return torch.randn(like.shape, dtype=like.dtype, device=device, generator=generator).to(like.device)
 
 
-class Prediction(NamedTuple):
-    """What the network says of X at one time.
+class Heads(NamedTuple):
+    """What the network says at one point of the process.
 
     Attributes:
         params: per modality, parameters of p(x_i | z_t, observed).
-        codes: ê ``[B, N, C, H, W]``, the expected codes; the true ones where observed.
+        epsilon: the ε head's ``[B, C, H, W]``; None without one.
+    """
+
+    params: dict[str, Params]
+    epsilon: Tensor | None
+
+
+class Prediction(NamedTuple):
+    """What a solver goes by.
+
+    Attributes:
+        params: per modality, parameters of p(x_i | z_t, observed).
+        codes: ê by name, each ``[B, c_i, H, W]``: the expected codes, the true ones where observed.
         epsilon: ε̂ ``[B, C, H, W]``: derived from the codes, or the ε head's.
     """
 
     params: dict[str, Params]
-    codes: Tensor
+    codes: dict[str, Tensor]
     epsilon: Tensor
 
 
@@ -85,13 +52,15 @@ class MultimodalDiffusion(nn.Module):
     """One diffusion model over any number of modalities.
 
     Args:
-        modalities: by instance name, in the order of the process's tables.
-        backbone: built for :meth:`backbone_inputs` of the layout.
-        process: the forward process.
-        layout: where each modality lives in the latent.
+        modalities: by instance name, in the order of the layout.
+        backbone: built for :meth:`Layout.inputs`.
+        process: the forward process, and the layout in which it runs.
+        law: which clocks are trained together, and the path that sampling takes.
         epsilon_head: predict ε with a head of its own (the paper's parameterisation) instead of deriving it from the
             modalities' heads.
-        own_channels: show the clean code of what is observed in place of its noisy channels; needs a disjoint layout.
+
+    Raises:
+        ValueError: if the modalities are not the layout's, or the law has clocks that the layout cannot.
     """
 
     def __init__(
@@ -99,50 +68,51 @@ class MultimodalDiffusion(nn.Module):
         modalities: Mapping[str, Modality],
         backbone: Backbone,
         process: DiffusionProcess,
-        layout: LatentLayout,
+        law: ClockLaw | None = None,
         *,
         epsilon_head: bool = False,
-        own_channels: bool = True,
     ) -> None:
         super().__init__()
         self.names = list(modalities)
-        if process.signal_table.shape[1] != len(self.names) or list(layout.slots) != self.names:
+        self.law = law or SharedClock()
+        layout = process.layout
+        if list(layout.names) != self.names or process.signal_table.shape[1] != len(self.names):
             raise ValueError(
-                f"modalities {self.names}, layout {list(layout.slots)} and a process of "
+                f"modalities {self.names}, layout {list(layout.names)} and a process of "
                 f"{process.signal_table.shape[1]} modalities do not belong together"
+            )
+        if layout.shared_clock and not self.law.shared:
+            raise ValueError(
+                f"{type(self.law).__name__}: in a shared layout codes overlap, so all modalities have one clock; use "
+                "the law of one shared clock, or a layout of own channels"
             )
         self.modalities = nn.ModuleDict(modalities)
         self.backbone = backbone
         self.process = process
-        self.layout = layout
-        self.own_channels = own_channels and layout.disjoint
-        # An ε head needs z at t = T, of which it is to tell the noise.
-        self.hides_last = not epsilon_head and bool((process.terminal_snr < TERMINAL_SNR).all())
         self.epsilon_head: nn.Conv2d | None = None
         if epsilon_head:
             self.epsilon_head = nn.Conv2d(backbone.features.channels, layout.latent.channels, 3, padding=1)
             nn.init.zeros_(self.epsilon_head.weight)
             nn.init.zeros_(self.epsilon_head.bias)  # type: ignore[arg-type]
-        owner = torch.zeros(len(self.names), layout.latent.channels)
-        for i, (start, stop) in enumerate(layout.slots.values()):
-            owner[i, start:stop] = 1
-        self.register_buffer("owner", owner, persistent=False)
-        self.owner: Tensor
-
-    @staticmethod
-    def backbone_inputs(layout: LatentLayout, readout: int) -> tuple[int, int]:
-        """Channels of the map and width of the vector that a backbone receives.
-
-        The map is z, c and a visibility map per modality; the vector, flags of observation and of presence, and the
-        encoders' read-outs (``readout``: the sum of their widths) of z and c.
-        """
-        n = len(layout.slots)
-        return 2 * layout.latent.channels + n, 2 * n + 2 * readout
+        self.register_buffer("_like", torch.zeros(()), persistent=False)  # knows the device and dtype
+        self._like: Tensor
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.process = self.process.to(self.owner.device)  # its tables stay float64 whatever the module's dtype
+        self.process = self.process.to(self.device)  # its tables stay float64 whatever the module's dtype
         return self
+
+    @property
+    def device(self) -> torch.device:
+        return self._like.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._like.dtype
+
+    @property
+    def layout(self) -> Layout:
+        return self.process.layout
 
     def modality(self, name: str) -> Modality:
         return self.modalities[name]  # type: ignore[return-value]
@@ -152,32 +122,40 @@ class MultimodalDiffusion(nn.Module):
         """Per modality, whether it can be observed in part."""
         return [self.modality(name).encoder.spatial for name in self.names]
 
-    def encode(self, x: Mapping[str, Tensor]) -> Tensor:
-        """Codes e_i of all modalities in the shared space: ``[B, N, C, H, W]``."""
-        return torch.stack([self.layout.place(n, self.modality(n).encoder(x[n])) for n in self.names], 1)
+    def encode(self, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Codes e_i of all modalities by name, each ``[B, c_i, H, W]``."""
+        return {name: self.modality(name).encoder(x[name]) for name in self.names}
 
-    def observe(self, x: Mapping[str, Tensor], visible: Tensor) -> Observation:
-        """What ``visible [B, N, H, W]`` lets through of x; modalities that x lacks must not be visible."""
-        codes = visible.new_zeros(visible.shape[0], len(self.names), *self.layout.latent.shape)
+    def observe(self, x: Mapping[str, Tensor], seen: Tensor, codes: Mapping[str, Tensor] | None = None) -> Observation:
+        """What ``seen [B, N, h, w]`` lets through of x; modalities that x lacks must not be visible.
+
+        Args:
+            codes: of the whole of x, if they are there already.
+        """
+        found = {}
         for i, name in enumerate(self.names):
-            if name in x and bool(visible[:, i].any()):
-                seen = visible[:, i : i + 1]
-                codes[:, i] = self.layout.place(name, self.modality(name).encoder.observe(x[name], seen))
-        return Observation(codes, visible)
+            if name not in x:
+                continue
+            encoder = self.modality(name).encoder
+            if codes is not None and type(encoder).observe is Encoder.observe:  # a place shows its own patch alone
+                found[name] = codes[name]
+            else:
+                visible = seen[:, i : i + 1].expand(-1, -1, encoder.latent.height, encoder.latent.width)
+                found[name] = encoder.observe(x[name], visible)
+        return Observation(found, seen)
 
     def visibility(
         self, batch: int, observed: Mapping[str, Tensor], visible: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        """Visibility maps ``[B, N, H, W]`` of a request: the observed whole, or as maps ``[B, h, w]`` say.
+        """Visibility ``[B, N, h, w]`` of a request: the observed whole, or as maps ``[B, h', w']`` of the data say.
 
         Raises:
             ValueError: for a map of a modality that is not observed, or that cannot be seen in part, or that does not
                 fit the batch or the latent.
         """
         maps = dict(visible or {})
-        device = self.owner.device
-        latent = self.layout.latent
-        seen = torch.zeros(batch, len(self.names), latent.height, latent.width, device=device)
+        size = (self.layout.latent.height, self.layout.latent.width) if maps else (1, 1)
+        seen = torch.zeros(batch, len(self.names), *size, device=self.device, dtype=self.dtype)
         for name, given in maps.items():
             if name not in observed or name not in self.names or not self.modality(name).encoder.spatial:
                 why = "it cannot be observed in part" if name in observed else "it is not among the observed"
@@ -186,83 +164,88 @@ class MultimodalDiffusion(nn.Module):
                 raise ValueError(f"visible[{name!r}]: expected a batch of {batch}, found {given.shape[0]}")
         for i, name in enumerate(self.names):
             if name in maps:
-                seen[:, i] = pool_visibility(maps[name].to(device), latent.height, latent.width)[:, 0]
+                seen[:, i] = pool_visibility(maps[name].to(self.device), *size)[:, 0]
             elif name in observed:
                 seen[:, i] = 1
         return seen
 
-    def input_scale(self, t: Tensor, presence: Tensor) -> Tensor:
-        """c_in ``[B, C, 1, 1]``: 1/√(Var M_t + σ_t²) per channel, for codes of unit variance."""
-        signal = self.process.signal(t, presence)
-        variance = signal.square() @ self.owner.to(signal.dtype) + self.process.variance(t)[:, None]
-        return variance.rsqrt()[:, :, None, None]
+    def _readout(self, z: Tensor) -> Tensor:
+        """The encoders' read-outs ``[B, R]`` of a z, side by side."""
+        return torch.cat([self.modality(n).encoder.readout(self.layout.take(n, z)) for n in self.names], 1)
 
-    def forward(self, z: Tensor, t: Tensor, observation: Observation, presence: Tensor | None = None) -> Prediction:
+    def noise(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
+        """N(0, I) in the diffusion space ``[batch, C, H, W]``."""
+        return standard_normal(self._like.expand(batch, *self.layout.latent.shape), generator)
+
+    def path(
+        self, steps: int | None = None, ahead: Mapping[str, float] | None = None, path: Tensor | None = None
+    ) -> Tensor:
+        """Clocks ``[K + 1, N]`` (int64, on the CPU) from T for all to 0 for all.
+
+        Args:
+            steps: K; None: as many as leave each clock T steps.
+            ahead: how far ahead of the slowest each modality runs, in shares of T, 0 for those not named; {}: one clock
+                for all; None: as the law says.
+            path: the path itself, instead.
+
+        Raises:
+            ValueError: if it is no path, names no modality, or has several clocks where the layout has one.
+        """
+        total = self.process.steps
+        if path is not None:
+            path = check_path(path.cpu(), self.names, total)
+        else:
+            if unknown := sorted(set(ahead or {}) - set(self.names)):
+                raise ValueError(
+                    f"path: no modality named {', '.join(unknown)}; this model has {', '.join(self.names)}"
+                )
+            offsets = self.law.ahead(len(self.names))
+            if ahead is not None:
+                offsets = torch.tensor([ahead.get(name, 0.0) for name in self.names], dtype=torch.float64)
+            if bool((offsets < 0).any() or not offsets.isfinite().all()):
+                raise ValueError(f"path: expected shares of T from 0, found {offsets.tolist()}")
+            spread = float(offsets.max() - offsets.min())
+            path = clock_path(offsets, math.ceil(total * (1 + spread)) if steps is None else steps, total)
+        if self.layout.shared_clock and bool((path != path[:, :1]).any()):
+            raise ValueError("path: in a shared layout all modalities have one clock; expected the same for all")
+        return path
+
+    def forward(
+        self, z: Tensor, t: Tensor, observation: Observation | None = None, presence: Tensor | None = None
+    ) -> Heads:
         """Predict every modality from z_t.
 
         Args:
             z: ``[B, C, H, W]``.
-            t: ``[B]`` int64 in 1..T. At t = T of a process that ends in noise, the answer does not depend on z.
-            observation: what is observed.
-            presence: ``[B, N]``, 0 where a sample lacks a modality; None means all are there.
+            t: clocks, int64 ``[B, N]`` or over places ``[B, N, h, w]``, in 0..T; B may be 1. At t = T of a process that
+                ends in noise, the answer does not depend on z there.
+            observation: what is observed; a layout of own channels reads it off z and the clocks, at 0 there.
+            presence: ``[B, N]``, 0 where a sample lacks a modality (whose clock, if it has its own, is at T); None: all
+                are there.
         """
-        if presence is None:
-            presence = z.new_ones(z.shape[0], len(self.names))
-        features = self.backbone(*self._inputs(z, t, observation, presence))
+        standing = self.process.standing(t, presence)
+        if self.epsilon_head is not None:  # which is to tell the noise, at t = T too
+            standing = standing._replace(hidden=torch.zeros_like(standing.hidden))
+        features = self.backbone(*self.layout.show(z, standing, observation, presence, self._readout))
         params: dict[str, Params] = {n: self.modality(n).decoder(features) for n in self.names}
-        head = self.epsilon_head(features.map) if self.epsilon_head is not None else None
-        return self.complete(z, t, observation, params, head, presence)
+        return Heads(params, None if self.epsilon_head is None else self.epsilon_head(features.map))
 
     def complete(
         self,
+        heads: Heads,
         z: Tensor,
         t: Tensor,
-        observation: Observation,
-        params: dict[str, Params],
-        epsilon: Tensor | None,
+        observation: Observation | None = None,
         presence: Tensor | None = None,
     ) -> Prediction:
-        """A :class:`Prediction` from heads' parameters: expected codes, and ε derived from them unless given.
-
-        Where a modality is seen in channels of its own, ε is known there and a given one is not asked: the network does
-        not even see those channels of z.
-        """
-        codes = torch.stack(
-            [
-                self.layout.place(n, self.modality(n).decoder.expected_encoding(params[n], self.modality(n).encoder))
-                for n in self.names
-            ],
-            1,
-        )
-        codes = observation.merge(codes)
-        derived = self.process.epsilon(z, codes, t, presence)
+        """What a solver goes by: the heads' expected codes, and ε derived from them unless a head tells it."""
+        codes = {}
+        for name in self.names:
+            modality = self.modality(name)
+            codes[name] = modality.decoder.expected_encoding(heads.params[name], modality.encoder)
+        if observation is not None:
+            codes = observation.merge(codes, self.names)
+        epsilon = heads.epsilon
         if epsilon is None:
-            epsilon = derived
-        elif self.own_channels:
-            epsilon = torch.where(self._seen(observation) > 0.5, derived, epsilon)
-        return Prediction(params, codes, epsilon)
-
-    def _seen(self, observation: Observation) -> Tensor:
-        """Which channels and places of z show an observed modality: ``[B, C, H, W]`` of 0 and 1 (disjoint layouts)."""
-        return torch.einsum("bnhw,nc->bchw", observation.visible, self.owner)
-
-    def _inputs(
-        self, z: Tensor, t: Tensor, observation: Observation, presence: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        aggregate, visible = observation.aggregate, observation.visible
-        scaled = z * self.input_scale(t, presence).to(z.dtype)
-        if self.hides_last:
-            # z_T says nothing: shown, its noise would only have to be learned away by whoever reads what is observed.
-            scaled = scaled * per_sample(t < self.process.steps, scaled)
-        if self.own_channels:
-            # Where a modality is seen, its own channels of z_t say less than its clean code: show that instead.
-            seen = self._seen(observation)
-            scaled = scaled * (1 - seen) + aggregate * seen
-        readouts = [
-            self.modality(name).encoder.readout(self.layout.take(name, source))
-            for source in (scaled, aggregate)
-            for name in self.names
-        ]
-        vector = torch.cat([observation.flags, presence.to(z.dtype), *readouts], 1)
-        noise = self.process.noise_level(t).to(z.dtype)
-        return torch.cat([scaled, aggregate, visible], 1), noise, vector
+            epsilon = self.process.epsilon(z, codes, t, presence)
+        return Prediction(heads.params, codes, epsilon)

@@ -1,52 +1,46 @@
-"""The multimodal diffusion process: marginals, posterior and jumps t → s, for any number of modalities.
+"""The multimodal diffusion process: marginals, posterior and jumps t → s, block by block, for any number of modalities.
 
 ``q(z_t | z_{t-1}, X) = N(√a_t (z_{t-1} + Σ_i w_t^(i) e_i), (1 − a_t) I)`` (Chen et al. 2024), in the closed
-forms of docs/mathematics.md. Codes e are ``[B, N, C, H, W]``, times t ``[B]`` (int64), presence ``[B, N]`` (0 where a
-sample lacks a modality: then m^(i) = 0 for it).
+forms of docs/mathematics.md, each modality under its own clock where the layout gives it channels of its own.
+
+Clocks t, s are int64 ``[B, N]`` or, over places, ``[B, N, h, w]`` (they broadcast); presence is ``[B, N]``, 0 where a
+sample lacks a modality: then m^(i) = 0 for it. Codes are by name, each ``[B, c_i, H, W]``.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
 from mtdiffusion.interfaces import WeightSchedule
-from mtdiffusion.schedules import Retention, weights_from_signal
+from mtdiffusion.layout import Codes, Layout, Standing, noise_level
+from mtdiffusion.retention import Retention, weights_from_signal
+
+TERMINAL_SNR = 1e-3
+"""Below it, noise at t = T is taken to tell nothing of a modality."""
 
 
-def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """Reshape ``[B]`` to broadcast against ``like [B, ...]``, in its dtype."""
-    return values.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
-
-
-def mix(coefficients: Tensor, codes: Tensor) -> Tensor:
-    """Σ_i coefficients ``[B, N]`` · codes ``[B, N, C, H, W]`` -> ``[B, C, H, W]``.
-
-    A product and a sum, not an einsum: autocast would run that in half precision, and 1e-3 of M_t is not small beside
-    σ_t near t = 0.
-    """
-    return (coefficients.to(codes.dtype)[:, :, None, None, None] * codes).sum(1)
-
-
-@frozen(eq=False)
+@frozen(eq=False, slots=False)
 class DiffusionProcess:
-    """Tables of the process, float64, indexed by t = 0..T.
+    """Tables of the process, float64, indexed by t = 0..T, and the layout in which they apply.
 
     Attributes:
         log_alpha_bar: log ᾱ_t ``[T + 1]``.
         signal_table: m_t^(i) ``[T + 1, N]``.
+        layout: where the modalities live.
     """
 
     log_alpha_bar: Tensor
     signal_table: Tensor
+    layout: Layout
 
     @classmethod
-    def build(cls, retention: Retention, schedule: WeightSchedule, modalities: int) -> DiffusionProcess:
+    def build(cls, retention: Retention, schedule: WeightSchedule, layout: Layout) -> DiffusionProcess:
         """Raises ``ValueError`` if the schedule's signal has a wrong shape or is not finite."""
+        modalities = len(layout.names)
         signal = schedule.signal(retention, modalities)
         expected = (retention.steps + 1, modalities)
         if tuple(signal.shape) != expected or not bool(signal.isfinite().all()):
@@ -54,7 +48,7 @@ class DiffusionProcess:
                 f"{type(schedule).__name__}.signal: expected finite values of shape {expected}, found shape "
                 f"{tuple(signal.shape)} with {int((~signal.isfinite()).sum())} values that are not finite"
             )
-        return cls(retention.log_alpha_bar, signal.to(torch.float64))
+        return cls(retention.log_alpha_bar, signal.to(torch.float64), layout)
 
     def to(self, device: torch.device | str) -> DiffusionProcess:
         """The same process with its tables on a device; itself if they are there."""
@@ -75,61 +69,87 @@ class DiffusionProcess:
     @property
     def terminal_snr(self) -> Tensor:
         """SNR of each modality at t = T ``[N]``: should be far below 1, or L0 and sampling from N(0, I) are off."""
-        return self.signal_table[-1] ** 2 / -torch.expm1(self.log_alpha_bar[-1])
+        return self.signal_table[-1] ** 2 / self._variance_table[-1]
+
+    @cached_property
+    def ends_in_noise(self) -> bool:
+        """Whether z at t = T tells nothing."""
+        return bool((self.terminal_snr < TERMINAL_SNR).all())
+
+    @cached_property
+    def _variance_table(self) -> Tensor:
+        return -torch.expm1(self.log_alpha_bar)
+
+    @cached_property
+    def _level_table(self) -> Tensor:
+        return noise_level(self.signal_table, self._variance_table[:, None])
+
+    @cached_property
+    def _modalities(self) -> Tensor:
+        return torch.arange(self.signal_table.shape[1], device=self.signal_table.device)
+
+    def _look_up(self, table: Tensor, t: Tensor) -> Tensor:
+        """Entries of a table ``[T + 1, N]`` at clocks ``[B, N, ...]``."""
+        return table[t, self._modalities.reshape(-1, *[1] * (t.ndim - 2))]
 
     def signal(self, t: Tensor, presence: Tensor | None = None) -> Tensor:
-        """m_t ``[B, N]`` (float64)."""
-        m = self.signal_table[t]
-        return m if presence is None else m * presence
+        """m_t^(i), in the shape of t (float64)."""
+        m = self._look_up(self.signal_table, t)
+        return m if presence is None else m * presence.reshape(*presence.shape, *[1] * (t.ndim - 2))
 
     def variance(self, t: Tensor) -> Tensor:
-        """σ_t² = 1 − ᾱ_t ``[B]`` (float64)."""
-        return -torch.expm1(self.log_alpha_bar[t])
+        """σ_t² = 1 − ᾱ_t, in the shape of t (float64)."""
+        return self._variance_table[t]
 
     def snr(self, t: Tensor) -> Tensor:
-        """(m_t^(i))² / σ_t² ``[B, N]`` (float64); inf at t = 0."""
-        return self.signal(t) ** 2 / self.variance(t)[:, None]
+        """(m_t^(i))² / σ_t², in the shape of t (float64); inf at t = 0."""
+        return self.signal(t) ** 2 / self.variance(t)
 
-    def noise_level(self, t: Tensor) -> Tensor:
-        """arctan(σ_t / m_t) · 2/π in [0, 1] ``[B]``, m_t the root mean square over modalities.
+    def standing(self, t: Tensor, presence: Tensor | None = None) -> Standing:
+        """Where the clocks stand, for the layout to show; over places. What is missing is noise at any t."""
+        t = _over_places(t)
+        level = self._look_up(self._level_table, t)
+        return Standing(self.signal(t, presence), self.variance(t), level, (t == self.steps) & self.ends_in_noise)
 
-        What a backbone is told instead of t: it means the same for another T, curve or retention.
-        """
-        m = self.signal(t).square().mean(1).sqrt()
-        return torch.atan2(self.variance(t).sqrt(), m) * (2 / math.pi)
+    # Marginal
 
-    def mean(self, codes: Tensor, t: Tensor, presence: Tensor | None = None) -> Tensor:
-        """M_t = Σ_i m_t^(i) e_i: ``[B, C, H, W]``."""
-        return mix(self.signal(t, presence), codes)
+    def mean(self, codes: Codes, t: Tensor, presence: Tensor | None = None) -> Tensor:
+        """M_t: what the layout makes of m_t^(i) e_i, ``[B, C, H, W]``."""
+        return self.layout.meet(_over_places(self.signal(t, presence)), codes)
 
-    def corrupt(self, codes: Tensor, t: Tensor, noise: Tensor, presence: Tensor | None = None) -> Tensor:
+    def corrupt(self, codes: Codes, t: Tensor, noise: Tensor, presence: Tensor | None = None) -> Tensor:
         """z_t = M_t + σ_t ε, a draw from q(z_t | X): ``[B, C, H, W]``."""
-        return self.mean(codes, t, presence) + per_sample(self.variance(t).sqrt(), noise) * noise
+        return self.mean(codes, t, presence) + self._spread(self.variance(t).sqrt(), noise) * noise
 
-    def epsilon(self, z: Tensor, codes: Tensor, t: Tensor, presence: Tensor | None = None) -> Tensor:
-        """ε = (z_t − M_t) / σ_t for t ≥ 1: ``[B, C, H, W]``."""
-        return (z - self.mean(codes, t, presence)) / per_sample(self.variance(t).sqrt(), z)
+    def epsilon(self, z: Tensor, codes: Codes, t: Tensor, presence: Tensor | None = None) -> Tensor:
+        """ε = (z_t − M_t) / σ_t, ``[B, C, H, W]``; 0 where t = 0."""
+        variance = self.variance(t)
+        inverse = torch.where(variance > 0, variance, torch.inf).rsqrt()
+        return (z - self.mean(codes, t, presence)) * self._spread(inverse, z)
 
-    def posterior_variance(self, t: Tensor) -> Tensor:
-        """β̃_t = (1 − ᾱ_{t−1})(1 − a_t)/(1 − ᾱ_t) ``[B]`` (float64), t ≥ 1; 0 at t = 1."""
-        one_minus_a = -torch.expm1(self.log_alpha_bar[t] - self.log_alpha_bar[t - 1])
-        return self.variance(t - 1) * one_minus_a / self.variance(t)
+    # Posterior and jumps
 
-    def posterior_mean(self, z: Tensor, codes: Tensor, t: Tensor, presence: Tensor | None = None) -> Tensor:
-        """μ̃_t of q(z_{t−1} | z_t, X), t ≥ 1, in the stable form: ``[B, C, H, W]``."""
+    def posterior_variance(self, t: Tensor, s: Tensor) -> Tensor:
+        """β̃ of q(z_s | z_t, X) = σ_s² (1 − ᾱ_t/ᾱ_s)/σ_t², s ≤ t, in the shape of t (float64); 0 at s = 0 and s = t."""
+        forgotten = -torch.expm1(self.log_alpha_bar[t] - self.log_alpha_bar[s])
+        return self.variance(s) * forgotten / _positive(self.variance(t))
+
+    def residual_gain(self, t: Tensor, s: Tensor) -> Tensor:
+        """g = √(ᾱ_t/ᾱ_s) σ_s²/σ_t²: how much of z_t − M_t is left at s, in the shape of t (float64)."""
+        ratio = torch.exp(0.5 * (self.log_alpha_bar[t] - self.log_alpha_bar[s]))
+        return ratio * self.variance(s) / _positive(self.variance(t))
+
+    def posterior_mean(self, z: Tensor, codes: Codes, t: Tensor, s: Tensor, presence: Tensor | None = None) -> Tensor:
+        """μ̃ of q(z_s | z_t, X), s < t, in the stable form M_s + g (z_t − M_t): ``[B, C, H, W]``."""
         residual = z - self.mean(codes, t, presence)
-        return self.mean(codes, t - 1, presence) + per_sample(self._residual_gain(t), z) * residual
+        return self.mean(codes, s, presence) + self._spread(self.residual_gain(t, s), z) * residual
 
-    def code_error_gain(self, t: Tensor, presence: Tensor | None = None) -> Tensor:
-        """c_t ``[B, N]`` with μ̃_t − μ_θ = Σ_i c_t^(i) (e_i − ê_i) (docs/mathematics.md, section 4)."""
-        return self.signal(t - 1, presence) - self._residual_gain(t)[:, None] * self.signal(t, presence)
-
-    def _residual_gain(self, t: Tensor) -> Tensor:
-        sqrt_a = torch.exp(0.5 * (self.log_alpha_bar[t] - self.log_alpha_bar[t - 1]))
-        return sqrt_a * self.variance(t - 1) / self.variance(t)
+    def code_error_gain(self, t: Tensor, s: Tensor, presence: Tensor | None = None) -> Tensor:
+        """c = m_s − g m_t with μ̃ − μ_θ = Σ_i c^(i) (e_i − ê_i) (docs/mathematics.md, section 4), in the shape of t."""
+        return self.signal(s, presence) - self.residual_gain(t, s) * self.signal(t, presence)
 
     def mean_from_epsilon(
-        self, z: Tensor, epsilon: Tensor, codes: Tensor, t: Tensor, s: Tensor, presence: Tensor | None = None
+        self, z: Tensor, epsilon: Tensor, codes: Codes, t: Tensor, s: Tensor, presence: Tensor | None = None
     ) -> Tensor:
         """M_s for s < t from z_t, a separately predicted ε and the codes: ``[B, C, H, W]``.
 
@@ -137,9 +157,9 @@ class DiffusionProcess:
         s = t − 1 is its μ_θ, and N = 1 with w_{t>0} = 0 is DDIM's. κ grows with the jump, and errors of ε with it.
         """
         kappa = torch.exp(0.5 * (self.log_alpha_bar[s] - self.log_alpha_bar[t]))
-        denoised = z - per_sample(self.variance(t).sqrt(), z) * epsilon
-        excess = kappa[:, None] * self.signal(t, presence) - self.signal(s, presence)
-        return per_sample(kappa, z) * denoised - mix(excess, codes)
+        denoised = z - self._spread(self.variance(t).sqrt(), z) * epsilon
+        excess = kappa * self.signal(t, presence) - self.signal(s, presence)
+        return self._spread(kappa, z) * denoised - self.layout.meet(_over_places(excess), codes)
 
     def jump(
         self, mean: Tensor, epsilon: Tensor, t: Tensor, s: Tensor, eta: float = 0.0, noise: Tensor | None = None
@@ -153,22 +173,39 @@ class DiffusionProcess:
             mean: M_s ``[B, C, H, W]``.
             noise: ξ ``[B, C, H, W]``; needed when η > 0.
         """
-        log_ratio = self.log_alpha_bar[t] - self.log_alpha_bar[s]
-        before, now = self.variance(s), self.variance(t)
-        injected = torch.minimum(eta**2 * before * -torch.expm1(log_ratio) / now, before)
+        before, now = self.variance(s), _positive(self.variance(t))
+        injected = torch.minimum(eta**2 * self.posterior_variance(t, s), before)
         # 1 − ᾱ_s − σ², nothing cancelled
-        kept = (before * (1 - eta**2 + eta**2 * torch.exp(log_ratio) * before / now)).clamp(min=0)
-        z = mean + per_sample(kept.sqrt(), mean) * epsilon
+        ratio = torch.exp(self.log_alpha_bar[t] - self.log_alpha_bar[s])
+        kept = (before * (1 - eta**2 + eta**2 * ratio * before / now)).clamp(min=0)
+        z = mean + self._spread(kept.sqrt(), mean) * epsilon
         if eta > 0:
             if noise is None:
                 raise ValueError(f"jump with eta = {eta} needs noise")
-            z = z + per_sample(injected.sqrt(), mean) * noise
+            z = z + self._spread(injected.sqrt(), mean) * noise
         return z
 
+    def _spread(self, values: Tensor, like: Tensor) -> Tensor:
+        return self.layout.spread(_over_places(values)).to(like.dtype)
 
-def terminal_warning(process: DiffusionProcess, names: Sequence[str], limit: float = 0.01) -> str | None:
+
+def _over_places(values: Tensor) -> Tensor:
+    """``[B, N]`` as ``[B, N, 1, 1]``; what is over places already stays."""
+    return values[:, :, None, None] if values.ndim == 2 else values
+
+
+def _positive(variance: Tensor) -> Tensor:
+    """σ_t² as a divisor. It is 0 at t = 0, where nothing is left to divide: 0/0 is to be 0."""
+    return variance.clamp(min=torch.finfo(variance.dtype).tiny)
+
+
+def terminal_warning(process: DiffusionProcess, limit: float = 0.01) -> str | None:
     """A sentence naming the modalities whose SNR at t = T exceeds a limit, or None: sampling starts from N(0, I)."""
-    loud = [f"{n} {s:.3g}" for n, s in zip(names, process.terminal_snr.tolist(), strict=True) if s > limit]
+    loud = [
+        f"{name} {snr:.3g}"
+        for name, snr in zip(process.layout.names, process.terminal_snr.tolist(), strict=True)
+        if snr > limit
+    ]
     if not loud:
         return None
     return (

@@ -1,13 +1,12 @@
-"""Sampling: any subset observed, the rest generated. Each solver is one readable loop over an array of times.
+"""Sampling: any subset observed, the rest generated, along any path of clocks.
 
-A solver sees only ``predict(z, t) -> Prediction`` and the process's coefficients, so it serves any number of
-modalities, any schedule and any way of conditioning.
+A solver is a step t → s that sees only a :class:`Prediction` and the process's coefficients, so it serves any number of
+modalities, any schedule, any path and any way of conditioning; :func:`sample` is the loop.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -17,11 +16,11 @@ from torch import Tensor
 
 from mtdiffusion.conditioning import Observation, merge_visible
 from mtdiffusion.interfaces import Params
-from mtdiffusion.loss import standard_normal
-from mtdiffusion.model import MultimodalDiffusion, Prediction
-from mtdiffusion.process import DiffusionProcess, mix, per_sample
+from mtdiffusion.model import Heads, MultimodalDiffusion, Prediction, standard_normal
+from mtdiffusion.process import DiffusionProcess
 
-Predict = Callable[[Tensor, Tensor], Prediction]
+Step = Callable[[Tensor, Prediction, Tensor, Tensor], Tensor]
+"""z_t, what is predicted of it, clocks t and s ``[B, N, h, w]`` -> z_s."""
 
 SOLVERS = ("ancestral", "ddim", "dpmpp_2m")
 
@@ -37,17 +36,21 @@ class SamplerSettings:
             given.
         eta: noise of a "ddim" step: 0 none, 1 ancestral sampling's; above, modalities correct one another further, at
             the price of diversity, up to starting each step afresh. Other solvers have none to set.
+        path: how far ahead of the slowest each modality is denoised, by name, in shares of the path (0 for those not
+            named; {}: all together). None: as the model's law of clocks says.
         guidance: classifier-free guidance on what is observed; 1 is none, and replacement knows no other.
-        conditioning: "observed_aggregate", or "replacement" (for a model trained without it; biased).
+        conditioning: "observed": the network is shown what is observed. "replacement": it is not (for a model trained
+            without; biased).
         draw: draw each modality from its final distribution instead of taking its mode.
     """
 
     steps: int = field(default=50, validator=ge(1))
     solver: Literal["ancestral", "ddim", "dpmpp_2m"] = field(default="ancestral", validator=in_(SOLVERS))
     eta: float = field(default=0.0, validator=ge(0.0))
+    path: Mapping[str, float] | None = None
     guidance: float = field(default=1.0, validator=ge(0.0))
-    conditioning: Literal["observed_aggregate", "replacement"] = field(
-        default="observed_aggregate", validator=in_(("observed_aggregate", "replacement"))
+    conditioning: Literal["observed", "replacement"] = field(
+        default="observed", validator=in_(("observed", "replacement"))
     )
     draw: bool = False
 
@@ -55,107 +58,62 @@ class SamplerSettings:
         if self.eta > 0 and self.solver != "ddim":
             raise ValueError(f"eta: {self.eta} is a setting of the solver ddim, found {self.solver}")
         if self.guidance != 1 and self.conditioning == "replacement":
-            raise ValueError(
-                f"guidance: {self.guidance} needs the observed aggregate; replacement has nothing to guide by"
-            )
+            raise ValueError(f"guidance: {self.guidance} has nothing to guide by with conditioning by replacement")
 
 
-def time_steps(steps: int, total: int) -> list[int]:
-    """Times T = t_0 > t_1 > ... > t_K = 0, evenly spread; K = min(steps, T)."""
-    steps = min(steps, total)
-    return [round(total * (steps - k) / steps) for k in range(steps + 1)]
-
-
-def solve_ddim(
-    predict: Predict,
+def ddim(
     process: DiffusionProcess,
-    z: Tensor,
-    times: Sequence[int],
-    *,
     eta: float = 0.0,
+    *,
     epsilon_head: bool = False,
     generator: torch.Generator | None = None,
-) -> Prediction:
-    """DDIM (η = 0, Song et al. 2021) to ancestral sampling (η = 1) and beyond: jumps t → s with noise η.
+) -> Step:
+    """DDIM (η = 0, Song et al. 2021) to ancestral sampling (η = 1) and beyond: jumps t → s with noise η."""
 
-    Raises:
-        ValueError: with an ε head, if the jumps are so long that errors of ε would grow beyond all bounds.
-    """
-    if epsilon_head:
-        _require_short_jumps(process, times)
-    for now, later in pairwise(times):
-        t = torch.full((z.shape[0],), now, device=z.device)
-        s = torch.full_like(t, later)
-        prediction = predict(z, t)
+    def step(z: Tensor, prediction: Prediction, t: Tensor, s: Tensor) -> Tensor:
         if epsilon_head:
             mean = process.mean_from_epsilon(z, prediction.epsilon, prediction.codes, t, s)
         else:
             mean = process.mean(prediction.codes, s)
         noise = standard_normal(z, generator) if eta > 0 else None
-        z = process.jump(mean, prediction.epsilon, t, s, eta, noise)
-    return prediction
+        return process.jump(mean, prediction.epsilon, t, s, eta, noise)
+
+    return step
 
 
-def _require_short_jumps(process: DiffusionProcess, times: Sequence[int], most: float = 1e6) -> None:
-    """An ε head's jump multiplies its errors by κ = √(ᾱ_s/ᾱ_t); with literal retention that overflows float32."""
-    log_alpha_bar = process.log_alpha_bar[torch.tensor(times)]
-    kappa = torch.exp(0.5 * log_alpha_bar.diff().max()).item()
-    if kappa > most:
-        raise ValueError(
-            f"with an ε head, the longest of {len(times) - 1} steps would multiply errors by {kappa:.0e}; "
-            f"expected at most {most:.0e}. Take more steps (up to T = {process.steps}), or the solver "
-            "dpmpp_2m, which uses the heads alone."
-        )
-
-
-def solve_dpmpp_2m(
-    predict: Predict,
-    process: DiffusionProcess,
-    z: Tensor,
-    times: Sequence[int],
-) -> Prediction:
+def dpmpp_2m(process: DiffusionProcess) -> Step:
     """DPM-Solver++(2M) (Lu et al. 2022), generalised to N modalities, each with its half-log-SNR λ_i = log(m^(i)/σ).
 
     ``z_s = (σ_s/σ_t) z_t + Σ_i (m_s^(i) − (σ_s/σ_t) m_t^(i)) ê_i*``, where ê_i* extrapolates the last two ê_i in λ_i;
-    the first and the last step are of first order.
+    a modality's first step and its last, into t = 0, are of first order.
     """
-    previous: Prediction | None = None
-    h_previous: Tensor | None = None
-    for now, later in pairwise(times):
-        t = torch.full((z.shape[0],), now, device=z.device)
-        s = torch.full_like(t, later)
-        prediction = predict(z, t)
+    previous: tuple[dict[str, Tensor], Tensor] | None = None
+
+    def step(z: Tensor, prediction: Prediction, t: Tensor, s: Tensor) -> Tensor:
+        nonlocal previous
+        h = 0.5 * (torch.log(process.snr(s)) - torch.log(process.snr(t)))  # [B, N, h, w]; infinite into t = 0
         codes = prediction.codes
-        h = _half_log_snr(process, s) - _half_log_snr(process, t)  # [B, N]; infinite into t = 0
-        if previous is not None and h_previous is not None and later > 0:
-            extrapolate = (h / (2 * h_previous)).nan_to_num(0.0, 0.0, 0.0)[:, :, None, None, None].to(codes.dtype)
-            codes = codes + extrapolate * (codes - previous.codes)
+        if previous is not None:
+            # h is 0 while a clock stands still, and infinite at its ends: no extrapolation there.
+            factor = (h / (2 * previous[1])).nan_to_num(0.0, 0.0, 0.0)
+            codes = {
+                name: code + factor[:, i : i + 1].to(code.dtype) * (code - previous[0][name])
+                for i, (name, code) in enumerate(codes.items())
+            }
+        previous = prediction.codes, h
         ratio = (process.variance(s) / process.variance(t)).sqrt()
-        gain = process.signal(s) - ratio[:, None] * process.signal(t)
-        z = per_sample(ratio, z) * z + mix(gain, codes)
-        previous, h_previous = prediction, h
-    return prediction
+        gain = process.signal(s) - ratio * process.signal(t)
+        return process.layout.spread(ratio).to(z.dtype) * z + process.layout.meet(gain, codes)
+
+    return step
 
 
-def solve(
-    predict: Predict,
-    process: DiffusionProcess,
-    z: Tensor,
-    times: Sequence[int],
-    settings: SamplerSettings,
-    *,
-    epsilon_head: bool = False,
-    generator: torch.Generator | None = None,
-) -> Prediction:
-    """The solver that the settings name, over given times; their ``steps`` are not asked."""
+def solver(model: MultimodalDiffusion, settings: SamplerSettings, generator: torch.Generator | None = None) -> Step:
+    """The solver that the settings name, for one trajectory."""
     if settings.solver == "dpmpp_2m":
-        return solve_dpmpp_2m(predict, process, z, times)
+        return dpmpp_2m(model.process)
     eta = 1.0 if settings.solver == "ancestral" else settings.eta
-    return solve_ddim(predict, process, z, times, eta=eta, epsilon_head=epsilon_head, generator=generator)
-
-
-def _half_log_snr(process: DiffusionProcess, t: Tensor) -> Tensor:
-    return 0.5 * torch.log(process.snr(t))
+    return ddim(model.process, eta, epsilon_head=model.epsilon_head is not None, generator=generator)
 
 
 @torch.no_grad()
@@ -165,8 +123,10 @@ def sample(
     *,
     observed: Mapping[str, Tensor] | None = None,
     visible: Mapping[str, Tensor] | None = None,
+    strength: Mapping[str, float] | None = None,
     generate: Sequence[str] | None = None,
     settings: SamplerSettings | None = None,
+    path: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
     """Generate every modality, or the rest given any subset.
@@ -175,100 +135,184 @@ def sample(
         batch: how many samples, B.
         observed: what is given, by modality name, each ``[B, ...]``.
         visible: for those given in part, a map ``[B, h, w]`` of 1 (seen) and 0 (to be filled in).
+        strength: for those given as something to start from: they enter with the noise of this share of the path, and
+            are denoised from there (SDEdit, Meng et al. 2022). 1 forgets what was given, near 0 keeps it.
         generate: the modalities wanted beside the observed; None: all. The others take part unseen: the process is that
             of the whole, so the wanted have the law that they have among all.
+        path: clocks ``[K + 1, N]`` to go along, from T for all to 0 for all, instead of what the settings say.
         generator: where all randomness comes from.
 
     Returns:
         Observed and generated modalities by name, each ``[B, ...]``; the observed as given where they were seen.
 
     Raises:
-        ValueError: for a name that is no modality, a batch that differs, or a map that does not fit.
+        ValueError: for a name that is no modality, a batch that differs, a map that does not fit, no path, or steps so
+            long that an ε head's errors would grow beyond all bounds.
     """
     settings = settings or SamplerSettings()
-    observed = dict(observed or {})
+    observed, visible, strength = dict(observed or {}), dict(visible or {}), dict(strength or {})
     wanted = set(model.names if generate is None else generate) | set(observed)
-    _check_request(model, batch, observed, wanted)
-    weight = model.owner
-    observed = {name: x.to(weight.device) for name, x in observed.items()}
-    seen = model.visibility(batch, observed, visible).to(weight.dtype)
-    observation = model.observe(observed, seen)
-    predict = _predictor(model, observation, settings)
-    z = standard_normal(observation.codes[:, 0], generator)
-    times = time_steps(settings.steps, model.process.steps)
-    prediction = solve(
-        predict,
-        model.process,
-        z,
-        times,
-        settings,
-        epsilon_head=model.epsilon_head is not None,
-        generator=generator,
-    )
-    out: dict[str, Tensor] = {}
-    for i, name in enumerate(model.names):
-        if name not in wanted:
-            continue
-        if name in observed and bool(observation.complete[:, i].all()):
-            out[name] = observed[name]
-            continue
-        decoder = model.modality(name).decoder
-        params = prediction.params[name]
-        out[name] = decoder.sample(params, generator) if settings.draw else decoder.mode(params)
-        if name in observed:
-            assert visible is not None
-            out[name] = merge_visible(observed[name], out[name], visible[name].to(weight.device))
-    return out
+    _check_request(model, batch, observed, strength, wanted)
+    observed = {name: x.to(model.device) for name, x in observed.items()}
+    fixed = [name for name in observed if name not in strength and name not in visible]
+    out: dict[str, Tensor] = {name: observed[name] for name in fixed}
+    process, layout = model.process, model.layout
+
+    shown = {name: x for name, x in observed.items() if name in visible or name not in strength}
+    observation = model.observe(shown, model.visibility(batch, shown, visible))
+    blind = settings.conditioning == "replacement"
+    clocks = _clocks(model, settings, path, [] if blind else fixed, strength)
+    if len(clocks) == 1:  # nothing is left to generate
+        return out
+    if model.epsilon_head is not None and settings.solver != "dpmpp_2m":
+        _require_short_jumps(process, clocks[:, [i for i, name in enumerate(model.names) if name not in fixed]])
+    steps = [row[None, :, None, None].to(model.device) for row in clocks]
+    noise = model.noise(batch, generator)
+    z = _start(model, observed, strength, steps[0], noise)
+    clean = process.signal(torch.zeros_like(steps[0]))
+    seen = torch.zeros_like(observation.seen) if blind else observation.seen
+    if not blind:
+        z = layout.place(z, observation, clean)
+    predict = _predictor(model, observation, settings, noise)
+    step = solver(model, settings, generator)
+    for k in range(len(steps) - 1):
+        prediction = predict(z, steps[k])
+        t, s = layout.clocks(steps[k], seen), layout.clocks(steps[k + 1], seen)
+        z = torch.where(layout.spread(s < t) > 0, step(z, prediction, t, s), z)
+        arrived = [n for i, n in enumerate(model.names) if clocks[k, i] > 0 == clocks[k + 1, i] and n not in fixed]
+        for name in arrived:
+            decoder = model.modality(name).decoder
+            params = prediction.params[name]
+            out[name] = decoder.sample(params, generator) if settings.draw else decoder.mode(params)
+            if name in visible:
+                out[name] = merge_visible(observed[name], out[name], visible[name].to(model.device))
+        if k < len(steps) - 2 and arrived:  # the others go on by what was decided, not by what was expected
+            done = {name: model.modality(name).encoder(out[name]) for name in arrived}
+            here = torch.tensor([[name in done for name in model.names]], device=model.device)[:, :, None, None]
+            z = layout.place(z, Observation(done, here.to(z.dtype)), clean)
+    return {name: out[name] for name in model.names if name in wanted}
 
 
 def read_out(model: MultimodalDiffusion, observation: Observation) -> dict[str, Params]:
-    """Parameters of p(x_i | observed) by modality name, from one evaluation of the network: at t = T, where z says
-    nothing (it is 0 here), so that all there is to go by is what is observed.
+    """Parameters of p(x_i | observed) by modality name, from one evaluation of the network: all that is not observed at
+    t = T, where z says nothing (it is 0 here), so that all there is to go by is what is observed.
 
     For what the observed all but determine, this is a classifier or a regression. It is differentiable.
     """
-    z = torch.zeros_like(observation.codes[:, 0])
-    t = torch.full((len(z),), model.process.steps, device=z.device)
-    return model(z, t, observation).params
+    layout, process = model.layout, model.process
+    t = torch.full((1, len(model.names), 1, 1), process.steps, device=model.device)
+    z = torch.zeros(len(observation.seen), *layout.latent.shape, device=model.device, dtype=model.dtype)
+    z = layout.place(z, observation, process.signal(torch.zeros_like(t)))
+    return model(z, layout.clocks(t, observation.seen), observation).params
 
 
-def _check_request(model: MultimodalDiffusion, batch: int, observed: Mapping[str, Tensor], wanted: set[str]) -> None:
-    unknown = sorted(wanted - set(model.names))
+def _check_request(
+    model: MultimodalDiffusion,
+    batch: int,
+    observed: Mapping[str, Tensor],
+    strength: Mapping[str, float],
+    wanted: set[str],
+) -> None:
+    unknown = sorted((wanted | set(strength)) - set(model.names))
     if unknown:
         raise ValueError(f"no modality named {', '.join(unknown)}; this model has {', '.join(model.names)}")
     for name, x in observed.items():
         if x.shape[0] != batch:
             raise ValueError(f"observed[{name!r}]: expected a batch of {batch}, found {x.shape[0]}")
         model.modality(name).check(x)
+    for name, value in strength.items():
+        if name not in observed:
+            raise ValueError(f"strength: {value} was given for {name!r}, but it is not among the observed")
+        if not 0 < value <= 1:
+            raise ValueError(f"strength[{name!r}]: expected a share of the path above 0 and up to 1, found {value}")
+    if strength and model.layout.shared_clock:
+        raise ValueError("strength: in a shared layout all modalities have one clock, so none can start from another")
 
 
-def _predictor(model: MultimodalDiffusion, observation: Observation, settings: SamplerSettings) -> Predict:
-    """What the solvers call: the model with its conditioning and classifier-free guidance."""
+def _clocks(
+    model: MultimodalDiffusion,
+    settings: SamplerSettings,
+    path: Tensor | None,
+    fixed: Sequence[str],
+    strength: Mapping[str, float],
+) -> Tensor:
+    """The path ``[K + 1, N]`` of a request, no step of it spent where nothing that is generated moves."""
+    names, total = model.names, model.process.steps
+    moving = torch.tensor([name not in fixed for name in names])
+    most = torch.tensor([max(1, round(strength.get(name, 1.0) * total)) for name in names])
+    if path is None:
+        # As many steps as are asked for, along the part of the path in which something moves.
+        fine = torch.minimum(model.path(None, settings.path), most)
+        moves = (fine.diff(dim=0) != 0)[:, moving].any(1)
+        fine = torch.cat([fine[:-1][moves], fine[-1:]])
+        last = len(fine) - 1
+        k = min(settings.steps, last)
+        return fine[[last - round(last * j / k) for j in range(k, 0, -1)] + [last]]
+    path = torch.minimum(model.path(path=path), most)
+    moves = (path.diff(dim=0) != 0)[:, moving].any(1)
+    return torch.cat([path[:-1][moves], path[-1:]])
+
+
+def _require_short_jumps(process: DiffusionProcess, clocks: Tensor, most: float = 1e6) -> None:
+    """An ε head's jump multiplies its errors by κ = √(ᾱ_s/ᾱ_t); with literal retention that overflows float32."""
+    kappa = torch.exp(0.5 * process.log_alpha_bar[clocks].diff(dim=0).max()).item()
+    if kappa > most:
+        raise ValueError(
+            f"with an ε head, the longest of {len(clocks) - 1} steps would multiply errors by {kappa:.0e}; "
+            f"expected at most {most:.0e}. Take more steps (up to T = {process.steps}), or the solver "
+            "dpmpp_2m, which uses the heads alone."
+        )
+
+
+def _start(
+    model: MultimodalDiffusion,
+    observed: Mapping[str, Tensor],
+    strength: Mapping[str, float],
+    t: Tensor,
+    noise: Tensor,
+) -> Tensor:
+    """N(0, I), and what is given to start from with the noise of its clock; at T, where nothing is left of it, none."""
+    codes = {name: model.modality(name).encoder(observed[name]) for name, share in strength.items() if share < 1}
+    given = torch.tensor([[name in codes for name in model.names]], device=model.device)[:, :, None, None]
+    rest = model.layout.spread(model.process.variance(t).sqrt()).to(noise.dtype) * noise
+    return model.layout.place(noise, Observation(codes, given.to(noise.dtype)), model.process.signal(t), rest)
+
+
+def _predictor(
+    model: MultimodalDiffusion, observation: Observation, settings: SamplerSettings, noise: Tensor
+) -> Callable[[Tensor, Tensor], Prediction]:
+    """From z and the path's clocks ``[1, N, 1, 1]`` to a prediction: the model with its conditioning and guidance."""
+    layout, process = model.layout, model.process
     if settings.conditioning == "replacement":
-        nothing = observation.without()
+        return lambda z, t: model.complete(model(z, t), z, t, observation)
 
-        def replace(z: Tensor, t: Tensor) -> Prediction:
-            blind = model(z, t, nothing)
-            epsilon = blind.epsilon if model.epsilon_head is not None else None
-            return model.complete(z, t, observation, blind.params, epsilon)
+    def plain(z: Tensor, t: Tensor) -> Prediction:
+        t = layout.clocks(t, observation.seen)
+        return model.complete(model(z, t, observation), z, t, observation)
 
-        return replace
-    if settings.guidance == 1.0 or not bool(observation.visible.any()):
-        return lambda z, t: model(z, t, observation)
+    if settings.guidance == 1.0 or not observation.codes:
+        return plain
     both = Observation(
-        torch.cat([observation.codes, torch.zeros_like(observation.codes)]),
-        torch.cat([observation.visible, torch.zeros_like(observation.visible)]),
+        {name: torch.cat([code, code]) for name, code in observation.codes.items()},
+        torch.cat([observation.seen, torch.zeros_like(observation.seen)]),
     )
 
     def guided(z: Tensor, t: Tensor) -> Prediction:
-        """Ho & Salimans 2022, on the heads' parameters: θ = θ_u + g (θ_c − θ_u). For logits it is exact Bayes."""
-        pair = model(torch.cat([z, z]), torch.cat([t, t]), both)
+        """Ho & Salimans 2022, on the heads' parameters: θ = θ_u + g (θ_c − θ_u). For logits it is exact Bayes.
+
+        Unconditionally, what is observed is as noisy as all else.
+        """
+        t = t.expand(len(z), -1, -1, -1)
+        rest = layout.spread(process.variance(t).sqrt()).to(z.dtype) * noise
+        unseen = layout.place(z, observation, process.signal(t), rest)
+        seen_at = layout.clocks(t, observation.seen)
+        pair = model(torch.cat([z, unseen]), torch.cat([seen_at, t.expand_as(seen_at)]), both)
         params: dict[str, Params] = {
             name: {key: _extrapolate(value, settings.guidance) for key, value in values.items()}
             for name, values in pair.params.items()
         }
-        epsilon = _extrapolate(pair.epsilon, settings.guidance) if model.epsilon_head is not None else None
-        return model.complete(z, t, observation, params, epsilon)
+        epsilon = None if pair.epsilon is None else _extrapolate(pair.epsilon, settings.guidance)
+        return model.complete(Heads(params, epsilon), z, seen_at, observation)
 
     return guided
 

@@ -24,6 +24,8 @@ from torch import Tensor
 from mtdiffusion_registry import UserError
 
 PREFIX = "step-"
+FORMAT = 2
+"""Of what a checkpoint's weights mean: 2 since a network is shown each modality's clock (version 0.2)."""
 
 
 def require_free(folder: Path) -> None:
@@ -86,7 +88,7 @@ def save_checkpoint(
         for key, value in entry.items()
     }
     save_file(_storable(moments), partial / "optimizer.safetensors")
-    write_json(partial / "state.json", {**state, "step": step})
+    write_json(partial / "state.json", {**state, "step": step, "format": FORMAT})
     shutil.rmtree(final, ignore_errors=True)
     partial.replace(final)
     for old in list_checkpoints(run)[:-keep]:
@@ -103,7 +105,7 @@ def require_run(run: Path) -> Path:
     """The run's newest checkpoint.
 
     Raises:
-        UserError: if the folder is missing, is no run, or has no checkpoint yet.
+        UserError: if the folder is missing, is no run, has no checkpoint yet, or was made by another version.
     """
     if not run.is_dir():
         raise UserError(f"{run}: expected the folder of a run, found {'a file' if run.exists() else 'nothing'}")
@@ -112,6 +114,7 @@ def require_run(run: Path) -> Path:
     checkpoints = list_checkpoints(run)
     if not checkpoints:
         raise UserError(f"{run}: this run has no checkpoint yet; train it with `mtdiffusion train --resume`")
+    load_state(checkpoints[-1])
     return checkpoints[-1]
 
 
@@ -162,9 +165,17 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     """state.json of a checkpoint.
 
     Raises:
-        UserError: if it is missing or damaged.
+        UserError: if it is missing or damaged, or of another format than this version's.
     """
-    return read_json(checkpoint / "state.json", "remove that checkpoint to fall back on the one before")
+    state = read_json(checkpoint / "state.json", "remove that checkpoint to fall back on the one before")
+    found = state.get("format", 1)
+    if found != FORMAT:
+        with_ = "mtdiffusion 0.1" if found == 1 else "a newer mtdiffusion"
+        raise UserError(
+            f"{checkpoint}: made by {with_} (format {found}, expected {FORMAT}): its network is shown other things "
+            f"than this version's, so its weights cannot be used. Train it anew into another folder, or use {with_}"
+        )
+    return state
 
 
 def read_json(path: Path, remedy: str = "remove it and make it again") -> dict[str, Any]:

@@ -20,7 +20,7 @@ TRACEBACK_VARIABLE = "MTDIFFUSION_TRACEBACK"
 COMMANDS = "mtdiffusion.commands"
 """Entry points of modules that add a subcommand: ``add_parser(commands)``, which sets the default ``handler``."""
 SOLVERS = ("ancestral", "ddim", "dpmpp_2m")
-SCAFFOLDS = ("modality", "dataset", "backbone", "schedule", "task")
+SCAFFOLDS = ("modality", "dataset", "backbone", "schedule", "clock-law", "task")
 SLOW_IMPORT = 1.0
 """Seconds from which the import of a plugin is called slow: who lists or trains waits for it."""
 
@@ -113,10 +113,22 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=MASK.png",
         help="what is seen of something observed: white is seen, black is filled in; repeatable",
     )
+    sample.add_argument(
+        "--strength",
+        action="append",
+        default=[],
+        metavar="NAME=SHARE",
+        help="start from something observed instead of keeping it: 1 forgets it, near 0 keeps it; repeatable",
+    )
     sample.add_argument("--generate", type=_names, metavar="NAME,...", help="what to generate (default: all the rest)")
     sample.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write; must not exist yet")
     sample.add_argument("--steps", type=_positive, help="solver steps (this and below, default: as the run says)")
     sample.add_argument("--solver", choices=SOLVERS)
+    sample.add_argument(
+        "--path",
+        metavar="shared|NAME=SHARE,...",
+        help="how far ahead of the slowest each modality is denoised, in shares of the path: label=0.6,mask=0.3",
+    )
     sample.add_argument("--guidance", type=float, help="classifier-free guidance on what is observed; 1 is none")
     sample.add_argument("--eta", type=float, help="noise of a ddim step, in [0, 1]")
     sample.add_argument(

@@ -73,8 +73,18 @@ def sample(args: Namespace) -> None:
     run = load_run(args.run, device=args.device)
     observed = {name: _parse(run, name, text) for name, text in _pairs("--observe", args.observe).items()}
     visible = {name: read_visibility(Path(text)) for name, text in _pairs("--visible", args.visible).items()}
+    strength = {name: _share("--strength", name, text) for name, text in _pairs("--strength", args.strength).items()}
     changes = {name: getattr(args, name) for name in ("steps", "solver", "eta", "guidance", "draw")}
-    samples = run.sample(args.n, observed=observed, visible=visible, generate=args.generate, seed=args.seed, **changes)
+    changes["path"] = _path(args.path)
+    samples = run.sample(
+        args.n,
+        observed=observed,
+        visible=visible,
+        strength=strength,
+        generate=args.generate,
+        seed=args.seed,
+        **changes,
+    )
     samples = {name: x.cpu() for name, x in samples.items()}
     request = {
         "run": str(run.path),
@@ -83,12 +93,13 @@ def sample(args: Namespace) -> None:
         "n": args.n,
         "observed": _pairs("--observe", args.observe),
         "visible": _pairs("--visible", args.visible),
-        "generated": [name for name in samples if name not in observed or name in visible],
+        "strength": strength,
+        "generated": [name for name in samples if name not in observed or name in visible or name in strength],
         "settings": asdict(run.settings(**changes)),
         "seed": args.seed,
     }
     with _new_folder(args.out) as folder:
-        _write_samples(run, samples, observed, folder)
+        _write_samples(run, samples, set(observed) - set(strength), folder)
         ckpt.write_json(folder / "request.json", request)
     print(f"{args.n} samples of {', '.join(samples)}: {args.out} (at a glance: {args.out / 'samples.png'})")
 
@@ -104,6 +115,20 @@ def _pairs(option: str, arguments: list[str]) -> dict[str, str]:
             raise UserError(f"{option} {argument}: {name} is given twice")
         pairs[name] = value
     return pairs
+
+
+def _share(option: str, name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"{option} {name}={text}: expected a number, such as {name}=0.4") from None
+
+
+def _path(text: str | None) -> dict[str, float] | None:
+    """``shared``, or ``NAME=SHARE,...``: how far ahead of the slowest each modality is denoised."""
+    if text is None or text == "shared":
+        return None if text is None else {}
+    return {name: _share("--path", name, value) for name, value in _pairs("--path", text.split(",")).items()}
 
 
 def _parse(run: Run, name: str, text: str) -> Tensor:
@@ -194,6 +219,7 @@ def demo(args: Namespace) -> None:
     out: Path = args.out
     begun = (out / "config.toml").is_file()
     if begun:
+        _trained_steps(out)  # says so if another version made it
         require_same(experiment, out, registry)
     if _trained_steps(out) < experiment.training.steps:
         _train(experiment, out, registry, begun, args.device)

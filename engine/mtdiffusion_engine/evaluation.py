@@ -102,7 +102,7 @@ def evaluate(
 
     @torch.no_grad()
     def read(observed: list[str]) -> dict[str, Params]:
-        device = model.owner.device
+        device = model.device
         parts = []
         for rows in batches:
             given = {name: test[name][rows].to(device) for name in observed}
@@ -140,7 +140,7 @@ def evaluate(
     results["real/samples"] = count
     if bound_times:
         progress("the bound")
-        device = model.owner.device
+        device = model.device
         total = 0.0
         for rows in batches:
             x = {name: test[name][rows].to(device) for name in names}

@@ -14,20 +14,23 @@ from attrs.validators import and_, deep_iterable, deep_mapping, ge, gt, in_, le,
 from mtdiffusion import (
     DiffusionProcess,
     FeatureSpec,
-    LatentLayout,
     LatentSpec,
+    Layout,
     LossWeights,
     Modality,
     MultimodalDiffusion,
+    OwnLayout,
     Retention,
     SamplerSettings,
+    SharedLayout,
     SNRMatched,
     SubsetDistribution,
 )
-from mtdiffusion.schedules import CURVES, RETENTIONS
+from mtdiffusion.retention import CURVES, RETENTIONS
 from mtdiffusion_engine.checkpoint import read_json
 from mtdiffusion_registry import (
     BackboneConfig,
+    ClockLawConfig,
     Config,
     ConfigError,
     DatasetConfig,
@@ -51,7 +54,8 @@ class LatentConfig:
 
     Attributes:
         height, width: its sides.
-        layout: "own": each modality has channels of its own; "shared": all add up in the same ones.
+        layout: "own": each modality has channels and a clock of its own; "shared": all add up in the same channels,
+            under one clock.
         channels: of a shared layout; None: as many as the modality that wants most.
     """
 
@@ -84,13 +88,13 @@ class ModelConfig:
 
     Attributes:
         parameterisation: "derived": ε follows from the modalities' heads; "epsilon_head": the paper's own head.
-        own_channels: in an own layout, show the clean code of what is observed in place of its noisy channels.
+        show_clean: in an own layout, show what is clean a second time, in channels that are empty elsewhere.
     """
 
     parameterisation: Literal["derived", "epsilon_head"] = field(
         default="derived", validator=in_(("derived", "epsilon_head"))
     )
-    own_channels: bool = True
+    show_clean: bool = False
 
 
 @frozen
@@ -189,13 +193,18 @@ class PluginsConfig:
 
 @frozen
 class Experiment:
-    """One configuration file. Stored, resolved, with every checkpoint and every result."""
+    """One configuration file. Stored, resolved, with every checkpoint and every result.
+
+    Attributes:
+        clocks: the law of clocks; None: one clock for all modalities.
+    """
 
     data: DatasetConfig
     modalities: dict[str, ModalityConfig] = field(validator=min_len(1))
     latent: LatentConfig
     backbone: BackboneConfig
     process: ProcessConfig = Factory(ProcessConfig)
+    clocks: ClockLawConfig | None = None
     model: ModelConfig = Factory(ModelConfig)
     conditioning: ConditioningConfig = Factory(ConditioningConfig)
     loss: LossWeights = Factory(LossWeights)
@@ -215,7 +224,10 @@ class Experiment:
             raise ValueError(
                 "model.parameterisation = 'epsilon_head' needs loss.l1 above 0: nothing else trains that head"
             )
-        named = {"conditioning.subsets": {part for key in self.conditioning.subsets for part in key.split("+")}}
+        named = {
+            "conditioning.subsets": {part for key in self.conditioning.subsets for part in key.split("+")},
+            "sampling.path": set(self.sampling.path or {}),
+        }
         if isinstance(self.loss.readout, Mapping):
             named["loss.readout"] = set(self.loss.readout)
         for key, names in named.items():
@@ -341,16 +353,16 @@ def choose_device(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def build_layout(experiment: Experiment) -> LatentLayout:
+def build_layout(experiment: Experiment) -> Layout:
     """Where each modality lives in the latent."""
     latent = experiment.latent
     wanted = {
         name: config.latent_channels(latent.height, latent.width) for name, config in experiment.modalities.items()
     }
     if latent.layout == "own":
-        return LatentLayout.own(wanted, latent.height, latent.width)
+        return OwnLayout(wanted, latent.height, latent.width, experiment.model.show_clean)
     channels = latent.channels or max(wanted.values())
-    return LatentLayout.shared(list(wanted), LatentSpec(channels, latent.height, latent.width))
+    return SharedLayout(tuple(wanted), LatentSpec(channels, latent.height, latent.width))
 
 
 def build_model(experiment: Experiment) -> MultimodalDiffusion:
@@ -373,24 +385,19 @@ def _build_model(experiment: Experiment) -> MultimodalDiffusion:
     settings = experiment.process
     retention = Retention.from_curve(settings.curve, settings.steps, len(names), settings.retention)
     schedule = settings.weights.build(names) if settings.weights is not None else SNRMatched()
-    process = DiffusionProcess.build(retention, schedule, len(names))
+    process = DiffusionProcess.build(retention, schedule, layout)
     # A backbone's inputs depend on the encoders' read-outs, and heads on the backbone's features; encoders on neither.
     readout = sum(_probe(experiment, layout)[name].encoder.readout_dim for name in names)
-    in_channels, in_vector = MultimodalDiffusion.backbone_inputs(layout, readout)
+    in_channels, in_vector = layout.inputs(readout)
     latent = experiment.latent
     backbone = experiment.backbone.build(in_channels, latent.height, latent.width, in_vector)
     modalities = _build_modalities(experiment, layout, backbone.features)
-    return MultimodalDiffusion(
-        modalities,
-        backbone,
-        process,
-        layout,
-        epsilon_head=experiment.model.parameterisation == "epsilon_head",
-        own_channels=experiment.model.own_channels,
-    )
+    law = experiment.clocks.build(names) if experiment.clocks is not None else None
+    epsilon_head = experiment.model.parameterisation == "epsilon_head"
+    return MultimodalDiffusion(modalities, backbone, process, law, epsilon_head=epsilon_head)
 
 
-def _build_modalities(experiment: Experiment, layout: LatentLayout, features: FeatureSpec) -> dict[str, Modality]:
+def _build_modalities(experiment: Experiment, layout: Layout, features: FeatureSpec) -> dict[str, Modality]:
     built = {}
     for name, config in experiment.modalities.items():
         try:
@@ -400,6 +407,6 @@ def _build_modalities(experiment: Experiment, layout: LatentLayout, features: Fe
     return built
 
 
-def _probe(experiment: Experiment, layout: LatentLayout) -> Mapping[str, Modality]:
+def _probe(experiment: Experiment, layout: Layout) -> Mapping[str, Modality]:
     latent = experiment.latent
     return _build_modalities(experiment, layout, FeatureSpec(1, latent.height, latent.width, 1))

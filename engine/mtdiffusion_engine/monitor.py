@@ -88,6 +88,8 @@ class Monitor:
 
 
 def describe(means: dict[str, float], weights: LossWeights) -> str:
-    """The loss and its terms, on one line; those that do not count are left out."""
+    """The loss and what it is made of, on one line: each modality's objective under its name, no term that does not
+    count."""
     counted = {name for name in ("l0", "l1", "l2", "l3") if getattr(weights, name) > 0} | {"loss"}
-    return "  ".join(f"{name} {value:.3g}" for name, value in means.items() if name.partition("/")[0] in counted)
+    shown = {name.removeprefix("l2/"): value for name, value in means.items() if name.partition("/")[0] in counted}
+    return "  ".join(f"{name} {value:.3g}" for name, value in shown.items())

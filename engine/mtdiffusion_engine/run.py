@@ -72,12 +72,14 @@ class Run:
         *,
         observed: Mapping[str, Any] | None = None,
         visible: Mapping[str, Any] | None = None,
+        strength: Mapping[str, float] | None = None,
+        path: Literal["shared"] | Mapping[str, float] | Tensor | None = None,
         generate: Sequence[str] | None = None,
         steps: int | None = None,
         solver: Literal["ddim", "ancestral", "dpmpp_2m"] | None = None,
         eta: float | None = None,
         guidance: float | None = None,
-        conditioning: Literal["observed_aggregate", "replacement"] | None = None,
+        conditioning: Literal["observed", "replacement"] | None = None,
         draw: bool | None = None,
         seed: int = 0,
     ) -> dict[str, Tensor]:
@@ -88,6 +90,9 @@ class Run:
             observed: what is given, by modality name: ``[n, ...]``, or one value (no batch axis) for all samples.
             visible: for those given in part, a map of 1 (seen) and 0 (to be filled in) of the data's height and width:
                 ``[n, h, w]``, or ``[h, w]`` for all samples.
+            strength: for those given as something to start from, by name, in (0, 1]: 1 forgets it, near 0 keeps it.
+            path: how far ahead of the slowest each modality is denoised, by name, in shares of the path; "shared": all
+                together; clocks ``[steps + 1, N]`` (int64): these; None: as the run's configuration and law say.
             generate: the modalities wanted beside the observed; None: all. It saves no time: all of them are sampled.
             steps, solver, eta, guidance, conditioning, draw: as in :class:`mtdiffusion.SamplerSettings`; None: as the
                 run's configuration says.
@@ -101,8 +106,16 @@ class Run:
         """
         if n < 1:
             raise UserError(f"expected at least 1 sample, found {n}")
+        clocks = path if isinstance(path, Tensor) else None
+        ahead = None if isinstance(path, Tensor) else {} if path == "shared" else path
         settings = self.settings(
-            steps=steps, solver=solver, eta=eta, guidance=guidance, conditioning=conditioning, draw=draw
+            steps=steps,
+            solver=solver,
+            eta=eta,
+            path=ahead,
+            guidance=guidance,
+            conditioning=conditioning,
+            draw=draw,
         )
         given = {name: self._batch(name, value, n) for name, value in (observed or {}).items()}
         maps = {name: self._visible(name, value, n) for name, value in (visible or {}).items()}
@@ -121,8 +134,10 @@ class Run:
                     rows.stop - start,
                     observed=part,
                     visible=seen,
+                    strength=strength,
                     generate=generate,
                     settings=settings,
+                    path=clocks,
                     generator=generator,
                 )
             except ValueError as error:

@@ -61,7 +61,7 @@ class Progress:
 
     Attributes:
         step: steps done.
-        means: loss terms, by name.
+        means: loss terms by name, each the mean over all that was trained since the last report.
         learning_rate: of this step.
         norm: the gradient's norm before clipping.
         seconds: since the start of this process's training.
@@ -127,6 +127,8 @@ class Trainer:
         if resume:
             if not (run / "config.toml").is_file():
                 raise UserError(f"{run}: nothing to resume here (it has no config.toml)")
+            for newest in ckpt.list_checkpoints(run)[-1:]:
+                ckpt.load_state(newest)  # says so if another version made it
             require_same(experiment, run, registry)
         elif self.main:
             ckpt.require_free(run)
@@ -136,7 +138,7 @@ class Trainer:
         self.subsets = experiment.conditioning.build()
         self.step = 0
         self._saved = -1
-        if self.main and (warning := terminal_warning(self.model.process, self.model.names)):
+        if self.main and (warning := terminal_warning(self.model.process)):
             on_message(f"warning: {warning}")
         self.model.to(self.accelerator.device)
         self.ema = averaged(self.model, self.config.ema).eval()
@@ -211,29 +213,16 @@ class Trainer:
         """
         stop = min(self.config.steps, stop_at or self.config.steps)
         started = time.monotonic()
-        micro = self.config.accumulate
-        accelerator = self.accelerator
-        sampler = StepSampler(
-            len(self.data),
-            self.config.batch_size,
-            self.config.seed,
-            self.step * micro,
-            stop * micro,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
-        batches = training_batches(self.data, sampler, self.config.workers)
+        batches = self.batches(stop)
+        told = Means(self.accelerator)
         self.model.train()
         with deferred_interrupt() as interrupted:
             while self.step < stop:
-                rate = learning_rate(self.config, self.step)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = rate
-                terms, norm = self._one_step(batches)
-                self.step += 1
-                self.ema.update_parameters(self.model)
-                if on_progress and self.main and (self.step % self.config.log_every == 0 or self.step == stop):
-                    on_progress(Progress(self.step, terms.means(), rate, norm, time.monotonic() - started))
+                rate, norm = self.advance(batches, told)
+                if self.step % self.config.log_every == 0 or self.step == stop:
+                    means = told.take()
+                    if on_progress and self.main:
+                        on_progress(Progress(self.step, means, rate, norm, time.monotonic() - started))
                 if on_sample and self.main and _due(self.step, self.config.sample_every):
                     on_sample(self.step)
                 if interrupted():
@@ -243,7 +232,32 @@ class Trainer:
                     self.save()
         self.save()
 
-    def _one_step(self, batches: Iterator[Batch]) -> tuple[LossTerms, float]:
+    def batches(self, stop: int) -> Iterator[Batch]:
+        """This process's micro-batches from the present step up to another, in their order."""
+        micro, accelerator = self.config.accumulate, self.accelerator
+        sampler = StepSampler(
+            len(self.data),
+            self.config.batch_size,
+            self.config.seed,
+            self.step * micro,
+            stop * micro,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+        return training_batches(self.data, sampler, self.config.workers)
+
+    def advance(self, batches: Iterator[Batch], told: Means) -> tuple[float, float]:
+        """One optimizer step; its loss terms go to ``told``.
+
+        Returns:
+            The learning rate and the gradient's norm before clipping.
+
+        Raises:
+            Diverged: if one of the two, loss and norm, is not finite.
+        """
+        rate = learning_rate(self.config, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         micro, device = self.config.accumulate, self.accelerator.device
         for part in range(micro):
@@ -255,13 +269,16 @@ class Trainer:
             with gradients:
                 with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
                     terms: LossTerms = self.objective(batch.to(device), visible, generator)
+                told.add(terms)
                 loss = terms.total.mean() / micro
                 self._require_finite("loss", loss.item())
                 self.accelerator.backward(loss)
         norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip))
         self._require_finite("norm of its gradient", norm)
         self.optimizer.step()
-        return terms, norm
+        self.step += 1
+        self.ema.update_parameters(self.model)
+        return rate, norm
 
     def _require_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
@@ -281,6 +298,25 @@ class Trainer:
             self.model.names, self.model.spatial, len(batch.presence), (latent.height, latent.width), generator
         )
         return visible.to(self.accelerator.device)
+
+
+class Means:
+    """Loss terms, averaged over all processes and all that was trained since they were taken last."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, terms: LossTerms) -> None:
+        for name, pair in terms.sums().items():
+            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def take(self) -> dict[str, float]:
+        """Means by name; those of which nothing was counted are left out."""
+        table = self._accelerator.reduce(torch.stack(list(self._sums.values())), "sum").tolist()
+        means = {name: total / count for name, (total, count) in zip(self._sums, table, strict=True) if count > 0}
+        self._sums.clear()
+        return means
 
 
 def _due(step: int, every: int) -> bool:

@@ -61,11 +61,14 @@ def scale_of(log_scale: Tensor, like: Tensor) -> Tensor:
 
 
 def gaussian_objective(mean: Tensor, log_scale: Tensor, x: Tensor) -> Tensor:
-    """½ mean squared error ``[B]``, plus a little of the Gaussian nll as a function of the scale alone."""
+    """½ mean squared error e ``[B]``, plus a little of the Gaussian nll as a function of the scale alone.
+
+    That function, ½ e/σ² + log σ, can be negative; less its least value, at σ² = e, it is ½ (e/σ² − 1 − log(e/σ²)).
+    """
     error = (x - mean).square().flatten(1).mean(1)
-    log_sigma = log_scale.clamp(*_LOG_SCALE)[:, 0]
-    calibration = 0.5 * error.detach() * torch.exp(-2 * log_sigma) + log_sigma
-    return 0.5 * error + 0.01 * calibration
+    known = error.detach()
+    log_ratio = known.clamp(min=torch.finfo(known.dtype).tiny).log() - 2 * log_scale.clamp(*_LOG_SCALE)[:, 0]
+    return 0.5 * error + 0.005 * (torch.expm1(log_ratio) - log_ratio)
 
 
 def discretised_gaussian_nll(mean: Tensor, log_scale: Tensor, x: Tensor, levels: int) -> Tensor:

@@ -9,7 +9,7 @@ from attrs import field, frozen
 from attrs.validators import deep_mapping, ge, in_, instance_of, min_len, optional
 
 from mtdiffusion import DirectWeights, SNRMatched, TargetSignal, WeightSchedule
-from mtdiffusion.schedules import CURVES
+from mtdiffusion.retention import CURVES
 from mtdiffusion_registry.configs import WeightScheduleConfig
 from mtdiffusion_registry.errors import UserError
 from mtdiffusion_registry.hookspecs import hookimpl

@@ -7,6 +7,7 @@ files) and :mod:`mtdiffusion_registry.testing` (does my plugin keep the contract
 from mtdiffusion_registry.configs import (
     GROUPS,
     BackboneConfig,
+    ClockLawConfig,
     Config,
     DatasetConfig,
     EvaluatorConfig,
@@ -25,6 +26,7 @@ __all__ = [
     "API_VERSION",
     "GROUPS",
     "BackboneConfig",
+    "ClockLawConfig",
     "Config",
     "ConfigError",
     "DatasetConfig",

@@ -14,9 +14,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from enum import Enum
+from functools import lru_cache
 from pathlib import Path, PurePath
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import attrs
 import tomli_w
@@ -34,9 +35,7 @@ from cattrs.gen import make_dict_structure_fn
 
 from mtdiffusion_registry.configs import BASES, Config
 from mtdiffusion_registry.errors import ConfigError, UserError, did_you_mean
-
-if TYPE_CHECKING:
-    from mtdiffusion_registry.registry import Registry
+from mtdiffusion_registry.registry import Registry
 
 __all__ = [
     "apply_overrides",
@@ -151,7 +150,7 @@ def structure(registry: Registry, mapping: Mapping[str, Any], cls: type[T], sour
         ConfigError: if they do not fit; one line for each problem, all problems at once.
     """
     try:
-        return registry.converter.structure(mapping, cls)
+        return make_converter(registry).structure(mapping, cls)
     except (BaseValidationError, StructureHandlerNotFoundError, UserError, TypeError, ValueError) as error:
         prefix = f"{os.fspath(source)}: " if source else ""
         raise ConfigError("\n".join(prefix + line for line in explain(error, mapping))) from error
@@ -165,12 +164,13 @@ def unstructure(registry: Registry, obj: object) -> dict[str, Any]:
     Raises:
         ConfigError: if a field is None but its default is not, so that leaving it out would change it.
     """
-    result: dict[str, Any] = registry.converter.unstructure(obj)
+    result: dict[str, Any] = make_converter(registry).unstructure(obj)
     return result
 
 
+@lru_cache(maxsize=8)
 def make_converter(registry: Registry) -> Converter:
-    """A cattrs converter that follows the rules of this module. Prefer ``registry.converter``, which is made once."""
+    """The cattrs converter that follows the rules of this module; one for a registry."""
     converter = Converter(forbid_extra_keys=True, unstruct_collection_overrides={tuple: list})
     for type_, accepted in _SCALARS.items():
         converter.register_structure_hook(type_, _scalar_hook(type_, accepted))
@@ -180,7 +180,7 @@ def make_converter(registry: Registry) -> Converter:
     converter.register_structure_hook_factory(_is_union, _union_hook)
 
     def class_hook(cls: type, converter: Converter) -> Hook:
-        return _base_hook(cls, registry) if cls in BASES.values() else _attrs_hook(cls, converter)
+        return _base_hook(cls, registry, converter) if cls in BASES.values() else _attrs_hook(cls, converter)
 
     converter.register_structure_hook_factory(attrs.has, class_hook)
     converter.register_unstructure_hook_factory(attrs.has, _attrs_unstructure_hook)
@@ -311,7 +311,7 @@ def _attrs_hook(cls: type, converter: Converter) -> Hook:
     return hook
 
 
-def _base_hook(base: type, registry: Registry) -> Hook:
+def _base_hook(base: type, registry: Registry, converter: Converter) -> Hook:
     group: str = base.group  # type: ignore[attr-defined]
 
     def hook(value: object, _: object) -> object:
@@ -328,7 +328,7 @@ def _base_hook(base: type, registry: Registry) -> Hook:
         except (KeyError, ValueError, UserError) as error:
             error.add_note(AttributeValidationNote("at kind", "kind", str))
             raise ClassValidationError(f"while structuring a {group}", [error], base) from None
-        return registry.converter.structure(value, cls)
+        return converter.structure(value, cls)
 
     return hook
 

@@ -18,7 +18,7 @@ from mtdiffusion_registry.queries import Query
 if TYPE_CHECKING:  # importing the core imports torch, which listing plugins must not
     from torch import Tensor
 
-    from mtdiffusion.interfaces import Backbone, Dataset, FeatureSpec, LatentSpec, Modality, WeightSchedule
+    from mtdiffusion.interfaces import Backbone, ClockLaw, Dataset, FeatureSpec, LatentSpec, Modality, WeightSchedule
     from mtdiffusion_registry.evaluation import Evaluator
 
 
@@ -100,6 +100,21 @@ class WeightScheduleConfig(Config):
 
 
 @frozen
+class ClockLawConfig(Config):
+    """Builds a law of clocks: which noise levels of the modalities are trained together."""
+
+    group: ClassVar[str] = "clock_law"
+
+    @abstractmethod
+    def build(self, names: Sequence[str]) -> ClockLaw:
+        """The law for the modality instances of these names, in this order.
+
+        Raises:
+            ValueError: if it is configured for other names.
+        """
+
+
+@frozen
 class EvaluatorConfig(Config):
     """Builds an evaluator."""
 
@@ -166,6 +181,7 @@ BASES: Mapping[str, type[Config]] = MappingProxyType(
             BackboneConfig,
             DatasetConfig,
             WeightScheduleConfig,
+            ClockLawConfig,
             EvaluatorConfig,
             TaskConfig,
             MethodConfig,

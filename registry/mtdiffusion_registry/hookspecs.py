@@ -9,6 +9,7 @@ import pluggy
 
 from mtdiffusion_registry.configs import (
     BackboneConfig,
+    ClockLawConfig,
     DatasetConfig,
     EvaluatorConfig,
     MethodConfig,
@@ -46,6 +47,11 @@ def mtdiffusion_weight_schedules() -> list[type[WeightScheduleConfig]]:  # type:
 
 
 @hookspec
+def mtdiffusion_clock_laws() -> list[type[ClockLawConfig]]:  # type: ignore[empty-body]
+    """Laws of clocks: which noise levels are trained together, and in which order sampling goes."""
+
+
+@hookspec
 def mtdiffusion_evaluators() -> list[type[EvaluatorConfig]]:  # type: ignore[empty-body]
     """Evaluators: how samples are judged as a whole."""
 
@@ -66,6 +72,7 @@ HOOKS: Mapping[str, str] = MappingProxyType(
         "backbone": "mtdiffusion_backbones",
         "dataset": "mtdiffusion_datasets",
         "weight_schedule": "mtdiffusion_weight_schedules",
+        "clock_law": "mtdiffusion_clock_laws",
         "evaluator": "mtdiffusion_evaluators",
         "task": "mtdiffusion_tasks",
         "method": "mtdiffusion_methods",

@@ -12,10 +12,9 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
 from importlib.metadata import Distribution, distributions
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import attrs
 import pluggy
@@ -24,9 +23,6 @@ from attrs import field, frozen
 from mtdiffusion_registry import hookspecs
 from mtdiffusion_registry.configs import BASES, GROUPS, Config
 from mtdiffusion_registry.errors import PluginError, UserError, did_you_mean
-
-if TYPE_CHECKING:
-    from cattrs import Converter
 
 ENTRY_POINT_GROUP = "mtdiffusion.plugins"
 DISABLE_VARIABLE = "MTDIFFUSION_DISABLE_PLUGINS"
@@ -72,7 +68,7 @@ class PluginInfo:
         return {"distribution": self.distribution, "version": self.version, "module": self.module}
 
 
-@frozen(eq=False, slots=False)
+@frozen(eq=False)
 class Registry:
     """The kinds that can be used, a value: make one with :meth:`discover` and pass it on.
 
@@ -193,13 +189,6 @@ class Registry:
         if key not in self._loaded:
             self._loaded[key] = _load(self._find(group, kind))
         return self._loaded[key]
-
-    @cached_property
-    def converter(self) -> Converter:
-        """The cattrs converter between configuration files and the config classes of this registry."""
-        from mtdiffusion_registry.config import make_converter  # it needs this module
-
-        return make_converter(self)
 
     def _find(self, group: str, kind: str) -> PluginInfo:
         infos = [info for info in self._plugins if (info.group, info.kind) == (group, kind)]

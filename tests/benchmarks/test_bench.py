@@ -138,9 +138,12 @@ def test_the_matrix_is_the_blocks_in_order_each_cell_once(source: Path, registry
         plan(profile, ("nothing*",))
 
 
-@pytest.mark.parametrize("name", sorted(shipped()))
-def test_the_profiles_that_ship_are_sound(name: str, registry: Registry, tmp_path: Path) -> None:
-    profile, path = load_profile(name, registry)
+OURS = [*shipped().values(), *sorted((Path(__file__).parents[2] / "benchmarks").glob("*/*.toml"))]
+
+
+@pytest.mark.parametrize("path", OURS, ids=lambda path: path.stem)
+def test_our_profiles_are_sound(path: Path, registry: Registry, tmp_path: Path) -> None:
+    profile, _ = load_profile(str(path), registry)
     runner = Runner(profile, path.parent, tmp_path, registry, say=lambda _: None)
     runner._check(plan(profile))  # every cell's configuration can be made
 
@@ -203,15 +206,15 @@ def test_an_interrupted_cell_goes_on_and_ends_as_if_it_had_not_been(
     whole, cells, _ = runner_of(source, tmp_path / "whole", registry)
     whole.run(cells[:1])
     broken, cells, _ = runner_of(source, tmp_path / "broken", registry)
-    step = Trainer._one_step
+    advance = Trainer.advance
 
-    def stops(self: Trainer, batches: object) -> object:
+    def stops(self: Trainer, *args: object) -> object:
         if self.step == 5:
             raise KeyboardInterrupt
-        return step(self, batches)
+        return advance(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_one_step", stops)
+        patch.setattr(Trainer, "advance", stops)
         with pytest.raises(KeyboardInterrupt):
             broken.run(cells[:1])
     assert results(tmp_path / "broken") == {}
@@ -362,12 +365,13 @@ def test_what_is_wrong_with_a_setting_is_said_with_its_file_before_anything_runs
     assert not list((tmp_path / "out").rglob("*.json"))
 
 
-def test_readouts_of_modalities_that_a_task_or_a_control_lacks_are_left_out(
+def test_read_outs_and_paths_of_modalities_that_a_task_or_a_control_lacks_are_left_out(
     source: Path, tmp_path: Path, registry: Registry
 ) -> None:
-    """A setting names read-outs of all its modalities; a task has some of them, a control fewer."""
-    with (source / "config.toml").open("a") as file:
-        file.write("[loss]\nreadout = { image = 0.5, label = 0.25 }\n")
+    """A setting names all its modalities; a task has some of them, a control fewer."""
+    config = (source / "config.toml").read_text()
+    config = config.replace("[sampling]", "[sampling]\npath = { image = 0.25, label = 0.5 }")
+    (source / "config.toml").write_text(config + "[loss]\nreadout = { image = 0.5, label = 0.25 }\n")
     alone = PROFILE.replace(
         'kind = "single", targets = ["image"], observed = ["label"]', 'kind = "single", targets = ["image"]'
     )
@@ -376,6 +380,8 @@ def test_readouts_of_modalities_that_a_task_or_a_control_lacks_are_left_out(
     experiments = {cell.id: cell_experiment(runner.profile, cell, source, registry) for cell in cells}
     assert experiments["digits/image+label/joint/0"].loss.readout == {"image": 0.5, "label": 0.25}
     assert experiments["digits/masked/joint/0"].loss.readout == {"image": 0.5}
+    assert experiments["digits/image+label/joint/0"].sampling.path == {"image": 0.25, "label": 0.5}
+    assert experiments["digits/masked/joint/0"].sampling.path == {"image": 0.25}
     runner.run([cell for cell in cells if cell.id == "digits/image+label/class-conditional/0"])
     (made,) = results(tmp_path / "out").values()
     assert made["status"] == "ok", made["reason"]

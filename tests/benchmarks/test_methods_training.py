@@ -10,14 +10,12 @@ from tests.benchmarks.problems import digits, lacking, same_weights
 
 from mtdiffusion_benchmarks.interfaces import Diverged, Fitted
 from mtdiffusion_benchmarks.methods import _training
-from mtdiffusion_benchmarks.methods.independent import IndependentConfig
 from mtdiffusion_benchmarks.methods.mae import MAEConfig
 from mtdiffusion_benchmarks.methods.regression import RegressionConfig
 from mtdiffusion_registry import MethodConfig, UserError
 
 TINY = ("backbone.channels=8", "training.batch_size=8", "training.accumulate=2", "training.log_every=2")
 METHODS: list[MethodConfig] = [
-    IndependentConfig(),
     RegressionConfig("label", ("image",)),
     RegressionConfig("image", ("label",), partial=True),
     MAEConfig("image", width=16, depth=1, heads=2),

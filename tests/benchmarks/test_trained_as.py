@@ -76,14 +76,14 @@ def run(folder: Path, out: Path, *methods: str, text: str = PROFILE) -> dict[str
 def trainings(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The run folders of trainings that took a step."""
     took: list[Path] = []
-    real = Trainer._one_step
+    real = Trainer.advance
 
-    def noted(self: Trainer, batches: Any) -> Any:
+    def noted(self: Trainer, *args: Any) -> Any:
         if self.run not in took:
             took.append(self.run)
-        return real(self, batches)
+        return real(self, *args)
 
-    monkeypatch.setattr(Trainer, "_one_step", noted)
+    monkeypatch.setattr(Trainer, "advance", noted)
     return took
 
 

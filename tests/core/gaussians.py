@@ -9,30 +9,39 @@ estimated (:class:`NoiseBasis`).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import pytest
 import torch
 from attrs import frozen
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
+import mtdiffusion.model
+import mtdiffusion.sampler
 from mtdiffusion import (
     Backbone,
+    ClockLaw,
     Decoder,
     DiffusionProcess,
     Encoder,
     Features,
     FeatureSpec,
-    LatentLayout,
     LatentSpec,
+    Layout,
     Modality,
     MultimodalDiffusion,
+    OwnLayout,
     Params,
     Retention,
+    SamplerSettings,
+    SharedLayout,
     SNRMatched,
     WeightSchedule,
+    sample,
 )
+from mtdiffusion.layout import noise_level
 
 
 class LinearEncoder(Encoder):
@@ -157,70 +166,97 @@ class JointGaussian:
 
 
 class ExactBackbone(Backbone):
-    """The exact posterior of all modalities given what a network is shown: scaled z_t, the observed aggregate, flags.
+    """The exact posterior of all modalities given what a network is shown.
 
-    Its feature vector is, modality after modality, the posterior mean and the Cholesky factor of its covariance.
+    Of a layout of own channels that is z and the clocks; of a shared one, z, the clock, the observed aggregate and
+    flags. Its feature vector is, modality after modality, the posterior mean and the Cholesky factor of its covariance.
     """
 
-    def __init__(
-        self,
-        joint: JointGaussian,
-        process: DiffusionProcess,
-        layout: LatentLayout,
-        encoders: Mapping[str, LinearEncoder],
-        own_channels: bool,
-    ) -> None:
+    def __init__(self, joint: JointGaussian, process: DiffusionProcess, encoders: Mapping[str, LinearEncoder]) -> None:
         super().__init__()
-        self.joint, self.process, self.layout, self.own_channels = joint, process, layout, own_channels
-        columns = [
-            layout.place(n, encoders[n](torch.eye(d, dtype=torch.float64))).flatten(1).T for n, d in joint.dims.items()
-        ]
-        self.embedding = torch.cat(columns, 1)  # [C·H·W, D]: Σ_i e_i = embedding · x
+        self.joint, self.process = joint, process
+        layout = process.layout
+        blocks = []
+        for name, d in joint.dims.items():
+            codes = {other: torch.zeros(d, *layout.share(other).shape, dtype=torch.float64) for other in joint.dims}
+            codes[name] = encoders[name](torch.eye(d, dtype=torch.float64))
+            blocks.append(layout.meet(torch.ones(1, len(joint.dims), 1, 1), codes).flatten(1).T)
+        self.embedding = torch.cat(blocks, 1)  # [C·H·W, D]: what z holds of x
         self.owner = torch.repeat_interleave(torch.arange(len(joint.dims)), torch.tensor(list(joint.dims.values())))
-        self.levels = process.noise_level(torch.arange(process.steps + 1))
+        every = torch.arange(process.steps + 1)[:, None].expand(-1, len(joint.dims))
+        self.levels = noise_level(process.signal(every), process.variance(every))  # [T + 1, N]
+        shared = process.signal(every).square().mean(1).sqrt()
+        self.shared_levels = noise_level(shared, process.variance(every[:, 0]))
         self.features = FeatureSpec(1, layout.latent.height, layout.latent.width, feature_width(joint))
+        self._known: dict[tuple[float, ...], tuple[Tensor, Tensor]] = {}
 
     def forward(self, z: Tensor, noise: Tensor, vector: Tensor) -> Features:
-        n, channels = len(self.joint.dims), self.layout.latent.channels
-        z, aggregate = z[:, :channels], z[:, channels : 2 * channels]
+        n, shared = len(self.joint.dims), self.process.layout.shared_clock
+        told = torch.cat([noise[:, None], vector[:, : 2 * n]], 1) if shared else vector[:, 16 * n : 17 * n]
+        shown = z[:, : self.process.layout.latent.channels * (1 + shared)]
         out = z.new_zeros(z.shape[0], self.features.vector)
-        cases, which = torch.unique(torch.cat([noise[:, None], vector[:, : 2 * n]], 1), dim=0, return_inverse=True)
+        cases, which = torch.unique(told, dim=0, return_inverse=True)
         for i, case in enumerate(cases):
             rows = which == i
-            t = int((self.levels - case[0]).abs().argmin())
-            flags, presence = case[1 : n + 1], case[n + 1 :]
-            assert bool(((flags == 0) | (flags == 1)).all()), "this oracle sees a modality whole or not at all"
-            out[rows] = self._posterior(z[rows], aggregate[rows], t, flags, presence)
+            constant, gain = self._affine(case, shown.shape[1:])
+            out[rows] = constant + shown[rows].flatten(1) @ gain
         return Features(z.new_zeros(z.shape[0], 1, *z.shape[2:]), out)
 
-    def _posterior(self, z: Tensor, aggregate: Tensor, t: int, flags: Tensor, presence: Tensor) -> Tensor:
+    def _affine(self, case: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """Features as constant ``[G]`` + what is shown, flat, · gain ``[shape, G]``; found once for what is told."""
+        key = tuple(case.tolist())
+        if key not in self._known:
+            units = torch.eye(shape.numel(), dtype=torch.float64)
+            shown = torch.cat([torch.zeros_like(units[:1]), units]).reshape(-1, *shape)
+            features = (self._from_aggregate if self.process.layout.shared_clock else self._from_blocks)(shown, case)
+            self._known[key] = features[0], features[1:] - features[0]
+        return self._known[key]
+
+    def _from_blocks(self, z: Tensor, levels: Tensor) -> Tensor:
+        """From each modality's z ``[B, C, H, W]`` at its own noise level ``[N]``; at 0 it is the code itself."""
+        t = (self.levels - levels).abs().argmin(0)
+        signal, variance = self.process.signal(t[None])[0], self.process.variance(t[None])[0]
+        over = self.process.layout.spread
+        spread = over((signal.square() + variance).sqrt()[None, :, None, None])
+        z = (z * spread).flatten(1)  # undo c_in
+        places = z.shape[1] // spread.shape[1]
+        noise = over(variance[None, :, None, None]).flatten().repeat_interleave(places)
+        matrix = self.embedding * signal[self.owner]
+        mean, covariance = self.joint.mean, self.joint.covariance
+        for rows in (noise == 0, noise > 0):  # what is exact first: nothing small is then added to it
+            mean, covariance = _condition(mean, covariance, matrix[rows], z[:, rows], noise[rows])
+        return self._parts(mean, covariance)
+
+    def _from_aggregate(self, shown: Tensor, told: Tensor) -> Tensor:
+        """From z beside the observed aggregate ``[B, 2 C, H, W]``; told are the noise level, flags and presence."""
+        n = len(self.joint.dims)
+        (z, aggregate), flags, presence = shown.chunk(2, 1), told[1 : n + 1], told[n + 1 :]
+        assert bool(((flags == 0) | (flags == 1)).all()), "this oracle sees a modality whole or not at all"
+        t = int((self.shared_levels - told[0]).abs().argmin())
         signal = self.process.signal_table[t] * presence
         variance = self.process.variance(torch.tensor(t))
-        share = torch.zeros(len(flags), z.shape[1], dtype=torch.float64)
-        for i, (start, stop) in enumerate(self.layout.slots.values()):
-            share[i, start:stop] = 1
-        z = (z * (signal.square() @ share + variance).sqrt()[:, None, None]).flatten(1)  # undo c_in
+        z = (z * (signal.square().sum() + variance).sqrt()).flatten(1)  # undo c_in
         seen = self.embedding * flags[self.owner]
         mean, covariance = _condition(self.joint.mean, self.joint.covariance, seen, aggregate.flatten(1))
-        noisy = self.embedding * signal[self.owner]
-        if self.own_channels:  # channels of what is seen hold its clean code instead of z_t
-            places = z.shape[1] // share.shape[1]
-            kept = (flags @ share == 0).repeat_interleave(places)
-            z, noisy = z[:, kept], noisy[kept]
-        mean, covariance = _condition(mean, covariance, noisy, z, variance)
+        mean, covariance = _condition(mean, covariance, self.embedding * signal[self.owner], z, variance)
+        return self._parts(mean.expand(len(z), -1), covariance)
+
+    def _parts(self, mean: Tensor, covariance: Tensor) -> Tensor:
         parts = []
         for name, d in self.joint.dims.items():
             at = self.joint.index([name])
             tril = torch.linalg.cholesky(covariance[at][:, at] + 1e-14 * torch.eye(d, dtype=torch.float64))
-            parts += [mean[:, at], tril.flatten().expand(len(z), -1)]
+            parts += [mean[:, at], tril.flatten().expand(len(mean), -1)]
         return torch.cat(parts, 1)
 
 
 def _condition(
     mean: Tensor, covariance: Tensor, matrix: Tensor, y: Tensor, variance: Tensor | float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Mean ``[B, D]`` and covariance of x ~ N(mean, covariance) given y = matrix · x + N(0, variance)."""
-    spread = matrix @ covariance @ matrix.T + variance * torch.eye(len(matrix), dtype=torch.float64)
+    """Mean ``[B, D]`` and covariance of x ~ N(mean, covariance) given y = matrix · x + N(0, variance), the variance one
+    number or one for each of y's."""
+    noise = torch.as_tensor(variance, dtype=torch.float64).expand(len(matrix))
+    spread = matrix @ covariance @ matrix.T + noise.diag()
     gain = covariance @ matrix.T @ torch.linalg.pinv(spread, rtol=1e-11, hermitian=True)
     posterior = covariance - gain @ matrix @ covariance
     return mean + (y - mean @ matrix.T) @ gain.T, (posterior + posterior.T) / 2
@@ -241,7 +277,7 @@ def gaussian_model(
     retention: Retention | None = None,
     schedule: WeightSchedule | None = None,
     steps: int = 1000,
-    own_channels: bool = False,
+    law: ClockLaw | None = None,
     epsilon_head: bool = False,
 ) -> tuple[MultimodalDiffusion, JointGaussian]:
     """A model with the optimal heads, in float64, and the distribution of its data.
@@ -250,10 +286,11 @@ def gaussian_model(
     overlap (they are not orthogonal) but can still be told apart.
     """
     joint = joint or JointGaussian.random(THREE)
+    space: Layout
     if layout == "own":
-        space = LatentLayout.own({n: (d + 1) // 2 for n, d in joint.dims.items()}, 1, 2)
+        space = OwnLayout({n: (d + 1) // 2 for n, d in joint.dims.items()}, 1, 2)
     else:
-        space = LatentLayout.shared(list(joint.dims), LatentSpec((sum(joint.dims.values()) + 2) // 2, 1, 2))
+        space = SharedLayout(tuple(joint.dims), LatentSpec((sum(joint.dims.values()) + 2) // 2, 1, 2))
     generator = torch.Generator().manual_seed(5)
     encoders = {}
     for name, d in joint.dims.items():
@@ -261,15 +298,13 @@ def gaussian_model(
         matrix, _ = torch.linalg.qr(torch.randn(rows, d, generator=generator, dtype=torch.float64))
         encoders[name] = LinearEncoder(space.share(name), matrix * (rows / d) ** 0.5)
     retention = retention or Retention.from_curve("cosine", steps, len(joint.dims))
-    process = DiffusionProcess.build(retention, schedule or SNRMatched("cosine"), len(joint.dims))
+    process = DiffusionProcess.build(retention, schedule or SNRMatched("cosine"), space)
     modalities, start = {}, 0
     for name, d in joint.dims.items():
         modalities[name] = VectorModality(encoders[name], GaussianDecoder(start, d), d)
         start += d + d * d
-    backbone = ExactBackbone(joint, process, space, encoders, own_channels)
-    model = MultimodalDiffusion(
-        modalities, backbone, process, space, own_channels=own_channels, epsilon_head=epsilon_head
-    )
+    backbone = ExactBackbone(joint, process, encoders)
+    model = MultimodalDiffusion(modalities, backbone, process, law, epsilon_head=epsilon_head)
     return model.double(), joint
 
 
@@ -278,14 +313,29 @@ class NoiseBasis:
 
     For a sampler that is affine in its noise, sample 0 is then the exact mean and the differences from it are the
     columns of a factor of the exact covariance: no Monte Carlo error, for the price of ``batch`` samples.
+
+    Args:
+        draws: how often noise is drawn, each time ``numel`` numbers a sample.
+        more: samples more than that, with zeros: for what else is random in what the sampler is given.
     """
 
-    def __init__(self, draws: int, numel: int) -> None:
-        self.draws, self.numel, self.drawn = draws, numel, 0
+    def __init__(self, draws: int, numel: int, more: int = 0) -> None:
+        self.draws, self.numel, self.more, self.drawn = draws, numel, more, 0
+
+    @classmethod
+    def of(
+        cls, monkeypatch: pytest.MonkeyPatch, model: MultimodalDiffusion, settings: SamplerSettings, more: int = 0
+    ) -> NoiseBasis:
+        """For one run of :func:`sample`, in place of all noise that it draws."""
+        noisy = settings.solver == "ancestral" or settings.eta > 0
+        basis = cls(1 + settings.steps * noisy, model.layout.latent.numel, more)
+        for module in (mtdiffusion.model, mtdiffusion.sampler):
+            monkeypatch.setattr(module, "standard_normal", basis)
+        return basis
 
     @property
     def batch(self) -> int:
-        return 1 + self.draws * self.numel
+        return 1 + self.draws * self.numel + self.more
 
     def __call__(self, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
         noise = torch.zeros_like(like).flatten(1)
@@ -299,3 +349,39 @@ class NoiseBasis:
         """Mean ``[D]`` and covariance ``[D, D]`` of what the sampler returns."""
         factor = x[1:] - x[0]
         return x[0], factor.T @ factor
+
+
+def sampled_law(
+    monkeypatch: pytest.MonkeyPatch,
+    model: MultimodalDiffusion,
+    settings: SamplerSettings,
+    given: Mapping[str, Tensor],
+    path: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of all that is sampled, in order, given one value ``[d]`` of each modality observed."""
+    basis = NoiseBasis.of(monkeypatch, model, settings)
+    observed = {name: x.expand(basis.batch, -1) for name, x in given.items()}
+    out = sample(model, basis.batch, observed=observed, settings=settings, path=path)
+    assert basis.drawn == basis.draws
+    return basis.law(torch.cat([out[name] for name in model.names if name not in given], 1))
+
+
+def sampling_errors(
+    monkeypatch: pytest.MonkeyPatch,
+    model: MultimodalDiffusion,
+    joint: JointGaussian,
+    settings: SamplerSettings,
+    subsets: Iterable[tuple[str, ...]] | None = None,
+    path: Tensor | None = None,
+) -> dict[tuple[str, ...], tuple[float, float]]:
+    """By observed subset (default: all), the worst error of the mean, in standard deviations of the data, and the
+    covariance's, relative in the Frobenius norm."""
+    value = {name: x[0] for name, x in joint.draw(1, seed=3).items()}
+    errors = {}
+    for subset in joint.proper_subsets() if subsets is None else subsets:
+        given = {name: value[name] for name in subset}
+        mean, covariance = sampled_law(monkeypatch, model, settings, given, path)
+        true_mean, true_covariance = joint.conditional(given)
+        relative = (covariance - true_covariance).norm() / true_covariance.norm()
+        errors[subset] = ((mean - true_mean).abs().max().item(), relative.item())
+    return errors

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtdiffusion import Observation, SubsetDistribution
+from mtdiffusion import Observation, Prediction, SubsetDistribution
 from mtdiffusion.conditioning import merge_visible, pool_visibility, random_holes
 from tests.core.toys import SIDE, data, picture_and_label
 
@@ -30,6 +30,12 @@ def test_maps_are_0_or_1_for_every_modality() -> None:
     visible = _draw(SubsetDistribution(), 100, (4, 6))
     assert visible.shape == (100, 3, 4, 6)
     assert ((visible == 0) | (visible == 1)).all()
+
+
+def test_maps_are_drawn_only_if_something_may_be_seen_in_part() -> None:
+    assert _draw(SubsetDistribution(partial=0.0), 100).shape == (100, 3, 1, 1)
+    nothing_spatial = SubsetDistribution().draw(NAMES, (False,) * 3, 100, (4, 6), torch.Generator().manual_seed(0))
+    assert nothing_spatial.shape == (100, 3, 1, 1)
 
 
 def test_something_is_observed_as_often_as_asked() -> None:
@@ -144,27 +150,23 @@ def test_merging_keeps_what_is_seen_and_fills_in_the_rest(shape: tuple[int, ...]
     assert torch.equal(merged, expected)
 
 
-def test_an_observation_sums_counts_and_merges() -> None:
-    codes = torch.arange(16.0).reshape(1, 2, 2, 2, 2)
-    visible = torch.tensor([[[[1.0, 1.0], [1.0, 1.0]], [[1.0, 0.0], [0.0, 0.0]]]])
-    observation = Observation(codes * visible.unsqueeze(2), visible)
-    assert observation.flags.tolist() == [[1.0, 0.25]]
-    assert observation.complete.tolist() == [[True, False]]
-    assert torch.equal(observation.aggregate[0], observation.codes[0, 0] + observation.codes[0, 1])
-    merged = observation.merge(torch.full_like(codes, -1.0))
-    assert torch.equal(merged[0, 0], codes[0, 0])
-    assert merged[0, 1].flatten().tolist() == [8.0, -1.0, -1.0, -1.0, 12.0, -1.0, -1.0, -1.0]
-    nothing = observation.without()
-    assert not nothing.codes.any()
-    assert not nothing.visible.any()
-    assert nothing.codes.shape == codes.shape
+def test_an_observation_knows_what_is_complete_and_merges_what_is_seen() -> None:
+    codes = {"a": torch.arange(8.0).reshape(1, 2, 2, 2), "b": torch.arange(8.0, 12.0).reshape(1, 1, 2, 2)}
+    seen = torch.tensor([[[[1.0, 1.0], [1.0, 1.0]], [[1.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]]])
+    observation = Observation(codes, seen)
+    assert observation.complete.tolist() == [[True, False, False]]
+    guess = {"a": torch.full((1, 2, 2, 2), -1.0), "b": torch.full((1, 1, 2, 2), -1.0), "c": torch.ones(1, 3, 2, 2)}
+    merged = observation.merge(guess, ["a", "b", "c"])
+    assert torch.equal(merged["a"], codes["a"])
+    assert merged["b"].flatten().tolist() == [8.0, -1.0, -1.0, -1.0]
+    assert merged["c"] is guess["c"]  # nothing of it is known
 
 
 @pytest.mark.parametrize("epsilon_head", [False, True])
-@pytest.mark.parametrize("layout", ["own", "shared"])
-def test_what_is_hidden_never_reaches_the_network(layout: str, epsilon_head: bool) -> None:
+@pytest.mark.parametrize(("layout", "show_clean"), [("own", False), ("own", True), ("shared", False)])
+def test_what_is_hidden_never_reaches_the_network(layout: str, show_clean: bool, epsilon_head: bool) -> None:
     """Sample 0 hides half of the picture, sample 1 the picture, sample 2 the label: change that and nothing changes."""
-    model = picture_and_label(layout, epsilon_head=epsilon_head)
+    model = picture_and_label(layout, show_clean=show_clean, epsilon_head=epsilon_head)
     visible = torch.ones(3, 2, 4, 4)
     visible[0, 0, :, 2:] = 0
     visible[1, 0] = 0
@@ -174,17 +176,22 @@ def test_what_is_hidden_never_reaches_the_network(layout: str, epsilon_head: boo
     changed["picture"][0, :, :, 4:] = other["picture"][0, :, :, 4:]
     changed["picture"][1] = other["picture"][1]
     changed["label"][2] = (x["label"][2] + 1) % 3
-    z = torch.randn(3, *model.layout.latent.shape, generator=torch.Generator().manual_seed(0))
-    t = torch.tensor([5, 10, 20])
+    noise = model.noise(3, torch.Generator().manual_seed(0))
+    t = model.layout.clocks(torch.tensor([[5, 5], [10, 10], [20, 20]])[:, :, None, None], visible)
+
+    def predict(batch: dict[str, Tensor]) -> Prediction:
+        observation = model.observe(batch, visible)
+        z = model.layout.place(noise, observation, model.process.signal(torch.zeros(1, 2, 1, 1).long()))
+        return model.complete(model(z, t, observation), z, t, observation)
+
+    seen = {"picture": other["picture"].where(torch.arange(SIDE) < 4, x["picture"]), "label": x["label"]}
     with torch.no_grad():
-        before, after = (model(z, t, model.observe(batch, visible)) for batch in (x, changed))
-        seen = {"picture": other["picture"].where(torch.arange(SIDE) < 4, x["picture"]), "label": x["label"]}
-        moved = model(z, t, model.observe(seen, visible))
-    assert torch.equal(before.codes, after.codes)
-    assert torch.equal(before.epsilon, after.epsilon)
+        before, after, moved = (predict(batch) for batch in (x, changed, seen))
     for name, key in (("picture", "mean"), ("label", "logits")):
+        assert torch.equal(before.codes[name], after.codes[name])
         assert torch.equal(before.params[name][key], after.params[name][key])
         assert not torch.equal(before.params[name][key][0], moved.params[name][key][0])  # what is seen does reach it
+    assert torch.equal(before.epsilon, after.epsilon)
 
 
 @pytest.mark.parametrize(("pattern", "boxes"), [("box", 1.0), ("patches", 0.0), ("mixed", 0.5)])

@@ -1,255 +1,154 @@
-"""The wiring: where modalities live in the latent, what the backbone is shown, and how tables follow the module."""
+"""The wiring: encoding, observing, predicting, paths, and how tables follow the module."""
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from mtdiffusion import (
+    ClockLaw,
     DiffusionProcess,
-    DirectWeights,
-    LatentLayout,
-    LatentSpec,
+    EdgesAndDiagonal,
+    IndependentClocks,
+    MixedClocks,
     MultimodalDiffusion,
+    OffsetClocks,
+    OwnLayout,
     Retention,
+    SharedClock,
     SNRMatched,
 )
 from tests.core.gaussians import gaussian_model
-from tests.core.toys import CLASSES, SmallNet, data, picture_and_label
-
-
-def _shown(model: MultimodalDiffusion) -> tuple[Tensor, Tensor, Tensor]:
-    assert isinstance(model.backbone, SmallNet)
-    assert model.backbone.shown is not None
-    return model.backbone.shown
-
-
-def _forward(model: MultimodalDiffusion, visible: Tensor, t: int = 7) -> Tensor:
-    """Run the model on data of which ``visible`` is shown; returns z."""
-    batch = len(visible)
-    z = torch.randn(batch, *model.layout.latent.shape, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        model(z, torch.full((batch,), t), model.observe(data(batch), visible))
-    return z
-
-
-def test_own_channels_do_not_overlap_and_fill_the_latent() -> None:
-    layout = LatentLayout.own({"a": 2, "b": 1, "c": 3}, 4, 5)
-    assert layout.latent.shape == (6, 4, 5)
-    assert layout.disjoint
-    assert [layout.share(name).channels for name in "abc"] == [2, 1, 3]
-    total = sum(layout.place(name, torch.ones(1, *layout.share(name).shape)) for name in "abc")
-    assert torch.equal(total, torch.ones(1, 6, 4, 5))
-
-
-def test_shared_channels_are_the_whole_latent_for_all() -> None:
-    layout = LatentLayout.shared(["a", "b"], LatentSpec(3, 2, 2))
-    assert not layout.disjoint
-    assert layout.share("a") == layout.share("b") == layout.latent
-
-
-def test_channels_that_overlap_in_part_are_not_disjoint() -> None:
-    # As many channels as the latent has, counted twice and left out once.
-    assert not LatentLayout(LatentSpec(4, 1, 1), {"a": (0, 2), "b": (1, 3)}).disjoint
-    assert LatentLayout(LatentSpec(5, 1, 1), {"b": (3, 5), "a": (0, 2)}).disjoint
-
-
-def test_taking_undoes_placing() -> None:
-    layout = LatentLayout.own({"a": 2, "b": 3}, 2, 2)
-    code = torch.randn(4, 3, 2, 2)
-    assert torch.equal(layout.take("b", layout.place("b", code)), code)
-    assert not layout.take("a", layout.place("b", code)).any()
+from tests.core.toys import CLASSES, data, picture_and_label
 
 
 @pytest.mark.parametrize("layout", ["own", "shared"])
-def test_encoding_places_every_code_in_its_channels(layout: str) -> None:
+def test_a_code_is_as_large_as_what_it_holds(layout: str) -> None:
     model, x = picture_and_label(layout), data(3)
     codes = model.encode(x)
-    assert codes.shape == (3, 2, *model.layout.latent.shape)
-    for i, name in enumerate(model.names):
-        code = model.modality(name).encoder(x[name])
-        assert torch.equal(codes[:, i], model.layout.place(name, code))
+    assert list(codes) == model.names == ["picture", "label"]
+    for name, code in codes.items():
+        assert code.shape == (3, *model.layout.share(name).shape)
+        assert torch.equal(code, model.modality(name).encoder(x[name]))
 
 
-@pytest.mark.parametrize("retention", ["compensated", "literal", "rectified_flow"])
-@pytest.mark.parametrize("layout", ["own", "shared"])
-def test_the_backbone_is_shown_unit_variance_at_every_time(layout: str, retention: str) -> None:
-    process = DiffusionProcess.build(Retention.from_curve("cosine", 20, 2, retention), SNRMatched(gains=(1.0, 3.0)), 2)
-    model = picture_and_label(layout, process=process)
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randn(4000, 2, *model.layout.latent.shape, generator=generator) * model.owner[:, :, None, None]
-    noise = torch.randn(4000, *model.layout.latent.shape, generator=generator)
-    presence = torch.ones(4000, 2)
-    presence[2000:, 0] = 0  # also where a modality is missing
-    for step in (1, 5, 10, 20):
-        t = torch.full((4000,), step)
-        scaled = process.corrupt(codes, t, noise, presence) * model.input_scale(t, presence).float()
-        for half in scaled.chunk(2):
-            variance = half.var((0, 2, 3))  # of 2000 × 16 values a channel: 5 σ is 5 √(2/32000) = 0.04
-            torch.testing.assert_close(variance, torch.ones_like(variance), rtol=0, atol=0.04)
-
-
-def test_the_backbone_receives_the_shapes_it_was_promised() -> None:
-    for layout in ("own", "shared"):
-        model = picture_and_label(layout)
-        _forward(model, torch.ones(2, 2, 4, 4))
-        channels, width = MultimodalDiffusion.backbone_inputs(model.layout, CLASSES)
-        z, noise, vector = _shown(model)
-        assert z.shape == (2, channels, 4, 4)
-        assert noise.shape == (2,)
-        assert vector.shape == (2, width)
-
-
-def test_the_backbone_is_shown_z_then_the_aggregate_then_visibility() -> None:
-    model = picture_and_label("shared")
-    visible = torch.zeros(2, 2, 4, 4)
-    visible[0, 0, :2] = 1
-    visible[1, 1] = 1
-    z = _forward(model, visible)
-    t = torch.full((2,), 7)
-    shown, noise, vector = _shown(model)
-    codes = model.encode(data(2)) * visible.unsqueeze(2)
-    scaled = z * model.input_scale(t, torch.ones(2, 2)).float()
-    torch.testing.assert_close(shown, torch.cat([scaled, codes.sum(1), visible], 1))
-    torch.testing.assert_close(noise, model.process.noise_level(t).float())
-    assert torch.equal(vector[:, :4], torch.tensor([[0.5, 0, 1, 1], [0, 1, 1, 1]]))  # flags, presence
-
-
-def test_readouts_are_the_matched_filters_of_z_and_of_the_aggregate() -> None:
-    model = picture_and_label("own", own_channels=False)
-    visible = torch.zeros(2, 2, 4, 4)
-    visible[1, 1] = 1
-    _forward(model, visible)
-    shown, _, vector = _shown(model)
-    codebook = model.modality("label").encoder.codes
-    of_z, of_aggregate = vector[:, 4:7], vector[:, 7:10]
-    torch.testing.assert_close(of_z, torch.einsum("bchw,kchw->bk", shown[:, 4:5], codebook))
-    torch.testing.assert_close(of_aggregate, torch.einsum("bchw,kchw->bk", shown[:, 9:10], codebook))
-    assert of_aggregate.any(1).tolist() == [False, True]
-
-
-def test_own_channels_show_the_clean_code_only_where_it_is_seen() -> None:
-    model = picture_and_label("own", own_channels=True)
-    visible = torch.zeros(1, 2, 4, 4)
-    visible[0, 0, :2] = 1
-    z = _forward(model, visible)
-    shown, codes = _shown(model)[0], model.encode(data(1))
-    scaled = z * model.input_scale(torch.tensor([7]), torch.ones(1, 2)).float()
-    torch.testing.assert_close(shown[:, :4, :2], codes[:, 0, :4, :2])
-    torch.testing.assert_close(shown[:, :4, 2:], scaled[:, :4, 2:])
-    torch.testing.assert_close(shown[:, 4], scaled[:, 4])
-
-
-@pytest.mark.parametrize(("layout", "own_channels"), [("own", False), ("shared", True)])
-def test_noisy_channels_stay_where_codes_have_none_of_their_own(layout: str, own_channels: bool) -> None:
-    model = picture_and_label(layout, own_channels=own_channels)
-    assert not model.own_channels
-    z = _forward(model, torch.ones(1, 2, 4, 4))
-    scaled = z * model.input_scale(torch.tensor([7]), torch.ones(1, 2)).float()
-    torch.testing.assert_close(_shown(model)[0][:, : z.shape[1]], scaled)
-
-
-@pytest.mark.parametrize("own_channels", [True, False])
-def test_a_process_that_ends_in_noise_shows_none_of_it(own_channels: bool) -> None:
-    model = picture_and_label(own_channels=own_channels)
-    visible = torch.zeros(2, 2, 4, 4)
-    visible[0, 0] = 1  # the first sample's picture is observed
-    for t, shown in ((20, False), (19, True)):  # T = 20
-        z = _forward(model, visible, t)
-        scaled, aggregate, _ = _shown(model)[0].split([5, 5, 2], 1)
-        unseen = torch.cat([z[1], z[0, 4:]])
-        assert bool(torch.cat([scaled[1], scaled[0, 4:]]).any()) == shown
-        assert (unseen != 0).all()
-        if own_channels:
-            assert torch.equal(scaled[0, :4], aggregate[0, :4])
-
-
-def test_an_epsilon_head_is_shown_the_noise_it_has_to_tell() -> None:
-    model = picture_and_label(epsilon_head=True)
-    z = _forward(model, torch.zeros(2, 2, 4, 4), 20)
-    assert torch.equal(_shown(model)[0][:, :5] != 0, z != 0)
-
-
-def test_a_process_that_does_not_end_in_noise_shows_z_to_the_last() -> None:
-    process = DiffusionProcess.build(Retention.from_curve("linear", 20, 2), DirectWeights(start=1.0), 2)
-    assert process.terminal_snr.min() > 1e-3
-    model = picture_and_label(process=process)
-    z = _forward(model, torch.zeros(2, 2, 4, 4), 20)
-    scale = model.input_scale(torch.full((2,), 20), torch.ones(2, 2))
-    torch.testing.assert_close(_shown(model)[0][:, :5], z * scale.float())
+def test_observing_encodes_what_is_seen_of_what_is_given() -> None:
+    model, x = picture_and_label(), data(2)
+    seen = torch.zeros(2, 2, 4, 4)
+    seen[:, 0, :2] = 1
+    observation = model.observe({"picture": x["picture"]}, seen)
+    assert list(observation.codes) == ["picture"]
+    torch.testing.assert_close(observation.codes["picture"], model.encode(x)["picture"] * seen[:, :1])
+    assert observation.seen is seen
+    whole = model.observe(x, torch.ones(2, 2, 1, 1))
+    for name, code in model.encode(x).items():
+        assert torch.equal(whole.codes[name], code)
 
 
 def test_a_prediction_holds_true_codes_where_seen_and_expected_ones_elsewhere() -> None:
     model, x = picture_and_label("own"), data(2)
-    visible = torch.zeros(2, 2, 4, 4)
-    visible[:, 0, :2] = 1
-    z, t = torch.randn(2, *model.layout.latent.shape), torch.tensor([3, 12])
-    prediction = model(z, t, model.observe(x, visible))
+    seen = torch.zeros(2, 2, 4, 4)
+    seen[:, 0, :2] = 1
+    z, t = torch.randn(2, *model.layout.latent.shape), torch.tensor([[3, 3], [12, 5]])
+    observation = model.observe(x, seen)
+    clocks = model.layout.clocks(t[:, :, None, None], seen)
+    heads = model(z, clocks, observation)
+    assert heads.epsilon is None
+    prediction = model.complete(heads, z, clocks, observation)
+    assert prediction.params is heads.params
     picture, label = (model.modality(name) for name in model.names)
     expected = picture.encoder(prediction.params["picture"]["mean"])
-    torch.testing.assert_close(prediction.codes[:, 0, :4, :2], model.encode(x)[:, 0, :4, :2])
-    torch.testing.assert_close(prediction.codes[:, 0, :4, 2:], expected[:, :, 2:])
+    torch.testing.assert_close(prediction.codes["picture"][:, :, :2], model.encode(x)["picture"][:, :, :2])
+    torch.testing.assert_close(prediction.codes["picture"][:, :, 2:], expected[:, :, 2:])
     probabilities = prediction.params["label"]["logits"].softmax(1)
     mixture = sum(probabilities[:, k, None, None, None] * label.encoder.codes[k] for k in range(CLASSES))
-    torch.testing.assert_close(prediction.codes[:, 1, 4:], mixture)
-    torch.testing.assert_close(prediction.epsilon, model.process.epsilon(z, prediction.codes, t))
+    torch.testing.assert_close(prediction.codes["label"], mixture)
+    torch.testing.assert_close(prediction.epsilon, model.process.epsilon(z, prediction.codes, clocks))
 
 
 def test_an_epsilon_head_is_a_head_of_its_own() -> None:
     model = picture_and_label("own", epsilon_head=True)
     assert model.epsilon_head is not None
     torch.nn.init.constant_(model.epsilon_head.bias, 0.25)
-    z, t = torch.randn(1, *model.layout.latent.shape), torch.tensor([3])
-    prediction = model(z, t, model.observe({}, torch.zeros(1, 2, 4, 4)))
+    z, t = torch.randn(1, *model.layout.latent.shape), torch.tensor([[3, 3]])
+    prediction = model.complete(model(z, t), z, t)
     torch.testing.assert_close(prediction.epsilon, torch.full_like(z, 0.25))
 
 
 def test_tables_stay_float64_when_the_module_changes_type() -> None:
     model = picture_and_label().half()
-    assert model.owner.dtype == torch.float16
+    assert model.dtype == torch.float16
     assert model.process.signal_table.dtype == model.process.log_alpha_bar.dtype == torch.float64
 
 
 def test_tables_follow_the_module_to_another_device() -> None:
     model = picture_and_label().to("meta")
+    assert model.device.type == "meta"
     assert model.process.signal_table.device.type == model.process.log_alpha_bar.device.type == "meta"
     assert model.process.signal_table.dtype == torch.float64
 
 
+def test_noise_has_the_model_s_shape_and_type_and_comes_from_the_generator() -> None:
+    model = picture_and_label().double()
+    noise = model.noise(3, torch.Generator().manual_seed(1))
+    expected = torch.randn(3, 5, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(noise, expected)
+
+
 def test_a_copy_of_a_model_predicts_the_same() -> None:
     model = picture_and_label()
-    z, t = torch.randn(1, *model.layout.latent.shape), torch.tensor([3])
-    nothing = model.observe({}, torch.zeros(1, 2, 4, 4))
-    assert torch.equal(model(z, t, nothing).codes, copy.deepcopy(model)(z, t, nothing).codes)
+    z, t = torch.randn(1, *model.layout.latent.shape), torch.tensor([[3, 3]])
+    found, of_copy = (each(z, t).params["label"]["logits"] for each in (model, copy.deepcopy(model)))
+    assert torch.equal(found, of_copy)
 
 
-def test_the_state_holds_no_tables() -> None:
-    assert not [key for key in picture_and_label().state_dict() if "owner" in key or "process" in key]
+def test_the_state_holds_weights_and_codebooks_alone() -> None:
+    prefixes = {key.split(".")[0] for key in picture_and_label(epsilon_head=True).state_dict()}
+    assert prefixes == {"modalities", "backbone", "epsilon_head"}
 
 
 def test_parts_that_do_not_belong_together_are_refused() -> None:
     model = picture_and_label()
     parts = {name: model.modality(name) for name in model.names}
-    three = DiffusionProcess.build(Retention.from_curve(steps=5), SNRMatched(), 3)
-    with pytest.raises(ValueError, match="a process of 3 modalities do not belong together"):
-        MultimodalDiffusion(parts, model.backbone, three, model.layout)
+    other = OwnLayout({"picture": 4, "label": 1, "sound": 1}, 4, 4)
+    three = DiffusionProcess.build(Retention.from_curve(steps=5), SNRMatched(), other)
+    with pytest.raises(
+        ValueError, match=r"layout \['picture', 'label', 'sound'\] and a process of 3 modalities do not"
+    ):
+        MultimodalDiffusion(parts, model.backbone, three)
     swapped = dict(reversed(parts.items()))
     with pytest.raises(ValueError, match=r"modalities \['label', 'picture'\], layout \['picture', 'label'\]"):
-        MultimodalDiffusion(swapped, model.backbone, model.process, model.layout)
+        MultimodalDiffusion(swapped, model.backbone, model.process)
+
+
+@pytest.mark.parametrize("law", [IndependentClocks(), MixedClocks(), OffsetClocks((0.0, 0.3)), EdgesAndDiagonal()])
+def test_a_law_of_several_clocks_needs_channels_for_each(law: ClockLaw) -> None:
+    assert picture_and_label("own", law=law).law is law
+    with pytest.raises(ValueError, match=f"{type(law).__name__}: in a shared layout codes overlap"):
+        picture_and_label("shared", law=law)
+
+
+def test_one_shared_clock_is_the_law_if_none_is_given() -> None:
+    assert picture_and_label("own").law == picture_and_label("shared").law == SharedClock()
+
+
+# Visibility ---------------------------------------------------------------------------------------------------------
 
 
 def test_visibility_shows_the_observed_whole_unless_a_map_says_less() -> None:
     model, x = picture_and_label(), data(2)
     seen = torch.zeros(2, 8, 8)
     seen[:, :4] = 1
-    assert model.visibility(2, x).mean((2, 3)).tolist() == [[1.0, 1.0]] * 2
-    assert model.visibility(2, {"label": x["label"]}).mean((2, 3)).tolist() == [[0.0, 1.0]] * 2
+    assert model.visibility(2, x).tolist() == [[[[1.0]], [[1.0]]]] * 2
+    assert model.visibility(2, {"label": x["label"]}).tolist() == [[[[0.0]], [[1.0]]]] * 2
     in_part = model.visibility(2, x, {"picture": seen})
+    assert in_part.shape == (2, 2, 4, 4)
     assert in_part[:, 0].mean((1, 2)).tolist() == [0.5, 0.5]
     assert in_part[:, 0, :2].all()
+    assert in_part[:, 1].all()
 
 
 @pytest.mark.parametrize(
@@ -270,24 +169,75 @@ def test_a_map_that_cannot_be_is_refused(
         picture_and_label().visibility(2, {n: x[n] for n in observed}, {name: torch.ones(shape)})
 
 
-@pytest.mark.parametrize(("layout", "own_channels"), [("own", False), ("own", True), ("shared", False)])
-def test_the_oracle_s_heads_are_the_conditional_mean_of_the_truth(layout: str, own_channels: bool) -> None:
-    """The exact backbone against regression: on data, E[x_i | z_t, c] leaves errors uncorrelated with z_t and c."""
-    model, joint = gaussian_model(layout, own_channels=own_channels, steps=20)
+# Paths --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_path_is_the_law_s_unless_offsets_or_the_path_itself_are_given() -> None:
+    model = picture_and_label(law=OffsetClocks((0.0, 0.5)))  # T = 20
+    of_law = model.path()
+    assert of_law.shape == (31, 2)  # T steps for each modality
+    assert torch.equal(of_law[:11, 0], torch.full((11,), 20))
+    assert torch.equal(of_law[:, 1] == 0, torch.arange(31) >= 20)
+    assert torch.equal(model.path(ahead={"label": 0.5}), of_law)
+    assert torch.equal(model.path(ahead={}), torch.arange(20, -1, -1)[:, None].expand(-1, 2))
+    assert torch.equal(model.path(4, {}), torch.tensor([20, 15, 10, 5, 0])[:, None].expand(-1, 2))
+    assert model.path(6).shape == (7, 2)
+    given = torch.tensor([[20, 20], [3, 19], [0, 0]])
+    assert torch.equal(model.path(path=given), given)
+    assert torch.equal(picture_and_label(law=IndependentClocks()).path(), model.path(ahead={}))
+
+
+@pytest.mark.parametrize("layout", ["own", "shared"])
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"ahead": {"lable": 0.5}}, "path: no modality named lable; this model has picture, label"),
+        ({"ahead": {"label": -0.1}}, r"path: expected shares of T from 0, found \[0.0, -0.1\]"),
+        ({"ahead": {"label": float("inf")}}, "path: expected shares of T from 0"),
+        ({"ahead": {"label": float("nan")}}, "path: expected shares of T from 0"),
+        (
+            {"path": torch.tensor([[20], [0]])},
+            r"expected integer clocks \[steps \+ 1, 2\].* found torch.int64 \[2, 1\]",
+        ),
+        ({"path": torch.tensor([[20.0, 20.0], [0.0, 0.0]])}, "expected integer clocks.* found torch.float32"),
+        ({"path": torch.tensor([[19, 19], [0, 0]])}, "clocks that fall from T = 20 to 0 and never rise"),
+    ],
+)
+def test_a_path_that_cannot_be_is_refused(layout: str, request_: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        picture_and_label(layout).path(**request_)
+
+
+@pytest.mark.parametrize("request_", [{"ahead": {"label": 0.3}}, {"path": torch.tensor([[20, 20], [20, 10], [0, 0]])}])
+def test_a_shared_layout_has_one_clock(request_: dict[str, Any]) -> None:
+    model = picture_and_label("shared")
+    with pytest.raises(ValueError, match="in a shared layout all modalities have one clock"):
+        model.path(**request_)
+    assert model.path(ahead={"picture": 0.3, "label": 0.3}).shape == (21, 2)  # one clock in other words
+    assert picture_and_label("own").path(**request_)[-1].tolist() == [0, 0]
+
+
+# The oracle of the other tests --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layout", "clocks"), [("own", (8, 8, 8)), ("own", (8, 3, 15)), ("own", (20, 8, 1)), ("shared", (8, 8, 8))]
+)
+def test_the_oracle_s_heads_are_the_conditional_mean_of_the_truth(layout: str, clocks: tuple[int, ...]) -> None:
+    """The exact backbone against regression: on data, E[x_i | z, what is seen] leaves errors uncorrelated with both."""
+    model, joint = gaussian_model(layout, steps=20)
     x = joint.draw(20_000)
     codes = model.encode(x)
-    z_noise = torch.randn(codes[:, 0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    t = torch.full((20_000,), 8)
-    z = model.process.corrupt(codes, t, z_noise)
-    visible = torch.zeros(20_000, 3, 1, 2, dtype=torch.float64)
-    visible[:, 1] = 1
-    observation = model.observe(x, visible)
-    prediction = model(z, t, observation)
-    shown = torch.cat([z.flatten(1), observation.aggregate.flatten(1)], 1)
+    seen = torch.zeros(20_000, 3, 1, 1, dtype=torch.float64)
+    seen[:, 1] = 1
+    t = model.layout.clocks(torch.tensor(clocks)[None, :, None, None], seen)
+    z = model.process.corrupt(codes, t, model.noise(20_000, torch.Generator().manual_seed(1)))
+    params = model(z, t, model.observe(x, seen)).params
+    shown = torch.cat([z.flatten(1), codes["depth"].flatten(1)], 1)
     for name in ("pose", "sound"):
-        error = x[name] - prediction.params[name]["mean"]
+        error = x[name] - params[name]["mean"]
         assert error.mean(0).abs().max() < 5 * error.std() / 20_000**0.5
         covariance = (shown - shown.mean(0)).T @ error / 20_000
         assert covariance.abs().max() < 5 * shown.std(0).max() * error.std() / 20_000**0.5
-        tril = prediction.params[name]["tril"][0]
+        tril = params[name]["tril"][0]
         torch.testing.assert_close(error.T @ error / 20_000, tril @ tril.T, rtol=0, atol=0.02)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
+import functools
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
-import mtdiffusion.sampler
+import mtdiffusion.model
 from mtdiffusion import (
     Backbone,
     Decoder,
@@ -19,26 +21,45 @@ from mtdiffusion import (
     Encoder,
     Features,
     FeatureSpec,
-    LatentLayout,
+    LatentSpec,
+    Layout,
     MultimodalDiffusion,
+    OwnLayout,
     Params,
     Prediction,
     Retention,
     SamplerSettings,
+    SharedLayout,
     SNRMatched,
     WeightSchedule,
     read_out,
     sample,
 )
-from mtdiffusion.sampler import solve_ddim, solve_dpmpp_2m, time_steps
-from tests.core.gaussians import JointGaussian, LinearEncoder, NoiseBasis, VectorModality, gaussian_model
+from mtdiffusion.clocks import clock_path
+from mtdiffusion.layout import noise_level
+from mtdiffusion.sampler import Step, ddim, dpmpp_2m
+from tests.core.gaussians import (
+    JointGaussian,
+    LinearEncoder,
+    NoiseBasis,
+    VectorModality,
+    gaussian_model,
+    sampling_errors,
+)
 from tests.core.toys import CLASSES, CategoricalDecoder, CodebookEncoder, LabelModality, data, picture_and_label
 
-LAYOUTS = (("own", False), ("own", True), ("shared", False))
-layouts = pytest.mark.parametrize(("layout", "own_channels"), LAYOUTS)
+SOLVERS = ("ancestral", "ddim", "dpmpp_2m")
+layouts = pytest.mark.parametrize("layout", ["own", "shared"])
 
 
 # Jointly Gaussian modalities: the law of what is sampled is exact, see NoiseBasis -----------------------------------
+
+
+@functools.cache  # what the oracle has worked out at a clock serves every solver
+def _gaussians(
+    layout: str, kind: str = "compensated", schedule: WeightSchedule | None = None
+) -> tuple[MultimodalDiffusion, JointGaussian]:
+    return gaussian_model(layout, retention=Retention.from_curve("cosine", 1000, 3, kind), schedule=schedule)
 
 
 def _errors(
@@ -48,24 +69,9 @@ def _errors(
     settings: SamplerSettings,
     subsets: list[tuple[str, ...]] | None = None,
 ) -> tuple[float, float]:
-    """Worst error over observed subsets (default: all) of the mean, in standard deviations of the data, and of the
-    covariance, relative in the Frobenius norm."""
-    value = {name: x[0] for name, x in joint.draw(1, seed=3).items()}
-    noisy = settings.solver == "ancestral" or settings.eta > 0
-    worst_mean = worst_covariance = 0.0
-    for subset in joint.proper_subsets() if subsets is None else subsets:
-        basis = NoiseBasis(1 + settings.steps * noisy, model.layout.latent.numel)
-        monkeypatch.setattr(mtdiffusion.sampler, "standard_normal", basis)
-        given = {name: value[name] for name in subset}
-        observed = {name: x.expand(basis.batch, -1) for name, x in given.items()}
-        out = sample(model, basis.batch, observed=observed, settings=settings)
-        assert basis.drawn == basis.draws
-        mean, covariance = basis.law(torch.cat([out[name] for name in joint.dims if name not in subset], 1))
-        true_mean, true_covariance = joint.conditional(given)
-        relative = (covariance - true_covariance).norm() / true_covariance.norm()
-        worst_mean = max(worst_mean, (mean - true_mean).abs().max().item())
-        worst_covariance = max(worst_covariance, relative.item())
-    return worst_mean, worst_covariance
+    """Worst errors of the mean and of the covariance over observed subsets (default: all)."""
+    errors = sampling_errors(monkeypatch, model, joint, settings, subsets).values()
+    return max(mean for mean, _ in errors), max(covariance for _, covariance in errors)
 
 
 @layouts
@@ -83,29 +89,27 @@ def _errors(
     ],
 )
 def test_every_conditional_is_sampled(
-    monkeypatch: pytest.MonkeyPatch, layout: str, own_channels: bool, solver: str, steps: int, covariance_error: float
+    monkeypatch: pytest.MonkeyPatch, layout: str, solver: str, steps: int, covariance_error: float
 ) -> None:
-    model, joint = gaussian_model(layout, own_channels=own_channels)
     settings = SamplerSettings(steps, solver)  # type: ignore[arg-type]
-    mean, covariance = _errors(monkeypatch, model, joint, settings)
+    mean, covariance = _errors(monkeypatch, *_gaussians(layout), settings)
     assert mean < 1e-3
     assert covariance < covariance_error
 
 
 @layouts
-def test_many_steps_of_either_solver_reach_the_true_law(
-    monkeypatch: pytest.MonkeyPatch, layout: str, own_channels: bool
-) -> None:
-    model, joint = gaussian_model(layout, own_channels=own_channels)
+def test_many_steps_of_either_solver_reach_the_true_law(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
+    model, joint = _gaussians(layout)
     for solver, bound in (("ddim", 0.015), ("dpmpp_2m", 0.0015)):  # measured 1.2 % and 0.1 % at worst
-        mean, covariance = _errors(monkeypatch, model, joint, SamplerSettings(400, solver), [(), ("depth",)])
+        settings = SamplerSettings(400, solver)  # type: ignore[arg-type]
+        mean, covariance = _errors(monkeypatch, model, joint, settings, [(), ("depth",)])
         assert mean < 1e-3
         assert covariance < bound
 
 
 def test_many_ancestral_steps_reach_the_true_law(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, joint = gaussian_model("own")
-    mean, covariance = _errors(monkeypatch, model, joint, SamplerSettings(200, "ancestral"), [("depth",)])
+    settings = SamplerSettings(200, "ancestral")
+    mean, covariance = _errors(monkeypatch, *_gaussians("own"), settings, [("depth",)])
     assert mean < 1e-3
     assert covariance < 0.03  # 8.5 % at 50 steps, 1.2 % at 400
 
@@ -124,16 +128,16 @@ class _CurveEach(WeightSchedule):
 def test_every_conditional_is_sampled_for_other_schedules(
     monkeypatch: pytest.MonkeyPatch, solver: str, covariance_error: float, schedule: WeightSchedule, kind: str
 ) -> None:
-    model, joint = gaussian_model("own", retention=Retention.from_curve("cosine", 1000, 3, kind), schedule=schedule)
-    mean, covariance = _errors(monkeypatch, model, joint, SamplerSettings(50, solver))  # type: ignore[arg-type]
+    settings = SamplerSettings(50, solver)  # type: ignore[arg-type]
+    mean, covariance = _errors(monkeypatch, *_gaussians("own", kind, schedule), settings)
     assert mean < 0.01  # curves other than cosine leave up to 6e-3 of a standard deviation of signal at t = T
     assert covariance < covariance_error
 
 
 def test_ddim_is_of_first_order_and_dpmpp_2m_of_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, joint = gaussian_model("own")
+    model, joint = _gaussians("own")
     errors = {
-        (solver, steps): _errors(monkeypatch, model, joint, SamplerSettings(steps, solver), [()])[1]
+        (solver, steps): _errors(monkeypatch, model, joint, SamplerSettings(steps, solver), [()])[1]  # type: ignore[arg-type]
         for solver in ("ddim", "dpmpp_2m")
         for steps in (50, 200)
     }
@@ -141,32 +145,32 @@ def test_ddim_is_of_first_order_and_dpmpp_2m_of_second(monkeypatch: pytest.Monke
     assert errors["dpmpp_2m", 50] / errors["dpmpp_2m", 200] == pytest.approx(16, rel=0.35)
 
 
-@pytest.mark.parametrize("solver", ["ancestral", "ddim", "dpmpp_2m"])
-@pytest.mark.parametrize("layout", ["own", "shared"])
+@pytest.mark.parametrize("solver", SOLVERS)
+@layouts
 def test_replacement_is_biased_however_many_the_steps(
     monkeypatch: pytest.MonkeyPatch, layout: str, solver: str
 ) -> None:
     """With perfect heads: early steps decide before z_t shows what is known (docs/mathematics.md, section 5)."""
-    model, joint = gaussian_model(layout)
+    model, joint = _gaussians(layout)
     subsets = [("pose",), ("depth", "sound")]
     right = SamplerSettings(60, solver)  # type: ignore[arg-type]
     _, discretisation = _errors(monkeypatch, model, joint, right, subsets)
     for steps in (20, 60):
         biased = SamplerSettings(steps, solver, conditioning="replacement")  # type: ignore[arg-type]
         mean, covariance = _errors(monkeypatch, model, joint, biased, subsets)
-        assert mean > 0.2  # standard deviations; the observed aggregate's is below 1e-3
+        assert mean > 0.2  # standard deviations; below 1e-3 where the network is shown what is observed
     assert covariance > 0.14  # measured 0.24, 0.48, 0.52 (own) and 0.18, 0.14, 0.14 (shared)
     assert covariance > 2 * discretisation
 
 
-def test_retention_does_not_matter_without_noise_at_matched_snr() -> None:
+@pytest.mark.parametrize("path", [{}, {"depth": 0.3, "sound": 0.6}])
+def test_retention_does_not_matter_without_noise_at_matched_snr(path: dict[str, float]) -> None:
     """Only m/σ enters (docs/mathematics.md, section 2), but for the σ_T of the first z: 1 − 1e-9 or 1."""
     out = []
     for kind in ("compensated", "literal", "rectified_flow"):
         model, _ = gaussian_model(retention=Retention.from_curve("cosine", 1000, 3, kind))
-        out.append(
-            sample(model, 20, settings=SamplerSettings(30, "dpmpp_2m"), generator=torch.Generator().manual_seed(0))
-        )
+        settings = SamplerSettings(30, "dpmpp_2m", path=path)
+        out.append(sample(model, 20, settings=settings, generator=torch.Generator().manual_seed(0)))
     for name in out[0]:
         torch.testing.assert_close(out[1][name], out[0][name], rtol=0, atol=1e-5)
         torch.testing.assert_close(out[2][name], out[0][name], rtol=0, atol=1e-2)  # its σ_T is 0.999: 1e-3 of z_T
@@ -174,7 +178,7 @@ def test_retention_does_not_matter_without_noise_at_matched_snr() -> None:
 
 def test_drawn_samples_have_the_true_law() -> None:
     """The same through real noise, all of it: the solver's and the heads' own draws. 8,000 samples."""
-    model, joint = gaussian_model("own", own_channels=True)
+    model, joint = gaussian_model("own")
     given = {"depth": torch.tensor([0.8]).double()}
     out = sample(
         model,
@@ -191,9 +195,9 @@ def test_drawn_samples_have_the_true_law() -> None:
 
 def test_what_is_not_wanted_is_not_returned_and_the_rest_is_its_marginal(monkeypatch: pytest.MonkeyPatch) -> None:
     model, joint = gaussian_model("own")
-    basis = NoiseBasis(1, model.layout.latent.numel)
-    monkeypatch.setattr(mtdiffusion.sampler, "standard_normal", basis)
-    out = sample(model, basis.batch, generate=["sound", "pose"], settings=SamplerSettings(50, "dpmpp_2m"))
+    settings = SamplerSettings(50, "dpmpp_2m")
+    basis = NoiseBasis.of(monkeypatch, model, settings)
+    out = sample(model, basis.batch, generate=["sound", "pose"], settings=settings)
     assert list(out) == ["pose", "sound"]
     mean, covariance = basis.law(torch.cat([out["pose"], out["sound"]], 1))
     at = joint.index(["pose", "sound"])
@@ -205,7 +209,7 @@ def test_what_is_not_wanted_is_not_returned_and_the_rest_is_its_marginal(monkeyp
 
 
 class _Mixture(Backbone):
-    """The exact posterior of (point, label) given z_t and what is observed; features are log p(k | .) and E[x | .]."""
+    """The exact posterior of (point, label) given each one's z at its clock; features are log p(k | .) and E[x | .]."""
 
     prior = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     centres = torch.tensor([[1.2, 0.0], [-0.8, 1.0], [-0.6, -1.2]], dtype=torch.float64)
@@ -214,7 +218,8 @@ class _Mixture(Backbone):
     def __init__(self, process: DiffusionProcess, codes: Tensor) -> None:
         super().__init__()
         self.process, self.codes = process, codes
-        self.levels = process.noise_level(torch.arange(process.steps + 1))
+        every = torch.arange(process.steps + 1)
+        self.levels = noise_level(process.signal_table, process.variance(every)[:, None])
         self.features = FeatureSpec(1, 1, 2, CLASSES + 2)
 
     def posterior_of_label(self, x: Tensor) -> Tensor:
@@ -223,23 +228,21 @@ class _Mixture(Backbone):
         return (self.prior.log() - 2 * self.spread.log() - 0.5 * distance / self.spread**2).log_softmax(1)
 
     def forward(self, z: Tensor, noise: Tensor, vector: Tensor) -> Features:
-        t = (self.levels - noise[0]).abs().argmin()
-        m, variance = self.process.signal_table[t, 0], self.process.variance(t)
-        point, label, seen_point, seen_label = z[:, :4].flatten(2).unbind(1)
-        scale = (m**2 + variance).sqrt()
-        point, label = point * scale, label * scale
-        has_point, has_label = vector[:, 0:1], vector[:, 1:2]
-        # What the point's channel says of the label, and of the point for each label.
-        total = m**2 * self.spread**2 + variance
-        distance = (point[:, None] - m * self.centres).square().sum(2)
+        told = vector[:, 32:34]  # the mean levels of point and label
+        assert bool((told == told[0]).all())
+        t = (self.levels - told[0]).abs().argmin(0)
+        m, variance = self.process.signal(t[None])[0], self.process.variance(t)
+        point, label = (z[:, :2].flatten(2) * (m**2 + variance).sqrt()[:, None]).unbind(1)
+        # What the point's channel says of the label, and of the point for each label; the point itself at clock 0.
+        total = m[0] ** 2 * self.spread**2 + variance[0]
+        distance = (point[:, None] - m[0] * self.centres).square().sum(2)
         from_point = self.prior.log() - total.log() - 0.5 * distance / total
-        gain = m * self.spread**2 / total
-        mean = self.centres + gain[:, None] * (point[:, None] - m * self.centres)
+        gain = m[0] * self.spread**2 / total
+        mean = self.centres + gain[:, None] * (point[:, None] - m[0] * self.centres)
         # What the label's channel says.
-        from_label = -0.5 * (label[:, None] - m * self.codes.flatten(1)).square().sum(2) / variance
-        given_label = -1e3 * (seen_label[:, None] - self.codes.flatten(1)).square().sum(2)
-        logits = torch.where(has_point > 0, self.posterior_of_label(seen_point), from_point)
-        logits = (logits + torch.where(has_label > 0, given_label, from_label)).log_softmax(1)
+        distance = (label[:, None] - m[1] * self.codes.flatten(1)).square().sum(2)
+        from_label = -0.5 * distance / variance[1].clamp(min=1e-6)
+        logits = (from_point + from_label).log_softmax(1)
         mean = torch.einsum("bk,bkd->bd", logits.exp(), mean)
         return Features(z.new_zeros(len(z), 1, 1, 2), torch.cat([logits, mean], 1))
 
@@ -265,15 +268,15 @@ class _PointDecoder(Decoder):
 
 @pytest.fixture(scope="module")
 def mixture() -> MultimodalDiffusion:
-    process = DiffusionProcess.build(Retention.from_curve("cosine", 1000, 2), SNRMatched(), 2)
+    layout = OwnLayout({"point": 1, "label": 1}, 1, 2)
+    process = DiffusionProcess.build(Retention.from_curve("cosine", 1000, 2), SNRMatched(), layout)
     codes = torch.tensor([[1.4, 0.0], [-0.7, 1.2], [-0.7, -1.2]]).double().reshape(CLASSES, 1, 1, 2)
-    layout = LatentLayout.own({"point": 1, "label": 1}, 1, 2)
     encoder = LinearEncoder(layout.share("point"), torch.eye(2).double())
     modalities = {
         "point": VectorModality(encoder, _PointDecoder(), 2),
         "label": LabelModality(CodebookEncoder(layout.share("label"), codes), CategoricalDecoder(0, CLASSES), 1),
     }
-    return MultimodalDiffusion(modalities, _Mixture(process, codes), process, layout, own_channels=False).double()
+    return MultimodalDiffusion(modalities, _Mixture(process, codes), process).double()
 
 
 MANY = 4000  # a share is known to 0.008, a mean to 0.016 σ, a variance to 2.2 %
@@ -286,7 +289,7 @@ def test_a_label_given_a_point_has_the_exact_posterior(mixture: MultimodalDiffus
     settings = SamplerSettings(steps, solver)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(0)
     out = sample(mixture, MANY, observed={"point": point.expand(MANY, -1)}, settings=settings, generator=generator)
-    truth = mixture.backbone.posterior_of_label(point)[0].exp()
+    truth = mixture.backbone.posterior_of_label(point)[0].exp()  # type: ignore[operator]
     assert truth.max() < 0.7  # a point that two labels share
     share = torch.bincount(out["label"], minlength=CLASSES) / MANY
     torch.testing.assert_close(share.double(), truth, rtol=0, atol=0.04)
@@ -307,11 +310,21 @@ def test_a_point_given_a_label_has_that_component_s_law(
     torch.testing.assert_close(found, torch.eye(2).double(), rtol=0, atol=0.11 + 0.03)  # 5 standard errors, and steps
 
 
-@solvers
+@pytest.mark.parametrize(
+    ("solver", "steps", "path"),
+    [
+        ("ancestral", 200, {}),
+        ("ancestral", 200, {"label": 1.0}),
+        ("ddim", 200, {}),
+        ("dpmpp_2m", 60, {}),
+        ("dpmpp_2m", 60, {"label": 1.0}),
+        ("dpmpp_2m", 60, {"point": 0.5}),
+    ],
+)
 def test_points_and_labels_sampled_together_belong_together(
-    mixture: MultimodalDiffusion, solver: str, steps: int
+    mixture: MultimodalDiffusion, solver: str, steps: int, path: dict[str, float]
 ) -> None:
-    settings = SamplerSettings(steps, solver)  # type: ignore[arg-type]
+    settings = SamplerSettings(steps, solver, path=path)  # type: ignore[arg-type]
     out = sample(mixture, MANY, settings=settings, generator=torch.Generator().manual_seed(0))
     share = torch.bincount(out["label"], minlength=CLASSES) / MANY
     torch.testing.assert_close(share.double(), _Mixture.prior, rtol=0, atol=0.04)
@@ -321,7 +334,16 @@ def test_points_and_labels_sampled_together_belong_together(
         assert points.var(0).mean().sqrt().item() == pytest.approx(deviation, rel=0.1)
 
 
-# One modality, against diffusers ------------------------------------------------------------------------------------
+# One modality, against diffusers, and solvers by themselves ---------------------------------------------------------
+
+Predict = Callable[[Tensor, Tensor], Prediction]
+
+
+def _solve(step: Step, predict: Predict, z: Tensor, path: Tensor) -> Tensor:
+    """z at the end of a path ``[K + 1, N]``."""
+    for t, s in zip(path[:-1, None, :, None, None], path[1:, None, :, None, None], strict=True):
+        z = step(z, predict(z, t), t, s)
+    return z
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
@@ -331,7 +353,8 @@ def test_one_modality_is_sampled_like_diffusers_dpm_solver(beta_schedule: str, s
     oracle = DPMSolverMultistepScheduler(1000, beta_schedule=beta_schedule, prediction_type="sample")
     oracle.set_timesteps(steps)
     assert (oracle.config.algorithm_type, oracle.config.solver_order) == ("dpmsolver++", 2)
-    process = DiffusionProcess.build(Retention.from_alphas(oracle.alphas), DirectWeights(), 1)
+    layout = OwnLayout({"x": 2}, 3, 3)
+    process = DiffusionProcess.build(Retention.from_alphas(oracle.alphas), DirectWeights(), layout)
     visited: list[Tensor] = []
 
     def head(z: Tensor) -> Tensor:  # no network, but as far from linear
@@ -339,67 +362,113 @@ def test_one_modality_is_sampled_like_diffusers_dpm_solver(beta_schedule: str, s
 
     def predict(z: Tensor, t: Tensor) -> Prediction:
         visited.append(z)
-        codes = head(z)[:, None]
+        codes = {"x": head(z)}
         return Prediction({}, codes, process.epsilon(z, codes, t))
 
     start = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    times = [t + 1 for t in oracle.timesteps.tolist()] + [0]
-    last = solve_dpmpp_2m(predict, process, start, times)
+    path = torch.tensor([t + 1 for t in oracle.timesteps.tolist()] + [0])[:, None]
+    last = _solve(dpmpp_2m(process), predict, start, path)
     z = start
     for found, timestep in zip(visited, oracle.timesteps, strict=True):
         torch.testing.assert_close(found, z, rtol=0, atol=2e-4)  # they step in float32
         z = oracle.step(head(z), timestep, z).prev_sample
-    torch.testing.assert_close(last.codes[:, 0], z, rtol=0, atol=2e-4)  # z_0 is the last expected code
+    torch.testing.assert_close(last, z, rtol=0, atol=2e-4)
 
 
 def test_modalities_with_equal_signal_are_solved_as_one_on_their_sum() -> None:
     retention = Retention.from_curve("cosine", 100)
     start = torch.randn(3, 1, 1, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    shares = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    latent = LatentSpec(1, 1, 2)
 
-    def run(n: int) -> Tensor:
-        process = DiffusionProcess.build(retention, SNRMatched(), n)
-        split = shares if n == 3 else torch.ones(1, dtype=torch.float64)
+    def run(shares: dict[str, float]) -> Tensor:
+        process = DiffusionProcess.build(retention, SNRMatched(), SharedLayout(tuple(shares), latent))
 
         def predict(z: Tensor, t: Tensor) -> Prediction:
-            codes = split[:, None, None, None] * torch.tanh(2 * z)[:, None]
+            codes = {name: share * torch.tanh(2 * z) for name, share in shares.items()}
             return Prediction({}, codes, process.epsilon(z, codes, t))
 
-        both = [solve(predict, process, start, time_steps(12, 100)).codes for solve in (solve_ddim, solve_dpmpp_2m)]
-        return torch.stack(both).sum(2)
+        path = clock_path(torch.zeros(len(shares)), 12, 100)
+        return torch.stack([_solve(step, predict, start, path) for step in (ddim(process), dpmpp_2m(process))])
 
-    torch.testing.assert_close(run(3), run(1), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(run({"a": 0.2, "b": 0.5, "c": 0.3}), run({"sum": 1.0}), rtol=1e-10, atol=1e-10)
 
 
-def test_an_exact_epsilon_head_samples_what_exact_codes_do() -> None:
-    process = DiffusionProcess.build(Retention.from_curve("cosine", 50, 2), DirectWeights(start=-0.01), 2)
-    start = torch.randn(3, 1, 1, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+@pytest.mark.parametrize("path", [(0.0, 0.0), (0.3, 0.0), (0.0, 1.0)])
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
+def test_modalities_that_tell_nothing_of_each_other_are_solved_each_by_itself(
+    solver: str, path: tuple[float, float]
+) -> None:
+    """Whatever the other's clock does meanwhile."""
+    retention = Retention.from_curve("cosine", 100)
+    steps: dict[str, Callable[[DiffusionProcess], Step]] = {"ddim": ddim, "dpmpp_2m": dpmpp_2m}
+    start = torch.randn(3, 2, 1, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    heads = {"a": lambda z: torch.tanh(2 * z), "b": lambda z: torch.sin(z) - 0.3}
+    clocks = clock_path(torch.tensor(path, dtype=torch.float64), 24, 100)
+
+    def run(names: str, z: Tensor, clocks: Tensor) -> Tensor:
+        layout = OwnLayout(dict.fromkeys(names, 1), 1, 2)
+        process = DiffusionProcess.build(retention, SNRMatched(), layout)
+        step = steps[solver](process)
+
+        def moving(z: Tensor, prediction: Prediction, t: Tensor, s: Tensor) -> Tensor:
+            return torch.where(layout.spread(s < t), step(z, prediction, t, s), z)
+
+        def predict(z: Tensor, t: Tensor) -> Prediction:
+            codes = {name: heads[name](layout.take(name, z)) for name in names}
+            return Prediction({}, codes, process.epsilon(z, codes, t))
+
+        return _solve(moving, predict, z, clocks)
+
+    both = run("ab", start, clocks)
+    for i, name in enumerate("ab"):
+        own = torch.unique_consecutive(clocks[:, i])[:, None]
+        torch.testing.assert_close(both[:, i : i + 1], run(name, start[:, i : i + 1], own), rtol=1e-10, atol=1e-10)
+
+
+@layouts
+def test_an_exact_epsilon_head_samples_what_exact_codes_do(layout: str) -> None:
+    space: Layout = OwnLayout({"a": 1, "b": 1}, 1, 2)
+    if layout == "shared":
+        space = SharedLayout(("a", "b"), LatentSpec(1, 1, 2))
+    process = DiffusionProcess.build(Retention.from_curve("cosine", 50, 2), DirectWeights(start=-0.01), space)
+    start = torch.randn(3, *space.latent.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def predict(z: Tensor, t: Tensor) -> Prediction:
-        codes = torch.stack([torch.tanh(z), 0.5 - z], 1)
+        codes = {"a": torch.tanh(space.take("a", z)), "b": 0.5 - space.take("b", z)}
         return Prediction({}, codes, process.epsilon(z, codes, t))
 
+    ahead = torch.zeros(2) if layout == "shared" else torch.tensor([0.0, 0.05])  # its jumps grow with κ
+    path = clock_path(ahead, 10, 50)
     for eta in (0.0, 1.0):
         derived, head = (
-            solve_ddim(
+            _solve(
+                ddim(process, eta, epsilon_head=epsilon_head, generator=torch.Generator().manual_seed(1)),
                 predict,
-                process,
                 start,
-                time_steps(10, 50),
-                eta=eta,
-                epsilon_head=epsilon_head,
-                generator=torch.Generator().manual_seed(1),
-            ).codes
+                path,
+            )
             for epsilon_head in (False, True)
         )
         torch.testing.assert_close(derived, head, rtol=1e-8, atol=1e-8)
 
 
+@layouts
+def test_jumps_too_long_for_an_epsilon_head_are_refused(layout: str) -> None:
+    literal = Retention.from_curve("cosine", 400, 2, "literal")
+    model, x = picture_and_label(layout, epsilon_head=True, retention=literal), data(1)
+    message = r"longest of 5 steps would multiply errors by .* more steps \(up to T = 400\)"
+    for solver in ("ancestral", "ddim"):
+        with pytest.raises(ValueError, match=message):
+            sample(model, 1, observed={"label": x["label"]}, settings=SamplerSettings(5, solver))  # type: ignore[arg-type]
+    assert sample(model, 1, settings=SamplerSettings(5, "dpmpp_2m"))["picture"].isfinite().all()
+
+
+@layouts
 @pytest.mark.parametrize("given", [("pose",), ("depth", "sound")])
-def test_a_read_out_is_the_conditional_law_given_what_is_observed(given: tuple[str, ...]) -> None:
-    model, joint = gaussian_model(own_channels=True)
+def test_a_read_out_is_the_conditional_law_given_what_is_observed(layout: str, given: tuple[str, ...]) -> None:
+    model, joint = gaussian_model(layout)
     x = {name: values for name, values in joint.draw(3).items() if name in given}
-    params = read_out(model, model.observe(x, model.visibility(3, x).double()))
+    params = read_out(model, model.observe(x, model.visibility(3, x)))
     rest = [name for name in joint.dims if name not in given]
     for row in range(3):
         mean, covariance = joint.conditional({name: values[row] for name, values in x.items()})
@@ -413,74 +482,120 @@ def test_a_read_out_is_the_conditional_law_given_what_is_observed(given: tuple[s
 # Guidance -----------------------------------------------------------------------------------------------------------
 
 
+@layouts
 @pytest.mark.parametrize("guidance", [0.0, 0.5, 1.0, 3.0])
-def test_guidance_on_logits_is_a_power_of_bayes_rule(monkeypatch: pytest.MonkeyPatch, guidance: float) -> None:
+def test_guidance_on_logits_is_a_power_of_bayes_rule(
+    monkeypatch: pytest.MonkeyPatch, layout: str, guidance: float
+) -> None:
     """p ∝ p(k | z) · (p(k | z, seen) / p(k | z))^g, for a network's own p."""
-    model, x = picture_and_label(), data(5)
+    model, x = picture_and_label(layout), data(5)
     decoder = model.modality("label").decoder
     monkeypatch.setattr(decoder, "mode", lambda params: params["logits"])
     settings = SamplerSettings(1, "dpmpp_2m", guidance=guidance)
     given = {"picture": x["picture"]}
     found = sample(model, 5, observed=given, settings=settings, generator=torch.Generator().manual_seed(0))["label"]
-    z = torch.randn(5, *model.layout.latent.shape, generator=torch.Generator().manual_seed(0))
-    t = torch.full((5,), model.process.steps)
+    z = model.noise(5, torch.Generator().manual_seed(0))
+    t = torch.full((1, 2, 1, 1), model.process.steps)
     seen = model.observe(given, model.visibility(5, given))
     with torch.no_grad():
-        conditional, blind = (
-            model(z, t, shown).params["label"]["logits"].softmax(1) for shown in (seen, seen.without())
-        )
+        blind = model(z, t).params["label"]["logits"].softmax(1)
+        shown = model.layout.place(z, seen, model.process.signal(torch.zeros_like(t)))
+        heads = model(shown, model.layout.clocks(t, seen.seen), seen)
+        conditional = heads.params["label"]["logits"].softmax(1)
     assert not torch.allclose(conditional, blind, atol=1e-3)
     expected = blind * (conditional / blind) ** guidance
     torch.testing.assert_close(found.softmax(1), expected / expected.sum(1, keepdim=True))
 
 
-def test_guidance_extrapolates_an_epsilon_head_too() -> None:
-    torch.manual_seed(0)
-    model, x = picture_and_label(epsilon_head=True), data(5)
+@pytest.mark.parametrize("in_part", [False, True])
+@pytest.mark.parametrize("path", [{}, {"picture": 0.5}, {"label": 0.5}])
+@pytest.mark.parametrize("show_clean", [False, True])
+def test_unconditionally_what_is_observed_is_as_noisy_as_the_path_has_it(
+    show_clean: bool, path: dict[str, float], in_part: bool
+) -> None:
+    model, x = picture_and_label(show_clean=show_clean), data(3)
+    shown: list[Tensor] = []
+    model.backbone.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[0]))
+    visible = torch.ones(3, 8, 8)
+    visible[:, :, 4:] = 0
+    settings = SamplerSettings(6, "ddim", guidance=2.0, path=path)
+    sample(
+        model,
+        3,
+        observed={"picture": x["picture"]},
+        visible={"picture": visible} if in_part else None,
+        settings=settings,
+        generator=torch.Generator().manual_seed(0),
+    )
+    code, process = model.encode(x)["picture"], model.process
+    noise = model.noise(3, torch.Generator().manual_seed(0))
+    level = noise_level(process.signal_table[:, 0], process.variance(torch.arange(21))).float()
+    assert len(shown) == 6
+    clocks = []
+    for both in shown:
+        seen, unseen = both.chunk(2)
+        assert torch.equal(seen[:, :4, :, :2], code[:, :, :, :2])
+        assert not seen[:, -2, :, :2].any()
+        t = int((level - unseen[0, -2, 0, 0]).abs().argmin())
+        clocks.append(t)
+        torch.testing.assert_close(unseen[:, -2], level[t].expand(3, 4, 4))
+        z = process.signal_table[t, 0] * code + process.variance(torch.tensor(t)).sqrt() * noise[:, :4]
+        expected = torch.zeros_like(code) if t == 20 else z.float()
+        torch.testing.assert_close(unseen[:, :4, :, :2], expected[:, :, :, :2])
+        torch.testing.assert_close(seen[:, 4], unseen[:, 4])  # what is not observed is the same in both
+        if show_clean:
+            assert torch.equal(seen[:, 5:9, :, :2], code[:, :, :, :2])
+            assert bool(unseen[:, 5:9].any()) == (t == 0)
+    assert clocks == sorted(clocks, reverse=True)
+    if not path:
+        assert clocks == [20, 17, 13, 10, 7, 3]
+    if path == {"picture": 0.5} and not in_part:
+        assert clocks == [10, 7, 3, 0, 0, 0]  # no step is spent before the label moves
+
+
+def test_unconditionally_a_shared_layout_shows_no_aggregate() -> None:
+    model, x = picture_and_label("shared"), data(3)
+    shown: list[tuple[Tensor, ...]] = []
+    model.backbone.register_forward_pre_hook(lambda _, inputs: shown.append(inputs))
+    sample(model, 3, observed={"label": x["label"]}, settings=SamplerSettings(3, guidance=2.0))
+    for z, _, vector in shown:
+        torch.testing.assert_close(z[:3, :4], z[3:, :4])
+        torch.testing.assert_close(z[:3, 4:8], model.encode(x)["label"])
+        assert not z[3:, 4:].any()
+        assert vector[:, :2].tolist() == [[0, 1]] * 3 + [[0, 0]] * 3
+
+
+@layouts
+def test_guidance_extrapolates_an_epsilon_head_too(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
+    model, x = picture_and_label(layout, epsilon_head=True), data(5)
     assert model.epsilon_head is not None
-    torch.nn.init.normal_(model.epsilon_head.weight)
-    seen_epsilon: list[Tensor] = []
+    torch.nn.init.normal_(model.epsilon_head.weight, generator=torch.Generator().manual_seed(0))
+    said: list[Tensor] = []
+    gone_by: list[Tensor] = []
+    model.epsilon_head.register_forward_hook(lambda _module, _inputs, out: said.append(out))
     complete = model.complete
 
-    def spy(*given: object) -> Prediction:
-        seen_epsilon.append(given[4])  # type: ignore[arg-type]
-        return complete(*given)  # type: ignore[arg-type]
+    def note(*given: Any) -> Prediction:
+        gone_by.append(given[0].epsilon)
+        return complete(*given)
 
-    model.complete = spy  # type: ignore[method-assign]
-    settings = SamplerSettings(1, "ddim", guidance=3.0)
-    sample(model, 5, observed={"label": x["label"]}, settings=settings)
-    conditional, blind = seen_epsilon[0].chunk(2)
-    # In the label's own channel, the last, ε is known and no head's is asked.
-    torch.testing.assert_close(seen_epsilon[1][:, :4], (blind + 3 * (conditional - blind))[:, :4])
-    assert not torch.allclose(conditional[:, :4], blind[:, :4])
+    monkeypatch.setattr(model, "complete", note)
+    sample(model, 5, observed={"label": x["label"]}, settings=SamplerSettings(1, "ddim", guidance=3.0))
+    conditional, blind = said[0].chunk(2)
+    assert not torch.allclose(conditional, blind)
+    torch.testing.assert_close(gone_by[0], blind + 3 * (conditional - blind))
 
 
-def test_epsilon_is_known_where_a_modality_is_seen_in_channels_of_its_own() -> None:
-    torch.manual_seed(0)
-    model, x = picture_and_label(epsilon_head=True), data(5)
-    assert model.epsilon_head is not None
-    torch.nn.init.normal_(model.epsilon_head.weight)
-    observation = model.observe(x, model.visibility(5, {"label": x["label"]}))
-    z, t = torch.randn(5, *model.layout.latent.shape), torch.full((5,), 7)
-    prediction = model(z, t, observation)
-    truth = model.process.epsilon(z, model.encode(x), t)
-    torch.testing.assert_close(prediction.epsilon[:, 4:], truth[:, 4:])
-    assert not torch.allclose(prediction.epsilon[:, :4], truth[:, :4])
-
-
-def test_jumps_too_long_for_an_epsilon_head_are_refused() -> None:
-    model, _ = picture_and_label(epsilon_head=True), data(1)
-    literal = Retention.from_curve("cosine", 400, 2, "literal")
-    model.process = DiffusionProcess.build(literal, SNRMatched(), 2)
-    with pytest.raises(
-        ValueError, match=r"longest of 5 steps would multiply errors by .* more steps \(up to T = 400\)"
-    ):
-        sample(model, 1, settings=SamplerSettings(5, "ddim"))
+def test_nothing_is_guided_where_nothing_is_observed() -> None:
+    model = picture_and_label()
+    guided, plain = (
+        sample(model, 3, settings=SamplerSettings(4, guidance=g), generator=torch.Generator().manual_seed(0))
+        for g in (3.0, 1.0)
+    )
+    assert torch.equal(guided["picture"], plain["picture"])
 
 
 # Requests -----------------------------------------------------------------------------------------------------------
-
-SOLVERS = ("ancestral", "ddim", "dpmpp_2m")
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -490,7 +605,7 @@ def test_the_same_seed_gives_the_same_sample_and_another_seed_another(
     solver: str, draw: bool, epsilon_head: bool
 ) -> None:
     model = picture_and_label(epsilon_head=epsilon_head)
-    settings = SamplerSettings(5, solver, draw=draw)  # type: ignore[arg-type]
+    settings = SamplerSettings(5, solver, draw=draw, path={"label": 0.5})  # type: ignore[arg-type]
     first, again, other = (
         sample(model, 3, settings=settings, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
     )
@@ -505,14 +620,17 @@ def test_global_randomness_is_left_alone_when_a_generator_is_given() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("layout", ["own", "shared"])
+@pytest.mark.parametrize("conditioning", ["observed", "replacement"])
+@layouts
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_pixels_that_are_seen_are_kept_and_hidden_ones_do_not_matter(layout: str, solver: str) -> None:
+def test_pixels_that_are_seen_are_kept_and_hidden_ones_do_not_matter(
+    layout: str, solver: str, conditioning: str
+) -> None:
     model, x = picture_and_label(layout), data(4)
     visible = torch.ones(4, 8, 8)
     visible[:, 2:7, 1:5] = 0  # not along the latent's 2×2 places
     hidden = (visible == 0)[:, None]
-    settings = SamplerSettings(5, solver)  # type: ignore[arg-type]
+    settings = SamplerSettings(5, solver, conditioning=conditioning)  # type: ignore[arg-type]
     out = [
         sample(
             model,
@@ -528,6 +646,77 @@ def test_pixels_that_are_seen_are_kept_and_hidden_ones_do_not_matter(layout: str
     assert not torch.isclose(out[0]["picture"][hidden], x["picture"][hidden]).any()
     for name in out[0]:
         assert torch.equal(out[0][name], out[1][name])
+
+
+@pytest.mark.parametrize("epsilon_head", [False, True])
+@pytest.mark.parametrize("path", [{}, {"picture": 0.5}, {"label": 0.5}])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_places_that_are_seen_are_the_clean_code_at_every_step(
+    solver: str, path: dict[str, float], epsilon_head: bool
+) -> None:
+    model, x = picture_and_label(epsilon_head=epsilon_head), data(2)
+    generator = torch.Generator().manual_seed(0)
+    if model.epsilon_head is not None:
+        torch.nn.init.normal_(model.epsilon_head.weight, generator=generator)
+    shown: list[Tensor] = []
+    model.backbone.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[0]))
+    visible = torch.ones(2, 8, 8)
+    visible[0, :4] = 0
+    visible[1, :, 6:] = 0
+    given = {"picture": x["picture"]}
+    settings = SamplerSettings(6, solver, path=path)  # type: ignore[arg-type]
+    sample(model, 2, observed=given, visible={"picture": visible}, settings=settings, generator=generator)
+    code = model.encode(x)["picture"]
+    seen = torch.ones(2, 1, 4, 4, dtype=torch.bool)
+    seen[0, 0, :2] = False
+    seen[1, 0, :, 3:] = False
+    assert len(shown) == 6
+    for z in shown:
+        picture, level = z[:, :4], z[:, 5:6]
+        assert torch.equal(picture[seen.expand_as(picture)], code[seen.expand_as(code)])
+        assert not level[seen].any()
+    # All else moves when its clock does, and only then.
+    unseen = [(z[:, :4][~seen.expand(-1, 4, -1, -1)], z[:, 5:6][~seen]) for z in shown]
+    for (before, level_before), (after, level_after) in pairwise(unseen):
+        assert torch.equal(before, after) == torch.equal(level_before, level_after)
+    assert not torch.equal(unseen[0][1], unseen[-1][1])
+
+
+@pytest.mark.parametrize("in_part", [False, True])
+@layouts
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_sample_does_not_depend_on_what_else_is_in_its_batch(
+    monkeypatch: pytest.MonkeyPatch, solver: str, layout: str, in_part: bool
+) -> None:
+    model, x = picture_and_label(layout), data(3)
+    visible = torch.ones(3, 8, 8)
+    visible[0, :, :4] = 0
+    visible[1] = 0  # nothing of it is seen; of sample 2, all
+
+    def run(rows: slice) -> dict[str, Tensor]:
+        drawn = 0
+
+        def noise(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+            nonlocal drawn
+            drawn += 1
+            return torch.randn(3, *like.shape[1:], generator=torch.Generator().manual_seed(drawn))[rows]
+
+        for module in (mtdiffusion.model, mtdiffusion.sampler):
+            monkeypatch.setattr(module, "standard_normal", noise)
+        settings = SamplerSettings(5, solver, guidance=1.5)  # type: ignore[arg-type]
+        return sample(
+            model,
+            len(range(3)[rows]),
+            observed={"picture": x["picture"][rows]},
+            visible={"picture": visible[rows]} if in_part else None,
+            settings=settings,
+        )
+
+    together = run(slice(0, 3))
+    for i in range(3):
+        alone = run(slice(i, i + 1))
+        for name, value in alone.items():
+            torch.testing.assert_close(together[name][i : i + 1], value, rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_observed_whole_is_returned_as_given() -> None:
@@ -548,8 +737,6 @@ def test_a_modality_not_wanted_takes_part_and_is_not_returned() -> None:
     )
     assert list(out) == ["picture"]
     assert torch.equal(out["picture"], whole["picture"])
-    presence = model.backbone.shown[2][:, 2:4]  # type: ignore[attr-defined]
-    assert torch.equal(presence, torch.ones(4, 2))
 
 
 def test_observed_modalities_come_back_even_if_others_are_asked_for() -> None:
@@ -559,25 +746,91 @@ def test_observed_modalities_come_back_even_if_others_are_asked_for() -> None:
     assert torch.equal(out["label"], x["label"])
 
 
+@pytest.mark.parametrize("path", [{}, {"label": 0.4}, {"picture": 1.0}])
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-@pytest.mark.parametrize(("solver", "per_step"), [("ddim", 1), ("ancestral", 1), ("dpmpp_2m", 1)])
-def test_a_step_is_one_call_of_the_network(solver: str, per_step: int, guidance: float) -> None:
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_step_is_one_call_of_the_network(solver: str, guidance: float, path: dict[str, float]) -> None:
     model, x = picture_and_label(), data(2)
     calls: list[int] = []
     model.backbone.register_forward_hook(lambda _module, inputs, _out: calls.append(len(inputs[0])))
-    settings = SamplerSettings(7, solver, guidance=guidance)  # type: ignore[arg-type]
+    settings = SamplerSettings(7, solver, guidance=guidance, path=path)  # type: ignore[arg-type]
     sample(model, 2, observed={"label": x["label"]}, settings=settings)
-    assert calls == [2 * int(guidance)] * 7 * per_step
+    assert calls == [2 * int(guidance)] * 7
+    calls.clear()
+    sample(model, 2, settings=settings)
+    assert calls == [2] * 7
 
 
-def test_times_fall_evenly_from_the_last_to_0_and_never_repeat() -> None:
-    assert time_steps(4, 1000) == [1000, 750, 500, 250, 0]
-    for steps, total in ((7, 1000), (25, 40), (39, 40), (40, 40)):
-        times = time_steps(steps, total)
-        assert (len(times), times[0], times[-1]) == (steps + 1, total, 0)
-        gaps = [a - b for a, b in pairwise(times)]
-        assert set(gaps) <= {math.floor(total / steps), math.ceil(total / steps)}
-    assert time_steps(1000, 40) == list(range(40, -1, -1))
+@layouts
+def test_steps_beyond_those_of_the_process_are_not_taken(layout: str) -> None:
+    model = picture_and_label(layout, steps=4)
+    calls: list[int] = []
+    model.backbone.register_forward_hook(lambda *_: calls.append(1))
+    sample(model, 1, settings=SamplerSettings(50))
+    assert len(calls) == 4
+
+
+# Starting from what is given (its law is in test_paths.py) ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [("picture",), ("picture", "label")])
+@pytest.mark.parametrize("strength", [1e-9, 0.02, 0.5, 1.0])
+def test_any_strength_generates_what_it_was_given_for(strength: float, given: tuple[str, ...]) -> None:
+    model, x = picture_and_label(), data(3)
+    observed = {name: x[name] for name in given}
+    out = sample(model, 3, observed=observed, strength={"picture": strength}, settings=SamplerSettings(5))
+    assert list(out) == ["picture", "label"]
+    assert out["picture"].shape == x["picture"].shape
+    assert not torch.equal(out["picture"], x["picture"])
+    assert ("label" not in given) or torch.equal(out["label"], x["label"])
+
+
+def test_a_strength_starts_at_the_noise_of_its_clock_and_spends_all_steps_from_there() -> None:
+    model, x = picture_and_label(), data(3)  # T = 20
+    shown: list[Tensor] = []
+    model.backbone.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[0]))
+    sample(
+        model,
+        3,
+        observed=x,
+        strength={"picture": 0.5},
+        settings=SamplerSettings(5, "ddim"),
+        generator=torch.Generator().manual_seed(0),
+    )
+    code, noise, process = model.encode(x), model.noise(3, torch.Generator().manual_seed(0)), model.process
+    start = process.signal_table[10, 0] * code["picture"] + process.variance(torch.tensor(10)).sqrt() * noise[:, :4]
+    torch.testing.assert_close(shown[0][:, :4], start.float())
+    level = noise_level(process.signal_table[[10, 8, 6, 4, 2], 0], process.variance(torch.tensor([10, 8, 6, 4, 2])))
+    assert len(shown) == 5
+    for z, expected in zip(shown, level.float(), strict=True):
+        torch.testing.assert_close(z[:, 5], expected.expand(3, 4, 4))
+        torch.testing.assert_close(z[:, 4:5], code["label"])
+        assert not z[:, 6].any()
+
+
+def test_what_is_seen_stays_and_what_is_hidden_starts_from_what_was_given() -> None:
+    """Inpainting that keeps something of what is under the hole."""
+    model, x = picture_and_label(), data(3)
+    visible = torch.ones(3, 8, 8)
+    visible[:, :, :4] = 0
+    hidden = (visible == 0)[:, None]
+    covered = x["picture"].where(~hidden, torch.tensor(3.0))
+
+    def run(picture: Tensor, strength: float | None) -> Tensor:
+        out = sample(
+            model,
+            3,
+            observed={"picture": picture},
+            visible={"picture": visible},
+            strength=None if strength is None else {"picture": strength},
+            settings=SamplerSettings(5, "ddim"),
+            generator=torch.Generator().manual_seed(0),
+        )["picture"]
+        assert torch.equal(out[~hidden], picture[~hidden])
+        return out
+
+    assert torch.equal(run(x["picture"], None), run(covered, None))
+    assert not torch.isclose(run(x["picture"], 0.3)[hidden], run(covered, 0.3)[hidden]).any()
 
 
 @pytest.mark.parametrize(
@@ -593,11 +846,36 @@ def test_times_fall_evenly_from_the_last_to_0_and_never_repeat() -> None:
             {"observed": {"label": torch.zeros(2).long()}, "visible": {"label": torch.ones(2, 8, 8)}},
             "'label', but it cannot be observed in part",
         ),
+        ({"strength": {"lable": 0.5}}, "no modality named lable; this model has picture, label"),
+        ({"strength": {"label": 0.5}}, "strength: 0.5 was given for 'label', but it is not among the observed"),
+        *(
+            (
+                {"observed": {"label": torch.zeros(2).long()}, "strength": {"label": share}},
+                r"strength\['label'\]: expected a share of the path above 0 and up to 1, found",
+            )
+            for share in (0.0, -0.5, 1.5, float("nan"))
+        ),
+        ({"settings": SamplerSettings(path={"lable": 0.5})}, "path: no modality named lable"),
+        ({"settings": SamplerSettings(path={"label": -0.5})}, "path: expected shares of T from 0"),
+        ({"path": torch.tensor([[20, 20], [0, 3]])}, "path: expected clocks that fall from T = 20 to 0"),
     ],
 )
-def test_a_wrong_request_is_named(request_: dict[str, object], message: str) -> None:
+def test_a_wrong_request_is_named(request_: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        sample(picture_and_label(), 2, **request_)  # type: ignore[arg-type]
+        sample(picture_and_label(), 2, **request_)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"observed": {"label": torch.zeros(2).long()}, "strength": {"label": 0.5}}, "none can start from another"),
+        ({"settings": SamplerSettings(path={"label": 0.5})}, "path: in a shared layout all modalities have one clock"),
+        ({"path": torch.tensor([[20, 20], [9, 8], [0, 0]])}, "path: in a shared layout all modalities have one clock"),
+    ],
+)
+def test_a_shared_layout_has_no_clocks_to_set_apart(request_: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sample(picture_and_label("shared"), 2, **request_)
 
 
 @pytest.mark.parametrize(
@@ -610,18 +888,18 @@ def test_a_wrong_request_is_named(request_: dict[str, object], message: str) -> 
         {"conditioning": "inpainting"},
     ],
 )
-def test_settings_out_of_range_are_refused(settings: dict[str, object]) -> None:
+def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
-        SamplerSettings(**settings)  # type: ignore[arg-type]
+        SamplerSettings(**settings)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"eta": 0.5}, "eta: 0.5 is a setting of the solver ddim, found ancestral"),
-        ({"guidance": 2.0, "conditioning": "replacement"}, "guidance: 2.0 needs the observed aggregate"),
+        ({"guidance": 2.0, "conditioning": "replacement"}, "guidance: 2.0 has nothing to guide by"),
     ],
 )
-def test_settings_that_would_be_ignored_are_refused(settings: dict[str, object], message: str) -> None:
+def test_settings_that_would_be_ignored_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SamplerSettings(**settings)  # type: ignore[arg-type]
+        SamplerSettings(**settings)

@@ -11,9 +11,17 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
-from mtdiffusion import DiffusionProcess, DirectWeights, Retention, SNRMatched, TargetSignal, WeightSchedule
+from mtdiffusion import (
+    DiffusionProcess,
+    DirectWeights,
+    OwnLayout,
+    Retention,
+    SNRMatched,
+    TargetSignal,
+    WeightSchedule,
+)
 from mtdiffusion.process import terminal_warning
-from mtdiffusion.schedules import CURVES, RETENTIONS, curve_log_snr, signal_from_weights, weights_from_signal
+from mtdiffusion.retention import CURVES, RETENTIONS, curve_log_snr, signal_from_weights, weights_from_signal
 
 SCHEDULES: dict[str, WeightSchedule] = {
     "constant": DirectWeights(start=0.7),
@@ -30,6 +38,10 @@ def _float64(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
+def _side_by_side(*names: str) -> OwnLayout:
+    return OwnLayout(dict.fromkeys(names, 3), 1, 2)
+
+
 @pytest.mark.parametrize("modalities", [1, 3])
 @pytest.mark.parametrize("kind", RETENTIONS)
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -38,14 +50,15 @@ def test_direct_and_solved_from_target_are_inverses(name: str, kind: str, modali
     signal = SCHEDULES[name].signal(retention, modalities)
     weights = weights_from_signal(signal, retention)
     torch.testing.assert_close(signal_from_weights(weights, retention), signal, **TINY)
-    torch.testing.assert_close(DiffusionProcess(retention.log_alpha_bar, signal).weight_table, weights, **TINY)
+    process = DiffusionProcess(retention.log_alpha_bar, signal, _side_by_side(*"abc"[:modalities]))
+    torch.testing.assert_close(process.weight_table, weights, **TINY)
 
 
 @pytest.mark.parametrize("kind", RETENTIONS)
 def test_direct_weights_are_the_weights_of_the_process(kind: str) -> None:
     retention = Retention.from_curve("linear", 50, 2, kind)
     schedule = DirectWeights("linear", initial=0.5, start=0.1, end=-0.3, gains=(1.0, 3.0))
-    weights = DiffusionProcess.build(retention, schedule, 2).weight_table
+    weights = DiffusionProcess.build(retention, schedule, _side_by_side("a", "b")).weight_table
     expected = torch.cat([_float64(0.5), torch.linspace(0.1, -0.3, 50, dtype=torch.float64)])
     torch.testing.assert_close(weights, expected[:, None] * _float64(1.0, 3.0), **TINY)
 
@@ -71,9 +84,9 @@ def test_target_signal_passes_through_its_knots() -> None:
 @pytest.mark.parametrize(("kind", "curve"), list(itertools.product(RETENTIONS, CURVES)))
 def test_snr_matched_has_the_chosen_curve_for_every_retention(kind: str, curve: str) -> None:
     process = DiffusionProcess.build(
-        Retention.from_curve("cosine", 200, 3, kind), SNRMatched(curve, (1.0, 0.5, 2.0)), 3
+        Retention.from_curve("cosine", 200, 3, kind), SNRMatched(curve, (1.0, 0.5, 2.0)), _side_by_side(*"abc")
     )
-    t = torch.arange(1, 201)
+    t = torch.arange(1, 201)[:, None].expand(-1, 3)
     gains = _float64(1.0, 0.5, 2.0)
     torch.testing.assert_close(
         process.snr(t).log(), curve_log_snr(curve, 200)[1:, None] + 2 * gains.log(), rtol=1e-12, atol=1e-10
@@ -83,12 +96,12 @@ def test_snr_matched_has_the_chosen_curve_for_every_retention(kind: str, curve: 
 
 def test_rectified_flow_is_a_straight_line() -> None:
     process = DiffusionProcess.build(
-        Retention.from_curve("cosine", 40, 2, "rectified_flow"), SNRMatched("rectified_flow"), 2
+        Retention.from_curve("cosine", 40, 2, "rectified_flow"), SNRMatched("rectified_flow"), _side_by_side("a", "b")
     )
-    t = torch.arange(41)
+    t = torch.arange(41)[:, None].expand(-1, 2)
     tau = t.double() / 40 * (1 - 1e-3)  # it stops just short of 1, where log ᾱ does not exist
     torch.testing.assert_close(process.variance(t).sqrt(), tau, **TINY)
-    torch.testing.assert_close(process.signal(t), (1 - tau)[:, None].expand(-1, 2), **TINY)
+    torch.testing.assert_close(process.signal(t), 1 - tau, **TINY)
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])
@@ -109,7 +122,7 @@ def _in_double(scheduler: Oracle) -> Oracle:
 
 
 def _ddpm(alphas: Tensor) -> DiffusionProcess:
-    return DiffusionProcess.build(Retention.from_alphas(alphas), DirectWeights(), 1)
+    return DiffusionProcess.build(Retention.from_alphas(alphas), DirectWeights(), _side_by_side("x"))
 
 
 def _z_and_code() -> tuple[Tensor, Tensor]:
@@ -126,15 +139,14 @@ def test_one_modality_that_only_enters_at_the_start_is_ddpm(beta_schedule: str) 
     torch.testing.assert_close(process.variance(torch.arange(1, 1001)), 1 - oracle.alphas_cumprod, **TINY)
     z, code = _z_and_code()
     for step in (1, 2, 17, 500, 999, 1000):
-        t = torch.tensor([step])
+        t = torch.tensor([[step]])
         noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
         stepped = oracle.step(code, step - 1, z, generator=torch.Generator().manual_seed(step)).prev_sample
-        ours = process.posterior_mean(z, code[:, None], t) + process.posterior_variance(t).sqrt() * noise
+        variance = process.posterior_variance(t, t - 1)[0, 0]
+        ours = process.posterior_mean(z, {"x": code}, t, t - 1) + variance.sqrt() * noise
         torch.testing.assert_close(ours, stepped, rtol=1e-9, atol=1e-9)  # they add 1 − ᾱ with cancellation, at t = 1
         if step > 1:
-            torch.testing.assert_close(
-                process.posterior_variance(t)[0], oracle._get_variance(step - 1), rtol=1e-9, atol=0
-            )
+            torch.testing.assert_close(variance, oracle._get_variance(step - 1), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -146,14 +158,15 @@ def test_one_modality_that_only_enters_at_the_start_jumps_like_ddim(eta: float, 
     z, epsilon = _z_and_code()
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for timestep in oracle.timesteps.tolist():
-        t = torch.tensor([timestep + 1])
+        t = torch.tensor([[timestep + 1]])
         s = (t - 100).clamp(min=0)
         # The code for which epsilon is the noise: what a head for x would have said.
-        code = ((z - process.variance(t).sqrt() * epsilon) / process.signal(t))[:, None]
+        code = {"x": (z - process.variance(t).sqrt() * epsilon) / process.signal(t)}
         if parameterisation == "codes":
             mean = process.mean(code, s)
         else:
-            mean = process.mean_from_epsilon(z, epsilon, torch.full_like(code, 99.0), t, s)  # codes do not matter here
+            code = {"x": torch.full_like(z, 99.0)}  # codes do not matter here
+            mean = process.mean_from_epsilon(z, epsilon, code, t, s)
         stepped = oracle.step(epsilon, timestep, z, eta=eta, variance_noise=noise).prev_sample
         torch.testing.assert_close(process.jump(mean, epsilon, t, s, eta, noise), stepped, rtol=1e-8, atol=1e-8)
 
@@ -162,9 +175,10 @@ def test_literal_retention_does_not_underflow_with_many_modalities() -> None:
     retention = Retention.from_curve("cosine", 400, 4, "literal")
     assert retention.log_alpha_bar[-1] < -650  # exp of it is far below the least float32, 1e-38: log only
     assert retention.log_alpha_bar.isfinite().all()
-    process = DiffusionProcess.build(retention, SNRMatched(), 4)
+    process = DiffusionProcess.build(retention, SNRMatched(), _side_by_side(*"abcd"))
     assert process.signal_table.isfinite().all()
-    assert process.posterior_variance(torch.arange(1, 401)).isfinite().all()
+    t = torch.arange(1, 401)
+    assert process.posterior_variance(t, t - 1).isfinite().all()
 
 
 def test_literal_retention_keeps_one_part_in_n_plus_one() -> None:
@@ -174,11 +188,11 @@ def test_literal_retention_keeps_one_part_in_n_plus_one() -> None:
 
 def test_constant_weights_with_literal_retention_end_far_from_noise_and_say_so() -> None:
     retention = Retention.from_curve("linear", 1000, 1, "literal")
-    process = DiffusionProcess.build(retention, DirectWeights(initial=1.0, start=1.0), 1)
+    process = DiffusionProcess.build(retention, DirectWeights(initial=1.0, start=1.0), _side_by_side("image"))
     # 0.98/2 is the last a_t, so m = √0.49 (m + 1) = 7/3; m follows a_t with a lag of a few steps.
     assert process.signal_table[-1, 0].item() == pytest.approx(7 / 3, abs=1e-3)
     assert process.terminal_snr.item() == pytest.approx((7 / 3) ** 2, abs=1e-2)
-    warning = terminal_warning(process, ["image"])
+    warning = terminal_warning(process)
     assert warning is not None
     assert "image 5.4" in warning
 
@@ -186,18 +200,21 @@ def test_constant_weights_with_literal_retention_end_far_from_noise_and_say_so()
 @pytest.mark.parametrize("kind", RETENTIONS)
 @pytest.mark.parametrize("curve", CURVES)
 def test_snr_matched_schedules_end_in_noise(curve: str, kind: str) -> None:
-    process = DiffusionProcess.build(Retention.from_curve(curve, 1000, 2, kind), SNRMatched(curve), 2)
-    assert terminal_warning(process, ["image", "label"]) is None
+    process = DiffusionProcess.build(
+        Retention.from_curve(curve, 1000, 2, kind), SNRMatched(curve), _side_by_side("a", "b")
+    )
+    assert terminal_warning(process) is None
 
 
 def test_the_terminal_warning_names_only_the_modality_above_the_limit() -> None:
     # σ_T = 1 to rounding, so the SNR is m_T²: 0.005 and 0.02, either side of the default limit of 0.01.
-    process = DiffusionProcess(_float64(0.0, -50.0), torch.stack([_float64(1.0, 1.0), _float64(0.005, 0.02).sqrt()]))
-    warning = terminal_warning(process, ["image", "label"])
+    signal = torch.stack([_float64(1.0, 1.0), _float64(0.005, 0.02).sqrt()])
+    process = DiffusionProcess(_float64(0.0, -50.0), signal, _side_by_side("image", "label"))
+    warning = terminal_warning(process)
     assert warning is not None
     assert "label 0.02" in warning
     assert "image" not in warning
-    assert terminal_warning(process, ["image", "label"], limit=0.03) is None
+    assert terminal_warning(process, limit=0.03) is None
 
 
 @pytest.mark.parametrize(

@@ -8,17 +8,21 @@ from torch.nn import functional as F
 
 from mtdiffusion import (
     Backbone,
+    ClockLaw,
     Decoder,
     DiffusionProcess,
     Encoder,
     Features,
     FeatureSpec,
-    LatentLayout,
     LatentSpec,
+    Layout,
     MultimodalDiffusion,
+    OwnLayout,
     Params,
     Retention,
+    SharedLayout,
     SNRMatched,
+    WeightSchedule,
 )
 from tests.core.gaussians import VectorModality
 
@@ -139,19 +143,25 @@ class SmallNet(Backbone):
 def picture_and_label(
     layout: str = "own",
     *,
-    own_channels: bool = True,
+    show_clean: bool = False,
     epsilon_head: bool = False,
     steps: int = 20,
-    process: DiffusionProcess | None = None,
+    retention: Retention | None = None,
+    schedule: WeightSchedule | None = None,
+    law: ClockLaw | None = None,
 ) -> MultimodalDiffusion:
     """A model of ``picture [B, 1, 8, 8]`` and ``label [B]`` with random weights, float32."""
+    half = SIDE // 2
+    space: Layout
+    if layout == "own":
+        space = OwnLayout({"picture": 4, "label": 1}, half, half, show_clean)
+    else:
+        space = SharedLayout(("picture", "label"), LatentSpec(4, half, half))
+    process = DiffusionProcess.build(
+        retention or Retention.from_curve("cosine", steps, 2), schedule or SNRMatched(), space
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        half = SIDE // 2
-        if layout == "own":
-            space = LatentLayout.own({"picture": 4, "label": 1}, half, half)
-        else:
-            space = LatentLayout.shared(["picture", "label"], LatentSpec(4, half, half))
         modalities = {
             "picture": PictureModality(PatchEncoder(space.share("picture")), PictureDecoder(), SIDE * SIDE),
             "label": LabelModality(
@@ -160,11 +170,8 @@ def picture_and_label(
                 1,
             ),
         }
-        process = process or DiffusionProcess.build(Retention.from_curve("cosine", steps, 2), SNRMatched(), 2)
-        backbone = SmallNet(*MultimodalDiffusion.backbone_inputs(space, CLASSES), space.latent)
-        return MultimodalDiffusion(
-            modalities, backbone, process, space, own_channels=own_channels, epsilon_head=epsilon_head
-        )
+        backbone = SmallNet(*space.inputs(CLASSES), space.latent)
+        return MultimodalDiffusion(modalities, backbone, process, law, epsilon_head=epsilon_head)
 
 
 def data(batch: int, seed: int = 0) -> dict[str, Tensor]:

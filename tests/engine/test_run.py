@@ -133,6 +133,30 @@ def test_settings_change_the_samples(run: Run) -> None:
     assert run.settings(steps=None) == run.experiment.sampling
 
 
+def test_a_path_may_be_named_given_by_offsets_or_given_itself(run: Run) -> None:
+    plain = run.sample(2, steps=4)
+    shared, none_ahead, itself = (
+        run.sample(2, steps=4, path=path)
+        for path in ("shared", {"label": 0.0}, torch.tensor([[20, 15, 10, 5, 0]]).T.expand(5, 3))  # type: ignore[arg-type]
+    )
+    ahead = run.sample(2, steps=4, path={"label": 1.0})
+    for name, x in plain.items():  # this run's law is one clock for all
+        assert torch.equal(x, shared[name])
+        assert torch.equal(x, none_ahead[name])
+        assert torch.equal(x, itself[name])
+    assert not torch.equal(ahead["image"], plain["image"])
+
+
+def test_little_strength_keeps_what_was_given(run: Run) -> None:
+    given = run.data("test").batch([0]).x["image"][0]
+    near, far = (
+        run.sample(4, observed={"image": given}, strength={"image": strength}, steps=20)["image"]
+        for strength in (0.05, 1.0)
+    )
+    assert (near - given).abs().mean() < (far - given).abs().mean()
+    assert not torch.equal(near[0], given)
+
+
 def test_only_what_is_asked_for_is_generated(run: Run) -> None:
     assert run.sample(2, observed={"label": 1}, generate=["mask"]).keys() == {"label", "mask"}
 
@@ -164,6 +188,10 @@ def test_a_checkpoint_can_be_chosen(tiny_run: Path) -> None:
         ({"steps": 0}, "sampling: 'steps' must be >= 1"),
         ({"solver": "euler"}, "sampling: 'solver' must be in"),
         ({"eta": -1.0}, "sampling: 'eta' must be >= 0"),
+        ({"path": {"lable": 0.5}}, "path: no modality named lable"),
+        ({"path": torch.tensor([[20, 20], [0, 0]])}, r"path: expected integer clocks \[steps \+ 1, 3\]"),
+        ({"strength": {"image": 0.5}}, "strength: 0.5 was given for 'image', but it is not among the observed"),
+        ({"observed": {"label": 1}, "strength": {"label": 0.0}}, r"strength\['label'\]: expected a share"),
         ({"n": 0}, "expected at least 1 sample, found 0"),
     ],
 )

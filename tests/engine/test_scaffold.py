@@ -56,7 +56,7 @@ def test_the_kinds_of_the_command_line_are_those_of_the_templates() -> None:
 def test_each_is_found_once_it_is_installed(site: Path) -> None:
     rows = [line.split() for line in run("mtdiffusion_engine.cli", "plugins", "list", cwd=site, path=site).splitlines()]
     for kind, group in GROUPS.items():
-        assert [group, f"new_{kind}", f"mtdiffusion-new-{kind}", "0.1.0", "ok"] in rows
+        assert [group, f"new-{kind}".replace("-", "_"), f"mtdiffusion-new-{kind}", "0.1.0", "ok"] in rows
 
 
 @pytest.mark.slow
@@ -66,7 +66,7 @@ def test_each_passes_its_own_tests(packages: dict[str, Path], site: Path) -> Non
     out = run("pytest", *options, *(path / "tests" for path in packages.values()), cwd=site, path=site)
     for kind in GROUPS:
         for test in ("test_it_keeps_the_contract", "test_it_is_found_by_its_entry_point"):
-            assert f"test_new_{kind}.py::{test}" in out
+            assert f"{f'test-new-{kind}'.replace('-', '_')}.py::{test}" in out
     assert "SKIPPED" not in out
 
 

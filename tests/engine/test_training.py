@@ -21,7 +21,7 @@ from mtdiffusion_engine import checkpoint as ckpt
 from mtdiffusion_engine import trainer as trainer_module
 from mtdiffusion_engine.experiment import Experiment, build_model, choose_device, load_experiment
 from mtdiffusion_engine.trainer import Progress, Trainer, averaged, deferred_interrupt, learning_rate
-from mtdiffusion_registry import UserError
+from mtdiffusion_registry import ConfigError, UserError
 from tests.engine.tiny import REGISTRY, toy
 
 ROOT = Path(__file__).parents[2]
@@ -159,6 +159,31 @@ def test_worker_processes_and_the_cadence_of_logs_change_nothing(uninterrupted: 
     run = tmp_path / "run"
     train(toy("training.workers=1", "training.log_every=7", "training.checkpoint_every=0"), run)
     assert_same(run, uninterrupted)
+
+
+def test_a_report_is_the_mean_of_all_that_was_trained_since_the_last(tmp_path: Path) -> None:
+    def told(every: int) -> dict[int, dict[str, float]]:
+        reports: list[Progress] = []
+        trainer = Trainer(toy(f"training.log_every={every}"), tmp_path / f"every-{every}", REGISTRY, device="cpu")
+        trainer.train(reports.append)
+        return {report.step: report.means for report in reports}
+
+    each, fourth = told(1), told(4)
+    assert list(fourth) == [4, 8, 10]
+    for last, steps in ((4, (1, 2, 3, 4)), (8, (5, 6, 7, 8)), (10, (9, 10))):
+        mean = sum(each[step]["loss"] for step in steps) / len(steps)
+        assert fourth[last]["loss"] == pytest.approx(mean, rel=1e-6)
+    assert all(value >= 0 for means in fourth.values() for value in means.values())
+
+
+def test_a_law_of_clocks_is_trained_and_sampled_along_its_path(tmp_path: Path) -> None:
+    experiment = toy('clocks={kind="offset", ahead={label=0.5, mask=0.25}}')
+    model = train(experiment, tmp_path / "run").model
+    assert model.path(3).tolist() == [[20, 20, 20], [20, 15, 10], [10, 5, 0], [0, 0, 0]]
+    with pytest.raises(ConfigError, match=r"ahead: expected names among image, mask, label, found lable"):
+        build_model(toy('clocks={kind="offset", ahead={lable=0.5}}'))
+    with pytest.raises(ConfigError, match="in a shared layout codes overlap, so all modalities have one clock"):
+        build_model(toy('clocks={kind="independent"}', 'latent.layout="shared"'))
 
 
 def test_resuming_a_finished_run_changes_no_file(uninterrupted: Path) -> None:

@@ -7,7 +7,7 @@ from attrs import evolve
 from mtdiffusion_engine.experiment import Experiment, build_model
 from mtdiffusion_registry import Registry
 from mtdiffusion_registry.config import structure
-from mtdiffusion_registry.testing import check_backbone, check_modality, check_weight_schedule
+from mtdiffusion_registry.testing import check_backbone, check_clock_law, check_modality, check_weight_schedule
 
 REGISTRY = Registry.discover(block=["*"])  # ours alone, whatever else is installed
 
@@ -62,6 +62,20 @@ def test_weight_schedule_keeps_the_contract(kind: str) -> None:
     check_weight_schedule(build("weight_schedule", kind, **values))
 
 
+@pytest.mark.parametrize("kind", REGISTRY.kinds("clock_law"))
+def test_law_of_clocks_keeps_the_contract(kind: str) -> None:
+    values = {"ahead": {"label": 0.5, "mask": 1.0}} if kind == "offset" else {}
+    check_clock_law(build("clock_law", kind, **values), names=("image", "mask", "label"))
+
+
+def test_offsets_are_by_name_and_refuse_others() -> None:
+    config = build("clock_law", "offset", ahead={"label": 0.5})
+    assert config.build(["label", "image"]).ahead(2).tolist() == [0.5, 0.0]
+    assert config.build(["image", "label"]).ahead(2).tolist() == [0.0, 0.5]
+    with pytest.raises(ValueError, match="ahead: expected names among image, mask, found label"):
+        config.build(["image", "mask"])
+
+
 def test_every_installed_modality_is_covered_here() -> None:
     assert {type(config).kind for config, _ in MODALITIES.values()} == set(REGISTRY.kinds("modality"))
 
@@ -86,10 +100,9 @@ def test_a_model_of_every_modality_is_one_graph_to_the_compiler(kind: str) -> No
     label = torch.arange(4)
     observation = model.observe({"label": label}, model.visibility(4, {"label": label}))
     z = torch.randn(4, *model.layout.latent.shape, generator=torch.Generator().manual_seed(0))
-    t = torch.tensor([1, 100, 250, 500])
+    t = model.layout.clocks(torch.tensor([1, 100, 250, 500]).reshape(-1, 1, 1, 1), observation.seen)
     with torch.no_grad():
         expected = model(z, t, observation)
         # "eager" traces as every backend needs it traced, and spends no time on generating code.
         found = torch.compile(model, backend="eager", fullgraph=True)(z, t, observation)
-    torch.testing.assert_close(found.codes, expected.codes)
-    torch.testing.assert_close(found.epsilon, expected.epsilon)
+    torch.testing.assert_close(found.params, expected.params)

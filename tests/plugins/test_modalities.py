@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from mtdiffusion import Features, FeatureSpec, LatentSpec
 from mtdiffusion_plugins.clip import ClipConfig
-from mtdiffusion_plugins.heads import VectorEncoder, discretised_gaussian_nll
+from mtdiffusion_plugins.heads import VectorEncoder, discretised_gaussian_nll, gaussian_objective
 from mtdiffusion_plugins.image import ConvEncoder, ImageConfig
 from mtdiffusion_plugins.label import LabelConfig
 from mtdiffusion_plugins.mask import MaskConfig, simplex
@@ -44,6 +44,26 @@ def test_a_fine_discretised_likelihood_is_the_density_times_the_bin() -> None:
     density = torch.distributions.Normal(0.1, math.exp(-1.0)).log_prob(x[:, 0])
     expected = -(density + math.log(2 / 4095))
     torch.testing.assert_close(discretised_gaussian_nll(mean, scale, x, 4096), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_gaussian_objective_is_never_negative_and_adds_nothing_to_the_error_at_its_best_scale() -> None:
+    error, log_scale = torch.meshgrid(torch.logspace(-20, 1, 43), torch.linspace(-7, 3, 41), indexing="ij")
+    x, mean = error.sqrt().reshape(-1, 1), torch.zeros(error.numel(), 1)
+    objective = gaussian_objective(mean, log_scale.reshape(-1, 1), x)
+    assert objective.isfinite().all()
+    assert (objective >= x[:, 0].square() / 2).all()
+    sure = gaussian_objective(mean[:1], torch.tensor([[-3.0]]), torch.full((1, 1), math.exp(-3)))
+    torch.testing.assert_close(sure, torch.full((1,), math.exp(-6) / 2))
+
+
+@pytest.mark.parametrize("error", [0.0, 1e-6, 0.3, 4.0])
+def test_the_scale_follows_the_gaussian_likelihood(error: float) -> None:
+    x = torch.full((5, 1), math.sqrt(error), dtype=torch.float64)
+    log_scale = torch.linspace(-5.5, 1.5, 5, dtype=torch.float64)[:, None].requires_grad_()
+    gaussian_objective(torch.zeros_like(x), log_scale, x).sum().backward()
+    found, log_scale.grad = log_scale.grad, None
+    (-torch.distributions.Normal(0.0, log_scale.exp()).log_prob(x)).sum().backward()
+    torch.testing.assert_close(found, 0.01 * log_scale.grad)
 
 
 @pytest.mark.parametrize("classes", [2, 3, 6])

@@ -16,8 +16,10 @@ from attrs import define, evolve, field, frozen
 from fake_distributions import PLUGIN, Install
 from torch import Tensor, nn
 
+from mtdiffusion.clocks import OffsetClocks
 from mtdiffusion.interfaces import (
     Backbone,
+    ClockLaw,
     Dataset,
     Decoder,
     Encoder,
@@ -28,9 +30,10 @@ from mtdiffusion.interfaces import (
     Params,
     WeightSchedule,
 )
-from mtdiffusion.schedules import Retention
+from mtdiffusion.retention import Retention
 from mtdiffusion_registry import (
     BackboneConfig,
+    ClockLawConfig,
     Config,
     DatasetConfig,
     Evaluator,
@@ -45,6 +48,7 @@ from mtdiffusion_registry import (
 from mtdiffusion_registry.testing import (
     ContractError,
     check_backbone,
+    check_clock_law,
     check_config,
     check_dataset,
     check_evaluator,
@@ -826,6 +830,110 @@ class SignalConfig(WeightScheduleConfig):
 def test_a_broken_weight_schedule_fails_one_check_alone(how: str, check: str) -> None:
     check_weight_schedule(SignalConfig())
     assert failed(SignalConfig(how)) == [check]
+
+
+class Clocks(ClockLaw):
+    """One clock in a third of the samples; in the others the first is cleaner, or is noisier, than those after it."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+        self.shared = how.startswith("shared")
+
+    def draw(self, batch: int, modalities: int, generator: torch.Generator | None = None) -> Tensor:
+        if self.how == "global":
+            generator = None
+        clocks = torch.rand(batch, 3, generator=generator)
+        if self.how in ("shared", "shared_path"):
+            clocks = clocks[:, :1].expand(-1, modalities)
+        else:
+            apart = torch.cat([clocks[:, :1], clocks[:, 1:2].expand(-1, modalities - 1)], 1)
+            clocks = torch.where(clocks[:, 2:] < 1 / 3, clocks[:, :1], apart)
+        if self.how == "one_for_all":
+            return clocks[:, 0]
+        if self.how == "steps":
+            return (clocks * 1000).long()
+        if self.how == "percent":
+            return clocks * 100
+        if self.how == "undefined":
+            return clocks / (clocks > 0.01) * 0.5
+        if self.how == "clean":
+            return torch.cat([clocks[:, 1:], torch.zeros(batch, 1)], 1)
+        if self.how == "early":
+            return clocks * 0.8
+        if self.how == "opposed":
+            return torch.cat([clocks[:, :1], (clocks[:, :1] + 0.5).expand(-1, modalities - 1) % 1], 1)
+        return clocks
+
+    def ahead(self, modalities: int) -> Tensor:
+        shares = torch.zeros(modalities)
+        if self.how in ("leads", "shared_path"):
+            shares[0] = 0.5
+        if self.how == "late":
+            shares[-1] = -0.5
+        if self.how == "drawn":
+            shares = torch.rand(modalities)
+        if self.how == "pair":
+            shares = torch.zeros(2)[None]
+        return shares
+
+
+@frozen
+class ClocksConfig(ClockLawConfig):
+    kind: ClassVar[str] = "test_clocks"
+    how: str = "right"
+
+    def build(self, names: Sequence[str]) -> ClockLaw:
+        return Clocks(self.how)
+
+
+@pytest.mark.parametrize("how", ["right", "leads", "shared"])
+def test_a_correct_law_of_clocks_passes(how: str) -> None:
+    before = torch.get_rng_state()
+    check_clock_law(ClocksConfig(how))
+    check_clock_law(ClocksConfig(how), names=("a", "b", "c"))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("how", "check", "found"),
+    [
+        ("one_for_all", "draw", r"shape \(1,\), expected \(1, 1\)"),
+        ("steps", "draw", "torch.int64 on cpu"),
+        ("percent", "values", "0.* to 100"),
+        ("undefined", "values", "values are not"),
+        ("clean", "values", r"0 alone for \[0\]"),
+        ("global", "generator", "its state has changed"),
+        ("pair", "ahead", r"shape \(1, 2\)"),
+        ("late", "ahead", r"found: \[-0.5\]"),
+        ("drawn", "ahead", "shares that differ"),
+        ("shared_apart", "shared", "samples with several"),
+        ("shared_path", "shared", r"\[0.5, 0.0\] ahead in sampling"),
+        ("early", "reach", r"within 0.05 of \[1.0\]"),
+        ("opposed", "reach", r"within 0.05 of \[1.0, 1.0\]"),
+    ],
+)
+def test_a_broken_law_of_clocks_fails_one_check_alone(how: str, check: str, found: str) -> None:
+    assert failed(ClocksConfig(how)) == [check]
+    with pytest.raises(ContractError, match=found):
+        check_clock_law(ClocksConfig(how))
+
+
+@frozen
+class FixedClocksConfig(ClockLawConfig):
+    kind: ClassVar[str] = "test_fixed_clocks"
+    offsets: tuple[float, ...] = (0.0, 0.2, 0.4)
+
+    def build(self, names: Sequence[str]) -> ClockLaw:
+        if len(names) != len(self.offsets):
+            raise ValueError(f"expected {len(self.offsets)} modalities, found {len(names)}")
+        return OffsetClocks(self.offsets)
+
+
+def test_a_law_of_clocks_may_refuse_other_names_than_its_own() -> None:
+    check_clock_law(FixedClocksConfig(), names=("a", "b", "c"))
+    with pytest.raises(ContractError, match="a law can be built for a, b") as caught:
+        check_clock_law(FixedClocksConfig())
+    assert "expected 3 modalities, found 2" in str(caught.value)
 
 
 class Samples(Dataset):

@@ -156,6 +156,7 @@ VALUES = {
     "dataset.torchvision": ["name=image_folder"],
     "dataset.folder": ['fields={label="label"}'],
     "weight_schedule.target": ["knots=[1.0, 0.5, 0.0]"],
+    "clock_law.offset": ["ahead={a=0.5}"],
     "evaluator.judge": ["epochs=2"],
     "task.combination": ['modalities=["image", "label"]'],
     "task.transition": ["source=image", "target=label"],

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mtdiffusion import MultimodalDiffusion, SamplerSettings, composite_loss, read_out, sample, variational_bound
 from mtdiffusion_benchmarks.interfaces import Cost, Curve, Fitted, Problem
-from mtdiffusion_benchmarks.profile import readout_of
+from mtdiffusion_benchmarks.profile import said_of
 from mtdiffusion_engine.checkpoint import read_json, write_json
 from mtdiffusion_engine.data import ModalityData
 from mtdiffusion_engine.experiment import Experiment, build_model
@@ -80,11 +80,11 @@ class Diffusion(Fitted):
 
     @torch.no_grad()
     def predict(self, query: Query, x: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tensor]]:
-        """What the heads say at t = T, where all there is to go by is what is given."""
-        if query.joint or query.hidden:
+        """What the heads say of all that is at t = T, going by what is given; {} if the network is not shown that."""
+        if query.joint or query.hidden or self.conditional.conditioning == "replacement":
             return {}
         model = self.model
-        observed = {name: x[name].to(model.owner.device) for name in query.observed}
+        observed = {name: x[name].to(model.device) for name in query.observed}
         batch = len(next(iter(observed.values())))
         params = read_out(model, model.observe(observed, model.visibility(batch, observed)))
         return {name: {k: v.cpu() for k, v in params[name].items()} for name in query.targets if name in params}
@@ -94,7 +94,7 @@ class Diffusion(Fitted):
         """The bound of all modalities together; None of a model that is asked one query alone."""
         if self.asked is not None:
             return None
-        device = self.model.owner.device
+        device = self.model.device
         given = {name: x[name].to(device) for name in self.model.names}
         return variational_bound(self.model, given, times=times, generator=generator).bits_per_dim.cpu()
 
@@ -109,7 +109,9 @@ def count_flops(experiment: Experiment, data: ModalityData, device: str = "cpu")
     visible = subsets.draw(model.names, model.spatial, len(batch.presence), (latent.height, latent.width), generator)
     visible = visible.to(device)
     with FlopCounterMode(display=False) as counter:
-        terms = composite_loss(model, batch.x, experiment.loss, visible=visible, presence=batch.presence)
+        terms = composite_loss(
+            model, batch.x, experiment.loss, visible=visible, presence=batch.presence, generator=generator
+        )
         terms.total.mean().backward()  # type: ignore[no-untyped-call]
     return counter.get_total_flops()
 
@@ -168,7 +170,8 @@ class SingleConfig(MethodConfig):
     """The same framework and backbone, trained for one query alone, at the same budget.
 
     With nothing observed it is a plain diffusion model of its targets; with a label observed, a class-conditional one;
-    with an image observed and a mask as target, a segmentation net that denoises.
+    with an image observed and a mask as target, a segmentation net that denoises. All that is not observed has one
+    clock, whatever the joint model's law of clocks is.
 
     Attributes:
         targets: what it generates; the other modalities of the task are not modelled.
@@ -193,12 +196,13 @@ class SingleConfig(MethodConfig):
             subsets={"+".join(self.observed): 1.0} if self.observed else {},
             partial=1.0 if self.partial else 0.0,
         )
-        loss = evolve(experiment.loss, readout=readout_of(experiment.loss.readout, names))
         alone = evolve(
             experiment,
             modalities={name: experiment.modalities[name] for name in names},
+            clocks=None,
             conditioning=conditioning,
-            loss=loss,
+            loss=evolve(experiment.loss, readout=said_of(experiment.loss.readout, names)),
+            sampling=evolve(experiment.sampling, path=None),
         )
         asked = Query(self.observed, self.targets, 0.5 if self.partial else 0.0)
         return train(problem, alone, asked)

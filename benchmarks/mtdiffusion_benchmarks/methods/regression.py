@@ -51,7 +51,7 @@ class Regression(Fitted):
         self, query: Query, x: Mapping[str, Tensor], visible: Tensor | None, generator: torch.Generator
     ) -> dict[str, Tensor]:
         model, target = self.model, self.config.target
-        params = self._params(x, visible)
+        params = self.config.read(model, x, visible)
         decoder = model.modality(target).decoder
         out = (decoder.sample(params, generator) if self.draw else decoder.mode(params)).cpu()
         if visible is not None:
@@ -63,15 +63,7 @@ class Regression(Fitted):
         """Parameters of its target's distribution; {} for a target given in part."""
         if self.config.partial:
             return {}
-        return {self.config.target: {key: value.cpu() for key, value in self._params(x, None).items()}}
-
-    def _params(self, x: Mapping[str, Tensor], visible: Tensor | None) -> Params:
-        model, config = self.model, self.config
-        names = (*config.observed, *([config.target] if visible is not None else []))
-        given = {name: x[name].to(model.owner.device) for name in names}
-        maps = {config.target: visible} if visible is not None else {}
-        seen = model.visibility(len(next(iter(given.values()))), given, maps)
-        return read_out(model, model.observe(given, seen))[config.target]
+        return {self.config.target: {key: value.cpu() for key, value in self.config.read(self.model, x).items()}}
 
 
 @frozen
@@ -117,20 +109,38 @@ class RegressionConfig(MethodConfig):
         places = (experiment.latent.height, experiment.latent.width)
 
         def loss(model: MultimodalDiffusion, batch: Batch, generator: torch.Generator) -> Mapping[str, Tensor]:
-            x, count = batch.x, len(batch.presence)
-            visible = model.visibility(count, {name: x[name] for name in self.observed})
-            place = model.names.index(self.target)
+            visible = None
             if self.partial:
-                share = low + (high - low) * torch.rand(count, generator=generator)
-                visible[:, place] = random_holes(share, places, generator).to(visible)
-            observation = model.observe(x, visible * batch.presence[:, :, None, None])
-            params = read_out(model, observation)[self.target]
-            present = batch.presence[:, place]
-            objective = model.modality(self.target).decoder.objective(params, x[self.target])
+                share = low + (high - low) * torch.rand(len(batch.presence), generator=generator)
+                visible = random_holes(share, places, generator)
+            params = self.read(model, batch.x, visible, batch.presence)
+            present = batch.presence[:, model.names.index(self.target)]
+            objective = model.modality(self.target).decoder.objective(params, batch.x[self.target])
             return {"loss": (objective * present).sum() / present.sum().clamp(min=1)}
 
         model, cost, curve = fit_module(problem, self, build_model(experiment), loss)
         return Regression(model, self, cost, curve, draw=experiment.sampling.draw)
+
+    def read(
+        self,
+        model: MultimodalDiffusion,
+        x: Mapping[str, Tensor],
+        visible: Tensor | None = None,
+        presence: Tensor | None = None,
+    ) -> Params:
+        """Parameters of the target's distribution from what is given.
+
+        Args:
+            visible: ``[B, H, W]``, what is seen of a target given in part.
+            presence: ``[B, N]``, 0 where a sample lacks a modality; None: all are there.
+        """
+        names = (*self.observed, *([self.target] if visible is not None else []))
+        given = {name: x[name].to(model.device) for name in names}
+        maps = {self.target: visible} if visible is not None else {}
+        seen = model.visibility(len(given[names[0]]), given, maps)
+        if presence is not None:
+            seen = seen * presence[:, :, None, None]
+        return read_out(model, model.observe(given, seen))[self.target]
 
 
 @hookimpl

@@ -23,6 +23,7 @@ GROUPS = MappingProxyType(
         "dataset": "dataset",
         "backbone": "backbone",
         "schedule": "weight_schedule",
+        "clock-law": "clock_law",
         "task": "task",
     }
 )

@@ -28,6 +28,7 @@ from mtdiffusion_registry.config import structure
 from mtdiffusion_registry.configs import (
     BASES,
     BackboneConfig,
+    ClockLawConfig,
     Config,
     DatasetConfig,
     EvaluatorConfig,
@@ -38,7 +39,7 @@ from mtdiffusion_registry.configs import (
 )
 from mtdiffusion_registry.errors import PluginError, UserError, did_you_mean
 from mtdiffusion_registry.registry import PluginInfo, Registry
-from mtdiffusion_registry.testing import backbone, benchmark, dataset, evaluator, modality, weight_schedule
+from mtdiffusion_registry.testing import backbone, benchmark, clock_law, dataset, evaluator, modality, weight_schedule
 from mtdiffusion_registry.testing.config import CHECKS as CONFIG_CHECKS
 from mtdiffusion_registry.testing.contract import (
     BATCHES,
@@ -58,6 +59,7 @@ __all__ = [
     "NotApplicable",
     "Outcome",
     "check_backbone",
+    "check_clock_law",
     "check_config",
     "check_dataset",
     "check_evaluator",
@@ -77,6 +79,7 @@ CHECKS: Mapping[str, tuple[Check, ...]] = MappingProxyType(
         "backbone": backbone.CHECKS,
         "dataset": dataset.CHECKS,
         "weight_schedule": weight_schedule.CHECKS,
+        "clock_law": clock_law.CHECKS,
         "evaluator": evaluator.CHECKS,
         "task": benchmark.TASK_CHECKS,
         "method": benchmark.METHOD_CHECKS,
@@ -204,6 +207,10 @@ def _weight_schedule(
     return weight_schedule.WeightScheduleSubject(config, names, info=info)
 
 
+def _clock_law(config: ClockLawConfig, info: PluginInfo | None, *, names: Sequence[str] = ("a", "b")) -> Subject:
+    return clock_law.ClockLawSubject(config, names, info=info)
+
+
 def _evaluator(
     config: EvaluatorConfig, info: PluginInfo | None, *, data: Mapping[str, Tensor] | None = None
 ) -> Subject:
@@ -228,6 +235,7 @@ _SUBJECTS: Mapping[str, Any] = MappingProxyType(
         "backbone": _backbone,
         "dataset": _dataset,
         "weight_schedule": _weight_schedule,
+        "clock_law": _clock_law,
         "evaluator": _evaluator,
         "task": _task,
         "method": _method,
@@ -302,6 +310,20 @@ def check_weight_schedule(config: WeightScheduleConfig, *, names: Sequence[str] 
     Args:
         config: what builds it.
         names: the modality instances it is configured for.
+
+    Raises:
+        ContractError: at the first part of the contract that is not kept.
+    """
+    _require(config, names=names)
+
+
+def check_clock_law(config: ClockLawConfig, *, names: Sequence[str] = ("a", "b")) -> None:
+    """A law of clocks draws shares of T that are repeatable, and comes near whatever sampling visits along its path.
+
+    Args:
+        config: what builds it.
+        names: the modality instances it is configured for. Fewer and more are tried too, and skipped if building
+            refuses them with a ``ValueError``.
 
     Raises:
         ContractError: at the first part of the contract that is not kept.

@@ -13,7 +13,7 @@ from attrs.validators import ge, gt
 from torch import Tensor, nn
 
 from mtdiffusion.interfaces import Backbone, Decoder, Encoder, Features, FeatureSpec, LatentSpec, Modality, Params
-from mtdiffusion.loss import standard_normal
+from mtdiffusion.model import standard_normal
 from mtdiffusion_registry.configs import ModalityConfig
 
 
@@ -123,7 +123,7 @@ def echo_of(codes: Tensor, dims: int) -> Tensor:
 
 
 class Perceptron(Backbone):
-    """All that goes in through one hidden layer to all that comes out: small, and blind to nothing."""
+    """All that goes in through two hidden layers to all that comes out: small, and blind to nothing."""
 
     WIDTH = 256
 
@@ -131,14 +131,20 @@ class Perceptron(Backbone):
         super().__init__()
         self.features = features
         places = features.height * features.width
-        self.hidden = nn.Linear(in_channels * places + 1 + in_vector, self.WIDTH)
-        self.norm = nn.LayerNorm(self.WIDTH)
+        self.hidden = nn.Sequential(
+            nn.Linear(in_channels * places + 1 + in_vector, self.WIDTH),
+            nn.LayerNorm(self.WIDTH),
+            nn.SiLU(),
+            nn.Linear(self.WIDTH, self.WIDTH),
+            nn.LayerNorm(self.WIDTH),
+            nn.SiLU(),
+        )
         self.map = nn.Linear(self.WIDTH, features.channels * places)
         self.here = nn.Conv2d(in_channels, features.channels, 1)
         self.vector = nn.Linear(self.WIDTH, features.vector)
 
     def forward(self, z: Tensor, noise: Tensor, vector: Tensor) -> Features:
-        h = nn.functional.silu(self.norm(self.hidden(torch.cat([z.flatten(1), noise[:, None], vector], 1))))
+        h = self.hidden(torch.cat([z.flatten(1), noise[:, None], vector], 1))
         spec = self.features
         return Features(
             self.map(h).unflatten(1, (spec.channels, spec.height, spec.width)) + self.here(z), self.vector(h)

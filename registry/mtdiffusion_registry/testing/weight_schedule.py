@@ -9,7 +9,7 @@ from attrs import frozen
 from torch import Tensor
 
 from mtdiffusion.interfaces import WeightSchedule
-from mtdiffusion.schedules import RETENTIONS, Retention
+from mtdiffusion.retention import RETENTIONS, Retention
 from mtdiffusion_registry.configs import WeightScheduleConfig
 from mtdiffusion_registry.testing import config as of_config
 from mtdiffusion_registry.testing.contract import Check, Subject, check, finite, kind_of, require, same_shape

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from mtdiffusion.interfaces import Features
+from mtdiffusion.layout import OwnLayout
 from mtdiffusion.loss import LossWeights, composite_loss
-from mtdiffusion.model import LatentLayout, MultimodalDiffusion
+from mtdiffusion.model import MultimodalDiffusion
 from mtdiffusion.process import DiffusionProcess
+from mtdiffusion.retention import Retention
 from mtdiffusion.sampler import SamplerSettings, sample
-from mtdiffusion.schedules import Retention, SNRMatched
+from mtdiffusion.schedules import SNRMatched
 from mtdiffusion_registry.testing.contract import (
     check,
     finite,
@@ -26,7 +28,7 @@ from mtdiffusion_registry.testing.toys import EchoConfig, Perceptron, echo_of
 __tracebackhide__ = True
 
 HEAD_STEPS = 200
-MODEL_STEPS = 200
+MODEL_STEPS = 300
 MODEL_EXAMPLES = 8
 DIFFUSION_STEPS = 50
 ECHO = "echo"
@@ -75,15 +77,16 @@ def _model(subject: ModalitySubject) -> MultimodalDiffusion:
     """A small model of the modality, called "x", and an echo of it."""
     case, echo = subject.cases[0], EchoConfig()
     height, width = case.latent.height, case.latent.width
-    layout = LatentLayout.own({"x": case.latent.channels, ECHO: echo.latent_channels(height, width)}, height, width)
+    channels = {"x": case.latent.channels, ECHO: echo.latent_channels(height, width)}
+    layout = OwnLayout(channels, height, width, show_clean=True)  # a network as small learns far sooner from it
     parts = {
         "x": subject.config.build(layout.share("x"), case.spec),
         ECHO: echo.build(layout.share(ECHO), case.spec),
     }
     readouts = sum(part.encoder.readout_dim for part in parts.values())
-    backbone = Perceptron(*MultimodalDiffusion.backbone_inputs(layout, readouts), case.spec)
-    process = DiffusionProcess.build(Retention.from_curve("cosine", DIFFUSION_STEPS, 2), SNRMatched(), 2)
-    return MultimodalDiffusion(parts, backbone, process, layout)
+    backbone = Perceptron(*layout.inputs(readouts), case.spec)
+    process = DiffusionProcess.build(Retention.from_curve("cosine", DIFFUSION_STEPS, 2), SNRMatched(), layout)
+    return MultimodalDiffusion(parts, backbone, process)
 
 
 def _batch(subject: ModalitySubject, n: int) -> dict[str, Tensor]:
@@ -128,7 +131,6 @@ def learns(subject: ModalitySubject) -> None:
     model = _model(subject).train()
     batch = _batch(subject, MODEL_EXAMPLES)
     n = len(batch["x"])
-    latent = subject.cases[0].latent
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(
         [
@@ -138,7 +140,7 @@ def learns(subject: ModalitySubject) -> None:
     )
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, MODEL_STEPS)
     shown = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]).repeat_interleave(n, 0)  # nothing, x, the echo
-    visible = shown[:, :, None, None].expand(-1, -1, latent.height, latent.width)
+    visible = shown[:, :, None, None]
     thrice = {name: torch.cat([value] * 3) for name, value in batch.items()}
     for _ in range(MODEL_STEPS):
         loss = composite_loss(model, thrice, visible=visible, generator=generator).total.mean()
@@ -150,19 +152,18 @@ def learns(subject: ModalitySubject) -> None:
     model.eval()
     with torch.no_grad():
         codes = model.encode(batch)
-        t = torch.full((n,), DIFFUSION_STEPS // 10)
-        z = model.process.corrupt(codes, t, torch.randn(codes[:, 0].shape, generator=generator))
-        nothing = model.observe({}, codes.new_zeros(n, 2, latent.height, latent.width))
+        t = torch.full((1, 2), DIFFUSION_STEPS // 10)
+        z = model.process.corrupt(codes, t, model.noise(n, generator))
+        expected = model.complete(model(z, t), z, t).codes
         settings = SamplerSettings(steps=10, solver="dpmpp_2m")
         given_echo = sample(model, n, observed={ECHO: batch[ECHO]}, settings=settings, generator=generator)
         given_x = sample(model, n, observed={"x": batch["x"]}, settings=settings, generator=generator)
         found = {
-            "x from its own noisy code": (model(z, t, nothing).codes[:, 0], 0),
-            "x from the other modality": (model.encode(given_echo)[:, 0], 0),
-            "the other modality from x": (model.encode(given_x)[:, 1], 1),
+            "x from its own noisy code": (expected["x"], codes["x"]),
+            "x from the other modality": (model.encode(given_echo)["x"], codes["x"]),
+            "the other modality from x": (model.encode(given_x)[ECHO], codes[ECHO]),
         }
-    for what, (code, i) in found.items():
-        truth = codes[:, i]
+    for what, (code, truth) in found.items():
         error, spread = rms(code - truth), rms(truth - truth.mean(0))
         require(
             error <= spread / 2,
