@@ -35,6 +35,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     report = actions.add_parser("report", help="write report.html and report.md from the results")
     report.add_argument("out", type=Path, metavar="DIR", help="folder of the results")
 
+    perf = actions.add_parser(
+        "perf",
+        help="what the framework costs in time",
+        description="Time training and sampling beside a loop written by hand, and further modalities, in turn. Run it "
+        "from a clone of the repository, on a machine that does nothing else.",
+    )
+    perf.add_argument("--out", type=Path, metavar="FILE.json", help="write what was measured here, too")
+    perf.add_argument("--rounds", type=int, default=15, metavar="N", help="turns of each (default: %(default)s)")
+    perf.add_argument("--threads", type=int, default=1, metavar="N", help="default: %(default)s")
+
     listing = actions.add_parser("list", help="list profiles, or a profile's cells")
     listing.add_argument("profile", nargs="?", metavar="PROFILE|FILE.toml")
     listing.add_argument("--out", type=Path, metavar="DIR", help="say which cells are done there")
@@ -51,6 +61,9 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"{args.out}: no results here (no folder cells); make some with `mtdiffusion bench run`")
         for path in build_report(args.out):
             print(path)
+        return
+    if args.action == "perf":
+        _perf(args)
         return
     from mtdiffusion_benchmarks.profile import load_profile, plan, shipped
     from mtdiffusion_registry import Registry
@@ -82,6 +95,19 @@ def run(args: argparse.Namespace) -> None:
     states = runner.run(cells)
     print(f"{len(cells)} cells: " + ", ".join(f"{count} {state}" for state, count in sorted(states.items())))
     print(f"now: mtdiffusion bench report {args.out}")
+
+
+def _perf(args: argparse.Namespace) -> None:
+    from mtdiffusion_benchmarks import perf
+    from mtdiffusion_engine.checkpoint import write_json
+    from mtdiffusion_registry import Registry, UserError
+
+    if missing := [str(path) for path in perf.CONFIGS if not path.is_file()]:
+        raise UserError(f"{missing[0]}: no such file; run this from a clone of the repository")
+    result = perf.measure(args.rounds, args.threads, Registry.discover(), say=lambda text: print(text, flush=True))
+    print(perf.table(result), perf.flops_table(result), sep="\n\n")
+    if args.out is not None:
+        write_json(args.out, result)
 
 
 def _state(path: Path) -> str:

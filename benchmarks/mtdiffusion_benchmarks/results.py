@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/results.md, from the committed results alone.
+"""The tables of README.md, docs/results.md and docs/performance.md, from the committed results alone.
 
 ::
 
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from mtdiffusion_benchmarks import perf
 from mtdiffusion_benchmarks.report import variants
 from mtdiffusion_benchmarks.report.markdown import code, variants_table
 from mtdiffusion_benchmarks.report.tables import Results, read_results
@@ -39,7 +40,7 @@ ROWS: Mapping[str, str] = {
     "the same, their classes drawn at random as joint samples' are": "real/fid_judge_iid",
 }
 RESULTS = Path("benchmarks/results")
-TARGETS = (Path("README.md"), Path("docs/results.md"))
+TARGETS = (Path("README.md"), Path("docs/results.md"), Path("docs/performance.md"))
 START, END = "<!-- {} -->", "<!-- /{} -->"
 
 
@@ -91,6 +92,9 @@ def blocks(results: Path) -> dict[str, str]:
     digits = {name: run for name, run in runs.items() if name.startswith("digits")}
     if digits:
         made["digits"] = metrics_table(digits)
+    for path in sorted(results.glob("*/perf.json")):
+        measured = json.loads(path.read_text(encoding="utf-8"))
+        made["perf"], made["perf: work"] = perf.table(measured), perf.flops_table(measured)
     for path in sorted(results.glob("*/table.md")):
         made[path.parent.name] = path.read_text(encoding="utf-8").strip()
     for path in sorted(results.glob("*/profile.json")):

@@ -1,0 +1,59 @@
+"""What is timed does the same work, and what is told of the times is right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mtdiffusion_benchmarks import perf
+from mtdiffusion_engine.data import load_data
+from mtdiffusion_engine.experiment import build_model, load_experiment, structure_experiment
+from mtdiffusion_registry import Registry
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("path", perf.CONFIGS, ids=str)
+def test_the_loop_written_by_hand_predicts_what_the_framework_predicts(path: Path) -> None:
+    """So neither is quicker by doing less: the network, what it is shown and the heads are the same."""
+    model = build_model(load_experiment(ROOT / path, [], Registry.discover())).eval()
+    lean = perf.Lean(model)
+    z = torch.randn(3, *model.layout.latent.shape, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([40, 200, 450])
+    with torch.no_grad():
+        heads = model(z, t[:, None].expand(3, len(model.names)))
+        by_hand = lean.predict(z, lean.level[t][:, None].expand(3, len(model.names)))
+    for name, params in zip(model.names, by_hand, strict=True):
+        for key, value in params.items():
+            torch.testing.assert_close(value, heads.params[name][key], rtol=1e-4, atol=1e-5)
+
+
+def test_further_modalities_are_instances_of_one_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    experiment = structure_experiment(perf.of_modalities("mask", 3), Registry.discover(), "masks")
+    assert list(experiment.modalities) == ["image", "mask0", "mask1", "mask2"]
+    model = build_model(experiment)
+    data = load_data(experiment, model, "test")
+    counts = perf.flops(model, data.batch(range(2)))
+    assert 0 < counts["encoders and heads"] < counts["total"]
+
+
+def test_a_ratio_is_of_the_times_of_one_round() -> None:
+    alone = perf.Contender("alone", lambda: None, seconds=[1.0, 2.0, 4.0])
+    other = perf.Contender("other", lambda: None, "alone", 1.2, [1.1, 2.6, 4.0])
+    (row,) = perf.ratios([alone, other])
+    assert (row["least"], row["ratio"], row["greatest"]) == (1.0, 1.1, 1.3)
+    result = {"ratios": {"group": [row, {**row, "what": "slow", "ratio": 1.5}]}}
+    first, second = perf.table(result).splitlines()[2:]
+    assert first == "| other | alone | **1.10** | 1.00 to 1.30 | 1.20 | met |"
+    assert second.endswith("| 1.20 | not met |")
+
+
+def test_a_race_leaves_its_first_round_out() -> None:
+    turns: list[str] = []
+    contenders = [perf.Contender(name, lambda name=name: turns.append(name)) for name in ("a", "b")]  # type: ignore[misc]
+    perf.race(contenders, 2, say=lambda _: None)
+    assert turns == ["a", "b"] * 3
+    assert [len(contender.seconds) for contender in contenders] == [2, 2]
