@@ -22,7 +22,6 @@ from attrs import asdict, evolve, frozen
 from torch import Tensor
 
 from mtdiffusion import Modality
-from mtdiffusion.conditioning import random_holes
 from mtdiffusion_benchmarks.budget import Match, joint_of, match, with_steps
 from mtdiffusion_benchmarks.figures import figures_of
 from mtdiffusion_benchmarks.interfaces import Diverged, Fitted, Problem
@@ -37,6 +36,7 @@ from mtdiffusion_engine.evaluation import (
     judge_target,
 )
 from mtdiffusion_engine.experiment import EvaluationConfig, Experiment, build_model
+from mtdiffusion_engine.subsets import random_holes
 from mtdiffusion_registry import Evaluator, Query, Registry, UserError
 
 SCHEMA = 1

@@ -1,7 +1,7 @@
 """The method: a diffusion process over any number of modalities, its loss, its model and its samplers."""
 
 from mtdiffusion.clocks import EdgesAndDiagonal, IndependentClocks, MixedClocks, OffsetClocks, SharedClock
-from mtdiffusion.conditioning import Observation, SubsetDistribution
+from mtdiffusion.conditioning import Observation
 from mtdiffusion.interfaces import (
     Backbone,
     ClockLaw,
@@ -54,7 +54,6 @@ __all__ = [
     "SamplerSettings",
     "SharedClock",
     "SharedLayout",
-    "SubsetDistribution",
     "TargetSignal",
     "WeightSchedule",
     "composite_loss",

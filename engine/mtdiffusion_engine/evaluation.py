@@ -16,8 +16,8 @@ from attrs import evolve
 from torch import Tensor
 
 from mtdiffusion import Modality, MultimodalDiffusion, Params, SamplerSettings, read_out, sample, variational_bound
-from mtdiffusion.conditioning import random_holes
 from mtdiffusion_engine.data import ModalityData
+from mtdiffusion_engine.subsets import random_holes
 from mtdiffusion_registry import Evaluator, UserError
 
 if TYPE_CHECKING:

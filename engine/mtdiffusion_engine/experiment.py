@@ -9,7 +9,7 @@ from typing import Any, Literal
 import attrs
 import torch
 from attrs import Factory, field, frozen
-from attrs.validators import and_, deep_iterable, deep_mapping, ge, gt, in_, le, lt, min_len, optional
+from attrs.validators import and_, ge, gt, in_, le, lt, min_len, optional
 
 from mtdiffusion import (
     DiffusionProcess,
@@ -24,10 +24,10 @@ from mtdiffusion import (
     SamplerSettings,
     SharedLayout,
     SNRMatched,
-    SubsetDistribution,
 )
 from mtdiffusion.retention import CURVES, RETENTIONS
 from mtdiffusion_engine.checkpoint import read_json
+from mtdiffusion_engine.subsets import ConditioningConfig
 from mtdiffusion_registry import (
     BackboneConfig,
     ClockLawConfig,
@@ -95,25 +95,6 @@ class ModelConfig:
         default="derived", validator=in_(("derived", "epsilon_head"))
     )
     show_clean: bool = False
-
-
-@frozen
-class ConditioningConfig:
-    """Which modalities a training sample shows; see :class:`mtdiffusion.SubsetDistribution`.
-
-    Attributes:
-        subsets: explicit subsets with weights, names joined by "+": {"label" = 2.0, "image+mask" = 1.0}. Empty: drawn.
-    """
-
-    observed: float = field(default=0.7, validator=_share)
-    singleton: float = field(default=0.5, validator=_share)
-    partial: float = field(default=0.15, validator=_share)
-    hidden_share: tuple[float, float] = field(default=(0.1, 0.75), validator=deep_iterable(_share))
-    subsets: dict[str, float] = field(factory=dict, validator=deep_mapping(value_validator=gt(0.0)))
-
-    def build(self) -> SubsetDistribution:
-        subsets = {tuple(key.split("+")): weight for key, weight in self.subsets.items()}
-        return SubsetDistribution(self.observed, self.singleton, self.partial, self.hidden_share, subsets or None)
 
 
 @frozen

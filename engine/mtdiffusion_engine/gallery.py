@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mtdiffusion import MultimodalDiffusion, sample
-from mtdiffusion.conditioning import random_holes
 from mtdiffusion_engine.evaluation import complete_samples
 from mtdiffusion_engine.pictures import Block, draw_blocks
+from mtdiffusion_engine.subsets import random_holes
 
 if TYPE_CHECKING:
     from mtdiffusion_engine.run import Run

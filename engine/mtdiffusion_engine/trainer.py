@@ -135,7 +135,6 @@ class Trainer:
         self.model = build_model(experiment)
         self.data = load_data(experiment, self.model, "train")
         self.data.batch(range(min(len(self.data), self.config.batch_size)))  # what does not fit is said before we write
-        self.subsets = experiment.conditioning.build()
         self.step = 0
         self._saved = -1
         if self.main and (warning := terminal_warning(self.model.process)):
@@ -294,7 +293,7 @@ class Trainer:
 
     def _draw_visible(self, batch: Batch, generator: torch.Generator) -> Tensor:
         latent = self.model.layout.latent
-        visible = self.subsets.draw(
+        visible = self.experiment.conditioning.draw(
             self.model.names, self.model.spatial, len(batch.presence), (latent.height, latent.width), generator
         )
         return visible.to(self.accelerator.device)

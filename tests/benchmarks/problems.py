@@ -11,11 +11,11 @@ from attrs import evolve
 from torch import Tensor
 
 from mtdiffusion import Dataset
-from mtdiffusion.conditioning import random_holes
 from mtdiffusion_benchmarks.interfaces import Fitted, Problem
 from mtdiffusion_engine.data import ModalityData, load_data
 from mtdiffusion_engine.evaluation import complete_samples
 from mtdiffusion_engine.experiment import Experiment, build_model
+from mtdiffusion_engine.subsets import random_holes
 from mtdiffusion_registry import Query, Registry
 from mtdiffusion_registry.config import apply_overrides, structure
 

@@ -11,10 +11,11 @@ from attrs.validators import ge
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mtdiffusion.conditioning import merge_visible, random_holes
+from mtdiffusion.conditioning import merge_visible
 from mtdiffusion_benchmarks.interfaces import Cost, Fitted, Problem
 from mtdiffusion_benchmarks.methods._training import fit_module
 from mtdiffusion_engine.data import Batch
+from mtdiffusion_engine.subsets import random_holes
 from mtdiffusion_registry import MethodConfig, Query, UserError, hookimpl
 
 MTDIFFUSION_API = 1

@@ -10,11 +10,12 @@ from attrs import field, frozen
 from torch import Tensor
 
 from mtdiffusion import MultimodalDiffusion, Params, read_out
-from mtdiffusion.conditioning import merge_visible, random_holes
+from mtdiffusion.conditioning import merge_visible
 from mtdiffusion_benchmarks.interfaces import Cost, Fitted, Problem
 from mtdiffusion_benchmarks.methods._training import fit_module
 from mtdiffusion_engine.data import Batch
 from mtdiffusion_engine.experiment import build_model
+from mtdiffusion_engine.subsets import random_holes
 from mtdiffusion_registry import MethodConfig, Query, UserError, hookimpl
 
 MTDIFFUSION_API = 1
