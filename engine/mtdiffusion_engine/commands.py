@@ -99,7 +99,7 @@ def sample(args: Namespace) -> None:
         "seed": args.seed,
     }
     with _new_folder(args.out) as folder:
-        _write_samples(run, samples, set(observed) - set(strength), folder)
+        _write_samples(run, samples, observed.keys() - strength.keys(), strength, folder)
         ckpt.write_json(folder / "request.json", request)
     print(f"{args.n} samples of {', '.join(samples)}: {args.out} (at a glance: {args.out / 'samples.png'})")
 
@@ -152,12 +152,15 @@ def _new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_samples(run: Run, samples: Mapping[str, Tensor], given: Iterable[str], folder: Path) -> None:
+def _write_samples(
+    run: Run, samples: Mapping[str, Tensor], given: Iterable[str], start: Iterable[str], folder: Path
+) -> None:
     for name, x in samples.items():
         (folder / name).mkdir()
         for i, one in enumerate(x):
             run.modality(name).write(one, folder / name, f"{i:04d}")
-    sample_sheet(run.model, samples, frozenset(given), f"Samples of {run.path.name}").save(folder / "samples.png")
+    sheet = sample_sheet(run.model, samples, frozenset(given), f"Samples of {run.path.name}", frozenset(start))
+    sheet.save(folder / "samples.png")
 
 
 def evaluate(args: Namespace) -> None:

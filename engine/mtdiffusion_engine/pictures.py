@@ -85,11 +85,13 @@ def sample_sheet(
     samples: Mapping[str, Tensor],
     given: frozenset[str] = frozenset(),
     title: str = "Samples",
+    start: frozenset[str] = frozenset(),
     most: int = 16,
 ) -> Image.Image:
-    """The first samples side by side, a row for each modality."""
+    """The first samples side by side, a row for each modality; ``start``: what they started from."""
     rows = {name: model.modality(name).render(x[:most]).float().cpu() for name, x in samples.items()}
-    what = f"given {', '.join(sorted(given))}" if given else "everything generated together"
+    parts = [f"{how} {', '.join(sorted(names))}" for how, names in (("given", given), ("from", start)) if names]
+    what = "; ".join(parts) or "everything generated together"
     return draw_blocks(title, [Block(what, rows, given)])
 
 
