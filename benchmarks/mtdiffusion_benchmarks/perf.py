@@ -7,6 +7,8 @@ a ratio the median over the rounds is told, and the range.
 from __future__ import annotations
 
 import math
+import multiprocessing
+import os
 import statistics
 import tempfile
 import time
@@ -14,11 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import field, frozen
+from attrs import define, field
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -36,7 +39,7 @@ SAMPLED = 64
 EVALUATIONS = 5  # of the network, in a turn of sampling
 
 
-@frozen(eq=False)
+@define(eq=False)
 class Contender:
     """Something whose turns are timed.
 
@@ -45,6 +48,9 @@ class Contender:
         turn: one turn.
         against: the contender it is compared with; "" for one that others are compared with.
         target: the ratio that is wanted at most.
+        seconds: of its turns.
+        memory: in MiB, see :func:`peak_memory`.
+        trainer: of a contender whose work is counted.
     """
 
     name: str
@@ -52,6 +58,8 @@ class Contender:
     against: str = ""
     target: float | None = None
     seconds: list[float] = field(factory=list)
+    memory: float | None = None
+    trainer: Trainer | None = None
 
 
 class Lean(nn.Module):
@@ -73,14 +81,23 @@ class Lean(nn.Module):
         self.level = torch.atan2(self.sigma, self.signal) * 2 / math.pi
         self.frequencies = math.pi * 2.0 ** torch.arange(8)
 
+    def by_channel(self, values: Tensor) -> Tensor:
+        """``[B, N]`` as ``[B, C, 1, 1]``."""
+        each = [values[:, i : i + 1].expand(-1, count) for i, count in enumerate(self.channels)]
+        return torch.cat(each, 1)[:, :, None, None]
+
     def predict(self, z: Tensor, level: Tensor) -> list[Params]:
         """The heads' parameters, from z and the noise levels ``[B, N]``."""
         maps = level[:, :, None, None].expand(-1, -1, *z.shape[2:])
         angles = level[:, :, None] * self.frequencies
-        blocks = torch.split(z, self.channels, 1)
-        readouts = [part.encoder.readout(block) for part, block in zip(self.parts, blocks, strict=True)]
+        clean = z * self.by_channel(level == 0)
+        readouts = [
+            part.encoder.readout(block)
+            for source in (z, clean)
+            for part, block in zip(self.parts, torch.split(source, self.channels, 1), strict=True)
+        ]
         vector = torch.cat([angles.sin().flatten(1), angles.cos().flatten(1), level, *readouts], 1)
-        features = self.backbone(torch.cat([z, maps], 1), level.amax(1), vector)
+        features = self.backbone(torch.cat([z, clean, maps], 1), level.amax(1), vector)
         return [part.decoder(features) for part in self.parts]
 
     def forward(self, x: Mapping[str, Tensor]) -> Tensor:
@@ -90,8 +107,7 @@ class Lean(nn.Module):
         t[torch.rand(batch) < 0.1] = len(self.signal) - 1
         seen = (torch.randint(n, (batch, 1)) == torch.arange(n)) & (torch.rand(batch, 1) < 0.8)
         m, s = self.signal[t][:, None, None, None], self.sigma[t][:, None, None, None]
-        clean = torch.cat([seen[:, i : i + 1].expand(-1, c) for i, c in enumerate(self.channels)], 1)[:, :, None, None]
-        z = torch.where(clean, e, m * e + s * torch.randn_like(e))
+        z = torch.where(self.by_channel(seen), e, m * e + s * torch.randn_like(e))
         params = self.predict(z, torch.where(seen, 0, self.level[t][:, None]))
         snr = (self.signal[t] / self.sigma[t]).square()
         total = torch.zeros(batch)
@@ -184,16 +200,24 @@ FURTHER = {("mask", 1): 1.10, ("mask", 3): 1.20, ("mask", 7): 1.40, ("label", 7)
 """How many of what beside the image, and the cost that is wanted at most, as a multiple of the image's alone."""
 
 
-def further_modalities(folder: Path, registry: Registry) -> tuple[list[Contender], dict[str, dict[str, float]]]:
-    """Training the image with further modalities beside the image alone, and what share of it their own parts are."""
-    contenders, parts = [], {}
+def further_modalities(folder: Path, registry: Registry) -> list[Contender]:
+    """Training the image with further modalities beside the image alone."""
+    contenders = []
     for (kind, count), target in {("mask", 0): None, **FURTHER}.items():
         name = f"image + {count} {kind}{'s' if count > 1 else ''}" if count else "image alone"
         experiment = structure_experiment(of_modalities(kind, count), registry, name)
         trainer = _ours(experiment, folder / name.replace(" ", "-"), registry)
-        contenders.append(Contender(name, _train_ours(trainer), "image alone" if count else "", target))
-        parts[name] = flops(trainer.model, trainer.data.batch(range(experiment.training.batch_size)))
-    return contenders, parts
+        contenders.append(
+            Contender(name, _train_ours(trainer), "image alone" if count else "", target, trainer=trainer)
+        )
+    return contenders
+
+
+GROUPS: Mapping[str, Callable[[Path, Registry], list[Contender]]] = {
+    **{f"overhead: {path.stem}": partial(overhead, path) for path in CONFIGS},
+    "further modalities": further_modalities,
+}
+"""What is timed in turn, by title."""
 
 
 def flops(model: MultimodalDiffusion, batch: Batch) -> dict[str, float]:
@@ -203,6 +227,47 @@ def flops(model: MultimodalDiffusion, batch: Batch) -> dict[str, float]:
     counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     own = sum(value for name, value in counts.items() if name.endswith((".encoder", ".decoder")))
     return {"total": counts["Global"], "encoders and heads": own}
+
+
+_EAGER = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+"""glibc then gives back what is freed at once, so that what is resident is what is in use."""
+
+
+def peak_memory(group: str, number: int, threads: int) -> float | None:
+    """Memory that a contender's turn takes at most above what is resident between turns, in MiB, measured in a process
+    of its own; None where the system does not tell it."""
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    before = {name: os.environ.get(name) for name in _EAGER}
+    os.environ.update(_EAGER)
+    try:
+        process = context.Process(target=_measure_memory, args=(send, group, number, threads))
+        process.start()
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+    try:
+        return float(receive.recv())
+    finally:
+        process.join()
+
+
+def _measure_memory(send: Connection, group: str, number: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as name:
+        contender = GROUPS[group](Path(name), Registry.discover())[number]
+        contender.turn()  # after which the optimizer has its state
+        resident = _status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak from now on
+        contender.turn()
+        send.send((_status("VmHWM") - resident) / 1024)
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
 def race(contenders: Sequence[Contender], rounds: int, say: Callable[[str], None]) -> None:
@@ -233,9 +298,14 @@ def ratios(contenders: Sequence[Contender]) -> list[dict[str, Any]]:
                     "greatest": round(found[-1], 3),
                     "target": contender.target,
                     "seconds": round(statistics.median(contender.seconds), 4),
+                    "memory": _ratio(contender.memory, by_name[contender.against].memory),
                 }
             )
     return rows
+
+
+def _ratio(mine: float | None, theirs: float | None) -> float | None:
+    return None if mine is None or not theirs else round(mine / theirs, 3)
 
 
 def measure(rounds: int, threads: int, registry: Registry, say: Callable[[str], None]) -> dict[str, Any]:
@@ -244,31 +314,36 @@ def measure(rounds: int, threads: int, registry: Registry, say: Callable[[str], 
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        groups: dict[str, list[Contender]] = {}
-        for path in CONFIGS:
-            groups[f"overhead: {path.stem}"] = overhead(path, folder, registry)
-        groups["further modalities"], parts = further_modalities(folder, registry)
+        groups = {title: make(folder, registry) for title, make in GROUPS.items()}
         for title, contenders in groups.items():
             say(title)
             race(contenders, rounds, say)
+            for number, contender in enumerate(contenders):
+                contender.memory = peak_memory(title, number, threads)
+        batches = {c.name: c.trainer for c in groups["further modalities"] if c.trainer is not None}
+        work = {
+            name: flops(trainer.model, trainer.data.batch(range(trainer.config.batch_size)))
+            for name, trainer in batches.items()
+        }
     return {
         "hardware": hardware("cpu"),
         "version": version("mtdiffusion"),
         "rounds": rounds,
         "ratios": {title: ratios(contenders) for title, contenders in groups.items()},
-        "flops": parts,
+        "flops": work,
     }
 
 
 def table(result: Mapping[str, Any]) -> str:
     """The ratios as a table in Markdown."""
-    lines = ["| what | beside | ratio | range | wanted | |", "|---|---|---|---|---|---|"]
+    lines = ["| what | beside | time | range | wanted | | peak memory |", "|---|---|---|---|---|---|---|"]
     for rows in result["ratios"].values():
         for row in rows:
             met = "met" if row["ratio"] <= row["target"] else "not met"
+            memory = "not measured" if row["memory"] is None else f"{row['memory']:.2f}"
             lines.append(
                 f"| {row['what']} | {row['against']} | **{row['ratio']:.2f}** "
-                f"| {row['least']:.2f} to {row['greatest']:.2f} | {row['target']:.2f} | {met} |"
+                f"| {row['least']:.2f} to {row['greatest']:.2f} | {row['target']:.2f} | {met} | {memory} |"
             )
     return "\n".join(lines)
 

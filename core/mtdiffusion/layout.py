@@ -133,7 +133,7 @@ class OwnLayout(Layout):
     channels: Mapping[str, int] = field(validator=min_len(1))
     height: int = field(validator=ge(1))
     width: int = field(validator=ge(1))
-    show_clean: bool = False
+    show_clean: bool = True
     shared_clock = False
 
     @property

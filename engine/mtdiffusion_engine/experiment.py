@@ -94,7 +94,7 @@ class ModelConfig:
     parameterisation: Literal["derived", "epsilon_head"] = field(
         default="derived", validator=in_(("derived", "epsilon_head"))
     )
-    show_clean: bool = False
+    show_clean: bool = True
 
 
 @frozen

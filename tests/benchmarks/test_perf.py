@@ -21,10 +21,11 @@ def test_the_loop_written_by_hand_predicts_what_the_framework_predicts(path: Pat
     model = build_model(load_experiment(ROOT / path, [], Registry.discover())).eval()
     lean = perf.Lean(model)
     z = torch.randn(3, *model.layout.latent.shape, generator=torch.Generator().manual_seed(0))
-    t = torch.tensor([40, 200, 450])
+    t = torch.tensor([40, 200, 450])[:, None].expand(3, len(model.names)).clone()
+    t[1, 0] = 0  # the first modality is observed
     with torch.no_grad():
-        heads = model(z, t[:, None].expand(3, len(model.names)))
-        by_hand = lean.predict(z, lean.level[t][:, None].expand(3, len(model.names)))
+        heads = model(z, t)
+        by_hand = lean.predict(z, lean.level[t])
     for name, params in zip(model.names, by_hand, strict=True):
         for key, value in params.items():
             torch.testing.assert_close(value, heads.params[name][key], rtol=1e-4, atol=1e-5)
@@ -41,14 +42,14 @@ def test_further_modalities_are_instances_of_one_kind(monkeypatch: pytest.Monkey
 
 
 def test_a_ratio_is_of_the_times_of_one_round() -> None:
-    alone = perf.Contender("alone", lambda: None, seconds=[1.0, 2.0, 4.0])
-    other = perf.Contender("other", lambda: None, "alone", 1.2, [1.1, 2.6, 4.0])
+    alone = perf.Contender("alone", lambda: None, seconds=[1.0, 2.0, 4.0], memory=100.0)
+    other = perf.Contender("other", lambda: None, "alone", 1.2, [1.1, 2.6, 4.0], 150.0)
     (row,) = perf.ratios([alone, other])
     assert (row["least"], row["ratio"], row["greatest"]) == (1.0, 1.1, 1.3)
-    result = {"ratios": {"group": [row, {**row, "what": "slow", "ratio": 1.5}]}}
+    result = {"ratios": {"group": [row, {**row, "what": "slow", "ratio": 1.5, "memory": None}]}}
     first, second = perf.table(result).splitlines()[2:]
-    assert first == "| other | alone | **1.10** | 1.00 to 1.30 | 1.20 | met |"
-    assert second.endswith("| 1.20 | not met |")
+    assert first == "| other | alone | **1.10** | 1.00 to 1.30 | 1.20 | met | 1.50 |"
+    assert second.endswith("| 1.20 | not met | not measured |")
 
 
 def test_a_race_leaves_its_first_round_out() -> None:
