@@ -107,7 +107,7 @@ def _perf(args: argparse.Namespace) -> None:
     result = perf.measure(args.rounds, args.threads, Registry.discover(), say=lambda text: print(text, flush=True))
     print(perf.table(result), perf.flops_table(result), sep="\n\n")
     if args.out is not None:
-        write_json(args.out, result)
+        write_json(args.out, result, sort_keys=False)
 
 
 def _state(path: Path) -> str:
