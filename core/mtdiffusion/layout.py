@@ -156,7 +156,9 @@ class OwnLayout(Layout):
         return torch.cat([value.expand(-1, count, -1, -1) for value, count in shares], 1)
 
     def take(self, name: str, z: Tensor) -> Tensor:
-        return torch.split(z, list(self.channels.values()), 1)[self.names.index(name)]
+        counts = list(self.channels.values())
+        i = self.names.index(name)
+        return z.narrow(1, sum(counts[:i]), counts[i])
 
     def clocks(self, t: Tensor, seen: Tensor) -> Tensor:
         return torch.where(seen > 0.5, 0, t)
@@ -262,9 +264,6 @@ class SharedLayout(Layout):
                 aggregate = aggregate + code * visible[:, self.names.index(name)][:, None]
         present = there.sum(1).clamp(min=1)[:, None, None, None]
         level = noise_level((power.sum(1, keepdim=True) / present).sqrt(), variance)
-        vector = torch.cat(
-            [visible.mean((2, 3)), there.expand(batch, n), readout(scaled), readout(aggregate)],
-            1,
-        )
+        vector = torch.cat([visible.mean((2, 3)), there.expand(batch, n), readout(scaled), readout(aggregate)], 1)
         noise = level.to(z.dtype).amax((1, 2, 3)).expand(batch)
         return Shown(torch.cat([scaled, aggregate, visible], 1), noise, vector)
