@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.engine.tiny import CONFIG
+
+# What is kept between runs is kept from test to test, and not in the user's folder.
+os.environ["MTDIFFUSION_CACHE"] = tempfile.mkdtemp(prefix="mtdiffusion-tests-")
 
 
 @pytest.fixture(scope="session")

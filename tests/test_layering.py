@@ -36,7 +36,9 @@ def _room(package: str, rooms: str, third_party: str | None) -> Room:
 
 ROOMS = {
     "core": _room("mtdiffusion", "", "torch attr attrs"),
-    "registry": _room("mtdiffusion_registry", "mtdiffusion", "torch attr attrs pluggy cattrs tomli_w pytest"),
+    "registry": _room(
+        "mtdiffusion_registry", "mtdiffusion", "torch attr attrs pluggy cattrs tomli_w pytest numpy PIL safetensors"
+    ),
     "plugins": _room("mtdiffusion_plugins", "mtdiffusion mtdiffusion_registry", None),
     "engine": _room("mtdiffusion_engine", "mtdiffusion mtdiffusion_registry", None),
     "benchmarks": _room("mtdiffusion_benchmarks", "mtdiffusion mtdiffusion_registry mtdiffusion_engine", None),

@@ -12,7 +12,7 @@ Time: ``t = 0`` is data and ``t = T`` is noise, everywhere.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -101,6 +101,11 @@ class Encoder(nn.Module, ABC):
         """
         return self(x) * visible
 
+    def known(self, x: Tensor) -> Tensor | None:
+        """Where a code says what x is, ``[B, c, H, W]`` bool: not where x has no value (void pixels of a mask). There
+        the code is to be 0, and no term of the loss asks for it. None: everywhere."""
+        return None
+
     def readout(self, z: Tensor) -> Tensor:
         """Matched-filter responses ``[B, readout_dim]`` of a noisy ``z [B, c, H, W]`` to this encoder's codes.
 
@@ -151,6 +156,7 @@ class Modality(nn.Module, ABC):
         loss_weight: λ_i, the scale of this modality's part of L2.
         snr_clamp: its weight over t is clamp(SNR_t, low, high): (1, 1) is uniform, (0, γ) min-SNR-γ (Hang et al. 2023).
         field: the data set's field that x comes from; None means the instance's own name.
+        resize: whether :meth:`parse` scales and crops a picture of another size than the data's, or refuses it.
         metric_directions: "higher" or "lower", whichever is better, by name of a metric of :meth:`metrics` or
             :meth:`predictive_metrics`. A metric without one is reported but never ranked.
     """
@@ -159,6 +165,7 @@ class Modality(nn.Module, ABC):
     loss_weight: float = 1.0
     snr_clamp: tuple[float, float] = (1.0, 1.0)
     field: str | None = None
+    resize: bool = True
     derived: bool = False
     """Whether x is computed from another field by :meth:`derive` (an embedding of an image, say)."""
 
@@ -178,6 +185,11 @@ class Modality(nn.Module, ABC):
     @abstractmethod
     def render(self, x: Tensor) -> Tensor:
         """Pictures of x for a person: ``[B, 3, h, w]`` in [0, 1]."""
+
+    @property
+    def legend(self) -> Sequence[tuple[str, tuple[int, int, int]]]:
+        """What colours of :meth:`render` mean, names and RGB in 0..255, where a person must be told; () by default."""
+        return ()
 
     @abstractmethod
     def metrics(self, generated: Tensor, truth: Tensor) -> dict[str, float]:
@@ -206,6 +218,14 @@ class Modality(nn.Module, ABC):
     def derive(self, source: Tensor) -> Tensor:
         """x from its source field, a batch at a time. Called once for a data set and kept."""
         return source
+
+    def from_text(self, text: str) -> Tensor:
+        """One x (no batch axis) from a text that a data set holds in its field: a caption, the name of a class.
+
+        Raises:
+            ValueError: if it is none; by default always, of modalities that read tensors.
+        """
+        raise ValueError(f"found the text {text!r}, expected a tensor")
 
     @abstractmethod
     def parse(self, text: str) -> Tensor:
@@ -275,11 +295,22 @@ class Dataset(ABC):
     """A map-style data set: sample i is a dict of fields; a field that a sample lacks is missing from its dict.
 
     Field conventions: an image is float32 ``[channels, h, w]`` in [−1, 1]; a mask int64 ``[h, w]`` of class indices; a
-    label an int64 scalar ``[]``; an embedding float32 ``[D]`` of unit norm; a caption a ``str``.
+    label an int64 scalar ``[]``; an embedding float32 ``[D]`` of unit norm; a caption, or a class by its name, a
+    ``str``.
+
+    Attributes:
+        fingerprint: of all that the data set holds, which changes whenever a sample does: what is computed from the
+            samples is kept under it. None: it is not known, and nothing is kept.
     """
+
+    fingerprint: str | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def __getitem__(self, index: int) -> dict[str, Tensor | str]: ...
+
+    def describe(self, index: int) -> str:
+        """What an error calls a sample, so that a person finds it: its stem, or its file."""
+        return f"sample {index}"

@@ -179,7 +179,7 @@ def composite_loss(
         l0 = prior_kl(process, codes, presence)
         total = total + weights.l0 * l0 / latent_dims
     if weights.l1 > 0:
-        prediction = model.complete(heads, z, clocks, observation, presence)
+        prediction = model.complete(heads, z, clocks, observation, presence, _blanks(model, x, codes))
         derived = model.epsilon_head is None
         earlier = (clocks - 1).clamp(min=0)
         kl = transition_kl(process, z, codes, prediction, clocks, earlier, presence, derived_epsilon=derived)
@@ -203,6 +203,12 @@ def composite_loss(
             l3[name] = torch.where(final, process.steps * modality.decoder.nll(params, x[name]), 0)
             total = total + weights.l3 * l3[name] / modality.decoder.dims
     return LossTerms(total, l0, l1, l2, l3, counted)
+
+
+def _blanks(model: MultimodalDiffusion, x: Mapping[str, Tensor], codes: Codes) -> dict[str, tuple[Tensor, Tensor]]:
+    """Codes, and where they are known, of the modalities whose x has places without a value."""
+    known = {name: model.modality(name).encoder.known(x[name]) for name in model.names}
+    return {name: (codes[name], where) for name, where in known.items() if where is not None}
 
 
 def _draw_clocks(
@@ -289,6 +295,7 @@ def variational_bound(
     process, names = model.process, model.names
     path = model.path(path=path)
     codes = model.encode(x)
+    blanks = _blanks(model, x, codes)
     arrives = (path[1:] == 0) & (path[:-1] > 0)  # [K, N]
     between = (~arrives.any(1)).nonzero()[:, 0].flip(0)
     chosen = between
@@ -301,7 +308,7 @@ def variational_bound(
         t, s = (path[j][None, :, None, None].to(model.device) for j in (k, k + 1))
         z = process.corrupt(codes, t, model.noise(len(l1), generator))
         heads = model(z, t)
-        prediction = model.complete(heads, z, t)
+        prediction = model.complete(heads, z, t, blanks=blanks)
         kl = transition_kl(process, z, codes, prediction, t, s, derived_epsilon=model.epsilon_head is None)
         l1 = l1 + kl * (1.0 if bool(arrives[k].any()) else len(between) / len(chosen))
         for i, name in enumerate(names):

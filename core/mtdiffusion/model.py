@@ -237,14 +237,22 @@ class MultimodalDiffusion(nn.Module):
         t: Tensor,
         observation: Observation | None = None,
         presence: Tensor | None = None,
+        blanks: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     ) -> Prediction:
-        """What a solver goes by: the heads' expected codes, and ε derived from them unless a head tells it."""
+        """What a solver goes by: the heads' expected codes, and ε derived from them unless a head tells it.
+
+        Args:
+            blanks: by modality, its codes and where they are known (:meth:`Encoder.known`): elsewhere they stand for
+                what is predicted, so that a loss finds nothing wrong there.
+        """
         codes = {}
         for name in self.names:
             modality = self.modality(name)
             codes[name] = modality.decoder.expected_encoding(heads.params[name], modality.encoder)
         if observation is not None:
             codes = observation.merge(codes, self.names)
+        for name, (code, known) in (blanks or {}).items():
+            codes[name] = torch.where(known, codes[name], code)
         epsilon = heads.epsilon
         if epsilon is None:
             epsilon = self.process.epsilon(z, codes, t, presence)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
@@ -14,7 +15,12 @@ from torch.utils.data import DataLoader, Sampler
 
 from mtdiffusion import Dataset, Modality, MultimodalDiffusion
 from mtdiffusion_engine.experiment import Experiment
-from mtdiffusion_registry import UserError
+from mtdiffusion_registry import EmptySplit, UserError
+from mtdiffusion_registry.cache import cached, config_key, load_kept, save_kept
+from mtdiffusion_registry.pace import Pace
+
+PATIENCE = 30.0
+"""Seconds that looking through a data set takes at most at every start, where what was seen cannot be remembered."""
 
 
 def derive_seed(*key: int) -> int:
@@ -38,113 +44,260 @@ class Batch:
         return Batch({name: x.to(device, non_blocking=True) for name, x in self.x.items()}, self.presence.to(device))
 
 
+@frozen(eq=False)
+class Gathered:
+    """Samples as a worker process can gather them, without a modality: nothing is checked yet.
+
+    Attributes:
+        indices: which samples.
+        values: by modality, the rows of the batch that have it, and theirs: stacked, or texts and what cannot be
+            stacked.
+    """
+
+    indices: list[int]
+    values: dict[str, tuple[list[int], Tensor | list[Tensor | str]]]
+
+
+@frozen(eq=False)
+class Source:
+    """A data set's samples by modality. It holds no module, so that any process can be given it.
+
+    Attributes:
+        fields: the field that each modality reads.
+        derived: values that were computed once, by sample, of the modalities that have such.
+        what: what errors call the data set.
+    """
+
+    dataset: Dataset
+    fields: Mapping[str, str]
+    derived: dict[str, dict[int, Tensor]]
+    what: str
+
+    def raw(self, index: int) -> dict[str, Tensor | str]:
+        """A sample of the data set.
+
+        Raises:
+            UserError: if it cannot be read; the message names it.
+        """
+        try:
+            return self.dataset[index]
+        except (ValueError, OSError) as error:  # a UserError is a ValueError
+            raise UserError(f"{self.what}: {self.dataset.describe(index)}: {error}") from error
+
+    def sample(self, index: int) -> dict[str, Tensor | str]:
+        """A sample by modality; those that it lacks are not there."""
+        raw = self.raw(index)
+        return {
+            name: self.derived[name][index] if name in self.derived else raw[field]
+            for name, field in self.fields.items()
+            if field in raw
+        }
+
+    def gather(self, indices: Sequence[int]) -> Gathered:
+        """Several samples, stacked where they can be."""
+        samples = [self.sample(index) for index in indices]
+        values: dict[str, tuple[list[int], Tensor | list[Tensor | str]]] = {}
+        for name in self.fields:
+            rows = [row for row, sample in enumerate(samples) if name in sample]
+            found = [samples[row][name] for row in rows]
+            tensors = [value for value in found if isinstance(value, Tensor)]
+            alike = len(tensors) == len(found) and len({(x.shape, x.dtype) for x in tensors}) == 1
+            values[name] = rows, torch.stack(tensors) if alike else found
+        return Gathered(list(indices), values)
+
+
 class ModalityData:
     """A data set seen through a model's modalities: sample i is a dict of the modalities it has.
 
-    Derived modalities (an embedding of an image) are computed once, here.
+    Derived modalities (an embedding of an image) are computed once, here, and kept where the data set has a
+    fingerprint.
+
+    Args:
+        keys: what identifies each modality's configuration and code; without one, nothing that depends on it is kept.
 
     Raises:
-        UserError: if no sample has the field a modality reads, or a field has values that are not tensors.
+        UserError: if no sample has the field a modality reads.
     """
 
-    def __init__(self, dataset: Dataset, modalities: Mapping[str, Modality], what: str = "data") -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        modalities: Mapping[str, Modality],
+        what: str = "data",
+        keys: Mapping[str, str] | None = None,
+    ) -> None:
         if len(dataset) == 0:
-            raise UserError(f"{what}: the data set is empty")
+            raise EmptySplit(f"{what}: the data set is empty")
         self.dataset = dataset
         self.modalities = dict(modalities)
-        self.fields = {name: modality.field or name for name, modality in modalities.items()}
         self.dtypes = {name: modality.placeholder(1).dtype for name, modality in modalities.items()}
         self.what = what
+        self._keys = dict(keys or {})
+        fields = {name: modality.field or name for name, modality in modalities.items()}
+        self.source = Source(dataset, fields, {}, what)
         self._check_fields()
-        self._derived = {name: self._derive(name) for name, modality in modalities.items() if modality.derived}
+        for name, modality in modalities.items():
+            if modality.derived:
+                self.source.derived[name] = self._derived(name)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        raw = self.dataset[index]
-        sample: dict[str, Tensor] = {}
-        for name, field in self.fields.items():
-            if field not in raw:
-                continue
-            value = self._derived[name][index] if name in self._derived else raw[field]
-            if not isinstance(value, Tensor):
-                raise UserError(
-                    f"{self.what}: field {field!r} of sample {index} is {type(value).__name__}, but modality {name!r} "
-                    "reads tensors"
-                )
-            sample[name] = value
-        return sample
+        return {
+            name: self._tensor(name, value, index) if isinstance(value, str) else value
+            for name, value in self.source.sample(index).items()
+        }
+
+    def _tensor(self, name: str, text: str, index: int) -> Tensor:
+        try:
+            return self.modalities[name].from_text(text)
+        except ValueError as error:
+            raise self._wrong(index, name, error) from error
+
+    def _wrong(self, index: int, name: str, error: Exception) -> UserError:
+        return UserError(f"{self.what}: {self.dataset.describe(index)}: modality {name!r}: {error}")
 
     def _check_fields(self) -> None:
         found: set[str] = set()
+        fields = self.source.fields
         for index in range(len(self)):  # as a rule the first has them all
-            found |= set(self.dataset[index])
-            if found >= set(self.fields.values()):
+            found |= set(self.source.raw(index))
+            if found >= set(fields.values()):
                 return
-        for name, field in self.fields.items():
+        for name, field in fields.items():
             if field not in found:
                 raise UserError(
                     f"{self.what}: no sample has the field {field!r} that modality {name!r} reads; its fields are "
                     f"{', '.join(sorted(found))} (let modalities.{name} read one of them, or remove it)"
                 )
 
-    def _derive(self, name: str, chunk: int = 512) -> list[Tensor]:
-        field = self.fields[name]
-        table: list[Tensor] = []
+    def _derived(self, name: str) -> dict[int, Tensor]:
+        """A derived modality's values by sample: computed, or as they were kept."""
+        field = self.source.fields[name]
+        kept = None
+        if self.dataset.fingerprint is not None and name in self._keys:
+            key = "\0".join((self.dataset.fingerprint, field, self._keys[name]))
+            kept = cached(f"derived/{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors")
+            if (stored := load_kept(kept)) is not None:
+                return dict(zip(stored["rows"].tolist(), stored["values"], strict=True))
+        rows, values = self._derive(name, field)
+        if kept is not None and len(rows):
+            save_kept(kept, {"rows": rows, "values": values})
+        return dict(zip(rows.tolist(), values, strict=True))
+
+    def _derive(self, name: str, field: str, chunk: int = 512) -> tuple[Tensor, Tensor]:
+        """Samples that have the field ``[n]``, and what the modality makes of it ``[n, ...]``."""
+        rows: list[int] = []
+        parts: list[Tensor] = []
+        pace = Pace(f"computing {name} from {field}", len(self))
         for start in range(0, len(self), chunk):
-            raw = [self.dataset[i] for i in range(start, min(start + chunk, len(self)))]
-            have = [r[field] for r in raw if field in r]
+            raw = {index: self.source.raw(index) for index in range(start, min(start + chunk, len(self)))}
+            have = [index for index, sample in raw.items() if field in sample]
             try:
-                derived = self.modalities[name].derive(torch.stack(have)).cpu() if have else ()  # type: ignore[arg-type]
+                source = [raw[index][field] for index in have]
+                parts += [self.modalities[name].derive(torch.stack(source)).cpu()] if have else []  # type: ignore[arg-type]
             except (TypeError, ValueError, RuntimeError) as error:
                 raise UserError(f"{self.what}: modality {name!r} cannot be made from {field!r}: {error}") from error
-            values = iter(derived)
-            table += [next(values) if field in r else torch.empty(0) for r in raw]
-        return table
+            rows += have
+            pace.tell(start + chunk)
+        return torch.tensor(rows), torch.cat(parts) if parts else torch.empty(0)
 
-    def collate(self, samples: Sequence[dict[str, Tensor]]) -> Batch:
-        """Stack samples; those that lack a modality get a placeholder and presence 0.
+    def collate(self, gathered: Gathered) -> Batch:
+        """A checked batch; samples that lack a modality get a placeholder and presence 0.
 
         Raises:
-            UserError: if what is there has the wrong shape, dtype or range, or is not finite.
+            UserError: if what is there has the wrong shape, dtype or range, or is not finite; the message names the
+                first sample that is wrong.
         """
         x: dict[str, Tensor] = {}
-        presence = torch.tensor([[float(name in s) for name in self.modalities] for s in samples])
-        for name, modality in self.modalities.items():
-            rows = [i for i, s in enumerate(samples) if name in s]
-            try:
-                values = torch.stack([samples[i][name] for i in rows]) if rows else None
-                if values is not None:
-                    modality.check(values)
-                    if values.dtype != self.dtypes[name]:  # a lenient check lets it pass, and the model cannot take it
-                        raise ValueError(f"expected {self.dtypes[name]}, as of its placeholder, found {values.dtype}")
-            except (ValueError, RuntimeError) as error:
-                raise UserError(f"{self.what}: modality {name!r}: {error}") from error
-            if values is None or len(rows) < len(samples):
-                filled = modality.placeholder(len(samples))
+        count = len(gathered.indices)
+        presence = torch.zeros(count, len(self.modalities))
+        for place, (name, modality) in enumerate(self.modalities.items()):
+            rows, found = gathered.values[name]
+            values = self._checked(name, [gathered.indices[row] for row in rows], found) if rows else None
+            presence[rows, place] = 1
+            if values is None or len(rows) < count:
+                filled = modality.placeholder(count)
                 if values is not None:
                     filled[rows] = values.to(filled.dtype)
                 values = filled
             x[name] = values
         return Batch(x, presence)
 
+    def _checked(self, name: str, indices: Sequence[int], found: Tensor | list[Tensor | str]) -> Tensor:
+        """Values ``[n, ...]`` that the modality takes."""
+        if not isinstance(found, Tensor):
+            tensors = [
+                self._tensor(name, value, index) if isinstance(value, str) else value
+                for index, value in zip(indices, found, strict=True)
+            ]
+            for index, value in zip(indices, tensors, strict=True):  # each alone, as they may differ in shape
+                self._check(name, value[None], [index])
+            found = torch.stack(tensors)
+        self._check(name, found, indices)
+        return found
+
+    def _check(self, name: str, values: Tensor, indices: Sequence[int]) -> None:
+        try:
+            self.modalities[name].check(values)
+            if values.dtype != self.dtypes[name]:  # a lenient check lets it pass, and the model cannot take it
+                raise ValueError(f"expected {self.dtypes[name]}, as of its placeholder, found {values.dtype}")
+        except (ValueError, RuntimeError) as error:
+            if len(indices) > 1:  # which is it?
+                for index, value in zip(indices, values, strict=True):
+                    self._check(name, value[None], [index])
+            raise self._wrong(indices[0], name, error) from error
+
     def batch(self, indices: Sequence[int]) -> Batch:
         """The samples of these indices."""
-        return self.collate([self[i] for i in indices])
+        return self.collate(self.source.gather(indices))
+
+    def verify(self, chunk: int = 256) -> None:
+        """Look through all samples, so that a bad one is known before any work depends on it.
+
+        What was looked through once is not again while the data set's fingerprint and the modalities stay the same. Of
+        a data set without a fingerprint, as many samples as can be read in :data:`PATIENCE` seconds.
+
+        Raises:
+            UserError: as :meth:`collate`, of the first bad one.
+        """
+        seen = None
+        if self.dataset.fingerprint is not None and self._keys.keys() >= self.modalities.keys():
+            key = "\0".join((self.dataset.fingerprint, *(f"{name}={self._keys[name]}" for name in self.modalities)))
+            seen = cached(f"verified/{hashlib.sha256(key.encode()).hexdigest()[:32]}")
+            if seen.is_file():
+                return
+        pace = Pace(f"checking {self.what}", len(self))
+        for start in range(0, len(self), chunk):
+            self.batch(range(start, min(start + chunk, len(self))))
+            pace.tell(start + chunk)
+            if self.dataset.fingerprint is None and pace.seconds > PATIENCE:
+                pace.log(f"{start + chunk:,} of {len(self):,} samples were checked; others are when they come up")
+                return
+        if seen is not None:
+            seen.touch()
 
 
 def load_data(experiment: Experiment, model: MultimodalDiffusion, split: Literal["train", "test"]) -> ModalityData:
     """A split of an experiment's data set, seen through a model's modalities.
 
     Raises:
+        EmptySplit: if there are no samples in it.
         UserError: if it cannot be read, or lacks a modality.
     """
+    modalities = {name: model.modality(name) for name in model.names}
+    config = experiment.data.reading([modality.field or name for name, modality in modalities.items()])
     try:
-        dataset = experiment.data.build(split)
+        dataset = config.build(split)
+    except EmptySplit:
+        raise
     except ValueError as error:
         raise UserError(f"data ({split}): {error}") from error
-    return ModalityData(dataset, {name: model.modality(name) for name in model.names}, f"data ({split})")
+    if dataset.fingerprint is None and config.reproducible:
+        dataset.fingerprint = f"{split} of {config_key(config)}"
+    keys = {name: config_key(experiment.modalities[name]) for name in modalities}
+    return ModalityData(dataset, modalities, f"data ({split})", keys)
 
 
 class StepSampler(Sampler[list[int]]):
@@ -179,12 +332,12 @@ class _Batches:
     An error raised in a worker process would reach the training process as a traceback in a message.
     """
 
-    def __init__(self, data: ModalityData) -> None:
-        self.data = data
+    def __init__(self, source: Source) -> None:
+        self.source = source
 
-    def __getitem__(self, indices: list[int]) -> Batch | UserError:
+    def __getitem__(self, indices: list[int]) -> Gathered | UserError:
         try:
-            return self.data.batch(indices)
+            return self.source.gather(indices)
         except UserError as error:
             return error
 
@@ -195,8 +348,8 @@ def training_batches(data: ModalityData, sampler: StepSampler, workers: int) -> 
     Raises:
         UserError: as :meth:`ModalityData.batch`.
     """
-    loader: DataLoader[Batch | UserError] = DataLoader(
-        _Batches(data),  # type: ignore[arg-type]
+    loader: DataLoader[Gathered | UserError] = DataLoader(
+        _Batches(data.source),  # type: ignore[arg-type]
         sampler=sampler,
         batch_size=None,  # the sampler's items are whole batches
         collate_fn=_as_it_is,  # type: ignore[arg-type]
@@ -204,14 +357,14 @@ def training_batches(data: ModalityData, sampler: StepSampler, workers: int) -> 
         worker_init_fn=_ignore_interrupts,
         generator=torch.Generator().manual_seed(0),  # a loader without one draws from the global generator
     )
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    for gathered in loader:
+        if isinstance(gathered, UserError):
+            raise gathered
+        yield data.collate(gathered)
 
 
-def _as_it_is(batch: Batch | UserError) -> Batch | UserError:
-    return batch
+def _as_it_is(gathered: Gathered | UserError) -> Gathered | UserError:
+    return gathered
 
 
 def _ignore_interrupts(_: int) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from mtdiffusion_plugins.sizes import Size, sides
 from mtdiffusion_registry.errors import UserError
+from mtdiffusion_registry.pictures import fit, open_picture, require_lossless, to_colour, to_indices
+
+__all__ = ["open_picture", "read_image", "read_json_value", "read_mask", "read_text", "read_vector", "write_image"]
 
 # Okabe & Ito's palette, told apart by colour-blind readers; class 0 (background) is black.
 PALETTE = (
@@ -24,64 +29,70 @@ PALETTE = (
     (0, 114, 178),
     (255, 255, 255),
 )
+VOID_COLOUR = (128, 128, 128)
+# Beyond nine classes: the same hues lighter and darker, none of them black again.
+_SHADES = (1.0, 0.6, 1.4, 0.35, 1.7)
 
 
 def colour_of_class(index: int) -> tuple[int, int, int]:
-    """RGB in 0..255 of a class index; the palette repeats after nine, a little darker each time round."""
-    red, green, blue = PALETTE[index % len(PALETTE)]
-    shade = 0.75 ** (index // len(PALETTE))
-    return (round(red * shade), round(green * shade), round(blue * shade))
+    """RGB in 0..255 of a class index: the palette, then its eight colours in other shades."""
+    if index < len(PALETTE):
+        return PALETTE[index]
+    turn, place = divmod(index - 1, len(PALETTE) - 1)
+    shade = _SHADES[turn % len(_SHADES)]
+    red, green, blue = (
+        round(value * shade) if shade <= 1 else round(255 - (255 - value) * (2 - shade)) for value in PALETTE[1 + place]
+    )
+    return (red, green, blue)
 
 
-def open_picture(path: Path) -> Image.Image:
-    """A fully decoded picture.
+def read_image(path: Path, channels: int, size: Size, *, resize: bool = True) -> Tensor:
+    """float32 ``[channels, height, width]`` in [−1, 1], scaled and cropped centrally to ``size``.
 
-    Raises:
-        UserError: if the file is missing, not a picture, or truncated.
-    """
-    try:
-        picture = Image.open(path)
-        picture.load()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except UnidentifiedImageError:
-        raise UserError(f"{path}: not a picture that can be read (PNG and JPEG are)") from None
-    except OSError as error:
-        raise UserError(f"{path}: the picture is damaged or cannot be read ({error})") from None
-    return picture
-
-
-def read_image(path: Path, channels: int, size: int) -> Tensor:
-    """float32 ``[channels, size, size]`` in [−1, 1].
+    Args:
+        size: height and width, or a square's side.
+        resize: whether a picture of another size is scaled and cropped, or refused.
 
     Raises:
-        UserError: if it cannot be read or has another size.
+        UserError: if it cannot be read, or has another size and is not to be resized.
     """
-    picture = open_picture(path).convert("L" if channels == 1 else "RGB")
-    _require_size(path, picture, size)
-    values = torch.from_numpy(np.asarray(picture, dtype=np.float32).copy()) / 127.5 - 1
-    return values.reshape(size, size, channels).permute(2, 0, 1).contiguous()
+    picture = to_colour(open_picture(path, sides(size) if resize else None), path)
+    return from_levels(read_pixels(_of_size(path, picture, sides(size), resize=resize), channels))
 
 
-def read_mask(path: Path, size: int) -> Tensor:
-    """int64 class indices ``[size, size]`` from a palette or grey picture.
+def read_pixels(picture: Image.Image, channels: int) -> Tensor:
+    """uint8 ``[channels, height, width]`` of an RGB picture."""
+    pixels = np.array(picture.convert("L") if channels == 1 else picture, np.uint8)
+    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).movedim(-1, 0).contiguous()
+
+
+def from_levels(pixels: Tensor) -> Tensor:
+    """Values 0..255 as float32 in [−1, 1]."""
+    return pixels.to(torch.float32).div_(127.5).sub_(1)
+
+
+def read_mask(path: Path, size: Size, *, resize: bool = True) -> Tensor:
+    """int64 class indices ``[height, width]`` from a palette or grey picture, as :func:`read_image`, of nearest pixels.
 
     Raises:
-        UserError: if it cannot be read, is neither palette nor grey, or has another size.
+        UserError: if it cannot be read, was compressed with losses, is neither palette nor grey, or has another size
+            and is not to be resized.
     """
-    picture = open_picture(path)
-    if picture.mode not in ("P", "L", "1", "I", "I;16"):
-        raise UserError(
-            f"{path}: expected a picture of class indices (palette or grey), found mode {picture.mode}; "
-            "save it with one index a pixel"
-        )
-    _require_size(path, picture, size)
+    require_lossless(path)
+    picture = _of_size(path, to_indices(open_picture(path), path), sides(size), resize=resize, nearest=True)
     return torch.from_numpy(np.asarray(picture).astype(np.int64))
 
 
-def _require_size(path: Path, picture: Image.Image, size: int) -> None:
-    if picture.size != (size, size):
-        raise UserError(f"{path}: expected {size} × {size} pixels, found {picture.width} × {picture.height}; resize it")
+def _of_size(
+    path: Path, picture: Image.Image, size: tuple[int, int], *, resize: bool, nearest: bool = False
+) -> Image.Image:
+    if (picture.height, picture.width) == size:
+        return picture
+    if not resize:
+        raise UserError(
+            f"{path}: expected {size[1]} × {size[0]} pixels, found {picture.width} × {picture.height}; resize it"
+        )
+    return fit(picture, size, nearest=nearest)
 
 
 def write_image(image: Tensor, path: Path) -> Path:
@@ -92,24 +103,53 @@ def write_image(image: Tensor, path: Path) -> Path:
 
 
 def write_mask(mask: Tensor, path: Path) -> Path:
-    """Write class indices ``[h, w]`` below 256 as a palette picture: the indices exactly, coloured for people."""
+    """Write class indices ``[h, w]`` as a picture that holds them exactly: below 256 of a palette, for people, else of
+    16 bits."""
+    if mask.numel() and int(mask.max()) > 255:
+        Image.fromarray(mask.cpu().numpy().astype(np.uint16)).save(path)
+        return path
     picture = Image.fromarray(mask.to(torch.uint8).cpu().numpy())
     picture.putpalette([value for index in range(256) for value in colour_of_class(index)])
     picture.save(path)
     return path
 
 
-def read_vector(path: Path, dim: int) -> Tensor:
-    """float32 ``[dim]`` from a .safetensors (one tensor), .npy or .json (a list) file.
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, or in UTF-16 with its mark, as spreadsheets and editors save it.
 
     Raises:
-        UserError: if it cannot be read or has another shape.
+        UserError: if it is missing, or in another encoding.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"{path}: not {encoding.removesuffix('-sig').upper()} (line {line}); save it as UTF-8"
+        ) from None
+
+
+def read_vector(path: Path, dim: int | None = None) -> Tensor:
+    """float32 ``[dim]`` from a .safetensors (one tensor), .npy or .json (a list) file.
+
+    Args:
+        dim: its width; None: any.
+
+    Raises:
+        UserError: if it cannot be read, is no vector of finite numbers, or has another width.
     """
     try:
         if path.suffix == ".npy":
             vector = torch.from_numpy(np.load(path, allow_pickle=False)).float()
         elif path.suffix == ".json":
-            vector = torch.tensor(json.loads(path.read_text(encoding="utf-8")), dtype=torch.float32)
+            vector = torch.tensor(json.loads(read_text(path)), dtype=torch.float32)
         else:
             from safetensors.torch import load_file
 
@@ -123,8 +163,11 @@ def read_vector(path: Path, dim: int) -> Tensor:
         raise
     except Exception as error:  # each format has exceptions of its own for a damaged file
         raise UserError(f"{path}: cannot be read as {path.suffix or 'safetensors'} ({error})") from None
-    if tuple(vector.shape) != (dim,):
-        raise UserError(f"{path}: expected a vector of {dim} numbers, found shape {list(vector.shape)}")
+    if vector.ndim != 1 or (dim is not None and len(vector) != dim):
+        wanted = "a vector" if dim is None else f"a vector of {dim} numbers"
+        raise UserError(f"{path}: expected {wanted}, found shape {list(vector.shape)}")
+    if not bool(vector.isfinite().all()):
+        raise UserError(f"{path}: expected finite numbers, found NaN or infinity")
     return vector
 
 
@@ -135,10 +178,8 @@ def read_json_value(path: Path, key: str) -> str:
         UserError: if the file cannot be read or has no such key.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+        content = json.loads(read_text(path))
+    except ValueError as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(content, dict) or key not in content:
         raise UserError(f'{path}: expected a JSON object with the key "{key}"')

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mtdiffusion import Encoder, FeatureSpec, LatentSpec
+from mtdiffusion_plugins.sizes import Size, by
 
 _LOG_SCALE = (-6.0, 2.0)
 
@@ -120,18 +121,35 @@ class VectorEncoder(Encoder):
         return z.flatten(1) @ self.directions.T / math.sqrt(self.latent.numel)
 
 
-def patch_size(kind: str, size: int, latent: LatentSpec) -> int:
-    """Side p of the patch of a ``size × size`` picture that one place of the latent holds.
+def picture_size(kind: str, size: Size, latent: LatentSpec) -> tuple[int, int, int]:
+    """Height and width of the pictures that fill a latent, and the side p of the patch that one of its places holds.
+
+    Args:
+        size: height and width; or one number, the height, and the width follows from the latent's shape.
 
     Raises:
-        ValueError: if size is not a multiple of the latent's height and width, alike.
+        ValueError: if they are not the same whole multiple of the latent's height and width.
     """
-    if size % latent.height or size % latent.width or latent.height != latent.width:
+    if isinstance(size, int):
+        patch = size // latent.height
+        sizes = (size, latent.width * patch)
+    else:
+        patch = size[0] // latent.height
+        sizes = size
+    if patch < 1 or sizes != (latent.height * patch, latent.width * patch):
+        shown = f"{size}" if isinstance(size, int) else by(size)
         raise ValueError(
-            f"{kind}: size {size} does not fit a latent of {latent.height} × {latent.width}; expected a square latent "
-            "whose side divides the size (set latent.height and latent.width)"
+            f"{kind}: size {shown} does not fit a latent of {latent.height} × {latent.width} (height × width); "
+            "expected the same whole multiple of both (set latent.height and latent.width, or size = [height, width])"
         )
-    return size // latent.height
+    return (*sizes, patch)
+
+
+def patch_channels(size: Size, height: int, width: int) -> int:
+    """Places of a picture that one place of a latent holds, where they fit: p²."""
+    tall, wide = (size, None) if isinstance(size, int) else size
+    down = max(tall // height, 1)
+    return down * (down if wide is None else max(wide // width, 1))
 
 
 def check_channels(kind: str, latent: LatentSpec, needed: int) -> None:

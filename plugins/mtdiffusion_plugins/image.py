@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -24,9 +25,11 @@ from mtdiffusion_plugins.heads import (
     check_range,
     discretised_gaussian_nll,
     gaussian_objective,
-    patch_size,
+    patch_channels,
+    picture_size,
     scale_of,
 )
+from mtdiffusion_plugins.sizes import Size, positive_size
 from mtdiffusion_registry.configs import ModalityConfig
 from mtdiffusion_registry.hookspecs import hookimpl
 
@@ -75,12 +78,12 @@ class ConvEncoder(Encoder):
 class GaussianImageDecoder(Decoder):
     """p(x | h) = N(mean, σ² I) with one σ a sample; the exact likelihood is over the discrete levels of the pixels."""
 
-    def __init__(self, features: FeatureSpec, channels: int, size: int, patch: int, levels: int) -> None:
+    def __init__(self, features: FeatureSpec, shape: tuple[int, int, int], patch: int, levels: int) -> None:
         super().__init__()
-        self.mean = MapHead(features, channels, patch)
+        self.mean = MapHead(features, shape[0], patch)
         self.log_scale = ScaleHead(features)
         self.levels = levels
-        self.dims = channels * size**2
+        self.dims = math.prod(shape)
 
     def forward(self, features: Features) -> Params:
         return {"mean": self.mean(features.map), "log_scale": self.log_scale(features.vector)}
@@ -109,9 +112,9 @@ class ImageModality(Modality):
         {"mse": "lower", "psnr": "higher", "ssim": "higher", "readout_mse": "lower"}
     )
 
-    def __init__(self, encoder: Encoder, decoder: Decoder, config: ImageConfig) -> None:
+    def __init__(self, encoder: Encoder, decoder: Decoder, config: ImageConfig, shape: tuple[int, int, int]) -> None:
         super().__init__(encoder, decoder)
-        self.shape = (config.channels, config.size, config.size)
+        self.shape = shape
         self.field = config.field
         self.loss_weight = config.loss_weight
         self.snr_clamp = config.snr_clamp
@@ -135,7 +138,7 @@ class ImageModality(Modality):
         """
         error = ((generated - truth) / 2).square().flatten(1).mean(1)
         metrics = {"mse": error.mean().item(), "psnr": (-10 * torch.log10(error.clamp(min=1e-10))).mean().item()}
-        if self.shape[-1] >= 3:
+        if min(self.shape[1:]) >= 3:
             metrics["ssim"] = _ssim(generated, truth).item()
         return metrics
 
@@ -144,17 +147,17 @@ class ImageModality(Modality):
         return {"readout_mse": ((self.decoder.mode(params) - truth) / 2).square().mean().item()}
 
     def parse(self, text: str) -> Tensor:
-        return read_image(Path(text), self.shape[0], self.shape[1])
+        return read_image(Path(text), self.shape[0], self.shape[1:], resize=self.resize)
 
     def write(self, x: Tensor, folder: Path, stem: str) -> Path:
         return write_image(x, folder / f"{stem}.png")
 
 
 def _ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Mean SSIM ``[]`` of pictures ``[B, C, h, h]`` in [−1, 1], h ≥ 3."""
+    """Mean SSIM ``[]`` of pictures ``[B, C, h, w]`` in [−1, 1], h, w ≥ 3."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    side = a.shape[-1]
+    side = min(a.shape[-2:])
     gaussian = side >= 11
     window = 11 if gaussian else min(7, side - 1 + side % 2)
     _, full = structural_similarity_index_measure(
@@ -167,10 +170,11 @@ def _ssim(a: Tensor, b: Tensor) -> Tensor:
 
 @frozen
 class ImageConfig(ModalityConfig):
-    """A square picture, float32 ``[B, channels, size, size]`` in [−1, 1].
+    """A picture, float32 ``[B, channels, height, width]`` in [−1, 1].
 
     Attributes:
-        size: side in pixels; the latent's side must divide it.
+        size: height and width in pixels, the same multiple of the latent's; or the height alone (of a square latent:
+            the side), and the width is as the latent's shape has it.
         channels: 1 (grey) or 3 (RGB).
         encoder: "patch" (lossless; the identity where the latent has the picture's size) or "conv" (learned, fewer
             channels).
@@ -182,7 +186,7 @@ class ImageConfig(ModalityConfig):
     """
 
     kind: ClassVar[str] = "image"
-    size: int = field(validator=ge(1))
+    size: Size = field(validator=positive_size)
     channels: Literal[1, 3] = field(default=3, validator=in_((1, 3)))
     encoder: Literal["patch", "conv"] = field(default="patch", validator=in_(("patch", "conv")))
     code_channels: int = field(default=4, validator=ge(1))
@@ -194,13 +198,14 @@ class ImageConfig(ModalityConfig):
     def latent_channels(self, height: int, width: int) -> int:
         if self.encoder == "conv":
             return self.code_channels
-        return self.channels * max(self.size // height, 1) * max(self.size // width, 1)
+        return self.channels * patch_channels(self.size, height, width)
 
     def build(self, latent: LatentSpec, features: FeatureSpec) -> Modality:
-        patch = patch_size("image", self.size, latent)
+        *sizes, patch = picture_size("image", self.size, latent)
+        shape = (self.channels, *sizes)
         encoder = (PatchEncoder if self.encoder == "patch" else ConvEncoder)(latent, self.channels, patch)
-        decoder = GaussianImageDecoder(features, self.channels, self.size, patch, self.levels)
-        return ImageModality(encoder, decoder, self)
+        decoder = GaussianImageDecoder(features, shape, patch, self.levels)
+        return ImageModality(encoder, decoder, self, shape)
 
 
 @hookimpl

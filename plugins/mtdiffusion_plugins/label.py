@@ -21,7 +21,7 @@ from mtdiffusion_plugins.files import read_json_value
 from mtdiffusion_plugins.heads import VectorEncoder, VectorHead, check_batch, check_range
 from mtdiffusion_plugins.metrics.calibration import expected_calibration_error
 from mtdiffusion_registry.configs import ModalityConfig
-from mtdiffusion_registry.errors import UserError
+from mtdiffusion_registry.errors import UserError, did_you_mean
 from mtdiffusion_registry.hookspecs import hookimpl
 
 MTDIFFUSION_API = 1
@@ -97,14 +97,19 @@ class LabelModality(Modality):
 
     def parse(self, text: str) -> Tensor:
         """A class's index or name, or a JSON file as :meth:`write` makes it."""
-        if text.endswith(".json"):
-            text = read_json_value(Path(text), "label")
+        return self.from_text(read_json_value(Path(text), "label") if text.endswith(".json") else text)
+
+    def from_text(self, text: str) -> Tensor:
+        """A class's name, or its index."""
         if text in self.class_names:
             return torch.tensor(self.class_names.index(text))
         if text.isdecimal() and int(text) < self.classes:
             return torch.tensor(int(text))
-        names = f" or one of {', '.join(self.class_names)}" if not self.class_names[0].isdecimal() else ""
-        raise UserError(f"label: expected a class from 0 to {self.classes - 1}{names}, found {text!r}")
+        if self.class_names[0].isdecimal():
+            more = ", or a name where the modality has names = [...]"
+        else:
+            more = f" or one of {', '.join(self.class_names)}{did_you_mean(text, self.class_names)}"
+        raise UserError(f"label: expected a class from 0 to {self.classes - 1}{more}, found {text!r}")
 
     def write(self, x: Tensor, folder: Path, stem: str) -> Path:
         path = folder / f"{stem}.json"

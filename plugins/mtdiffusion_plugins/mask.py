@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -9,15 +10,16 @@ from typing import ClassVar
 
 import torch
 from attrs import field, frozen
-from attrs.validators import ge, gt
+from attrs.validators import deep_iterable, ge, gt
 from torch import Tensor
 from torch.nn import functional as F
 
 from mtdiffusion import Decoder, Encoder, Features, FeatureSpec, LatentSpec, Modality, Params
 from mtdiffusion.loss import low_before_high
-from mtdiffusion_plugins.files import colour_of_class, read_mask, write_mask
-from mtdiffusion_plugins.heads import MapHead, check_batch, check_channels, check_range, patch_size
+from mtdiffusion_plugins.files import VOID_COLOUR, colour_of_class, read_mask, write_mask
+from mtdiffusion_plugins.heads import MapHead, check_batch, check_channels, patch_channels, picture_size
 from mtdiffusion_plugins.metrics.calibration import expected_calibration_error
+from mtdiffusion_plugins.sizes import Size, positive_size
 from mtdiffusion_registry.configs import ModalityConfig
 from mtdiffusion_registry.hookspecs import hookimpl
 
@@ -38,15 +40,16 @@ def simplex(classes: int) -> Tensor:
 
 
 class MaskEncoder(Encoder):
-    """Each pixel's class as a corner of a simplex; p × p patches become channels."""
+    """Each pixel's class as a corner of a simplex, its middle for a pixel to ignore; p × p patches become channels."""
 
     spatial = True
 
-    def __init__(self, latent: LatentSpec, classes: int, patch: int) -> None:
+    def __init__(self, latent: LatentSpec, classes: int, patch: int, ignore: int | None) -> None:
         super().__init__(latent)
         check_channels("mask", latent, (classes - 1) * patch**2)
         self.patch = patch
         self.spare = latent.channels - (classes - 1) * patch**2
+        self.ignore = ignore
         self.register_buffer("corners", simplex(classes))
         self.corners: Tensor
 
@@ -56,22 +59,47 @@ class MaskEncoder(Encoder):
         return F.pad(F.pixel_unshuffle(points, self.patch), (0, 0, 0, 0, 0, self.spare))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.code(F.one_hot(x, len(self.corners)).to(self.corners.dtype))
+        if self.ignore is None:
+            return self.code(F.one_hot(x, len(self.corners)).to(self.corners.dtype))
+        counts = x != self.ignore
+        return self.code(F.one_hot(x * counts, len(self.corners)).to(self.corners.dtype) * counts[..., None])
+
+    def known(self, x: Tensor) -> Tensor | None:
+        if self.ignore is None:
+            return None
+        counts = (x != self.ignore)[:, None].expand(-1, self.corners.shape[1], -1, -1)
+        patches = F.pixel_unshuffle(counts.to(self.corners.dtype), self.patch)
+        return F.pad(patches, (0, 0, 0, 0, 0, self.spare), value=1.0) > 0
 
 
 class CategoricalMaskDecoder(Decoder):
-    """Independent categorical pixels given the features."""
+    """Independent categorical pixels given the features; pixels to ignore have no likelihood."""
 
-    def __init__(self, features: FeatureSpec, classes: int, size: int, patch: int) -> None:
+    def __init__(self, features: FeatureSpec, config: MaskConfig, sizes: tuple[int, int], patch: int) -> None:
         super().__init__()
-        self.logits = MapHead(features, classes, patch)
-        self.dims = size**2
+        self.logits = MapHead(features, config.classes, patch)
+        self.dims = sizes[0] * sizes[1]
+        self.ignore = config.ignore
+        self.weights: Tensor | None
+        weights = torch.tensor(config.class_weights) if config.class_weights else None
+        self.register_buffer("weights", weights, persistent=False)
 
     def forward(self, features: Features) -> Params:
         return {"logits": self.logits(features.map)}
 
     def nll(self, params: Params, x: Tensor) -> Tensor:
-        return F.cross_entropy(params["logits"], x, reduction="none").flatten(1).sum(1)
+        return self._cross_entropy(params, x, None).flatten(1).sum(1)
+
+    def objective(self, params: Params, x: Tensor) -> Tensor:
+        loss = self._cross_entropy(params, x, self.weights)
+        if self.ignore is None:
+            return loss.flatten(1).mean(1)
+        return loss.flatten(1).sum(1) / (x != self.ignore).flatten(1).sum(1).clamp(min=1)
+
+    def _cross_entropy(self, params: Params, x: Tensor, weights: Tensor | None) -> Tensor:
+        """``[B, h, w]``, 0 where x is to be ignored."""
+        ignored = {} if self.ignore is None else {"ignore_index": self.ignore}
+        return F.cross_entropy(params["logits"], x, weights, reduction="none", **ignored)  # type: ignore[arg-type]
 
     def expected_encoding(self, params: Params, encoder: Encoder) -> Tensor:
         assert isinstance(encoder, MaskEncoder)
@@ -99,38 +127,64 @@ class MaskModality(Modality):
         }
     )
 
-    def __init__(self, encoder: Encoder, decoder: Decoder, config: MaskConfig) -> None:
+    def __init__(self, encoder: Encoder, decoder: Decoder, config: MaskConfig, sizes: tuple[int, int]) -> None:
         super().__init__(encoder, decoder)
-        self.size = config.size
+        self.sizes = sizes
         self.classes = config.classes
+        self.ignore = config.ignore
+        self.class_names = config.names
+        self.metric_directions = {**self.metric_directions, **{f"iou_{name}": "higher" for name in config.names}}
         self.field = config.field
         self.loss_weight = config.loss_weight
         self.snr_clamp = config.snr_clamp
 
     def check(self, x: Tensor) -> None:
-        check_batch("mask", x, (self.size, self.size), floating=False)
-        check_range(f"mask of {self.classes} classes", x, 0, self.classes - 1)
+        check_batch("mask", x, self.sizes, floating=False)
+        known = x if self.ignore is None else x[x != self.ignore]
+        if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < self.classes:
+            odd = known.unique()
+            odd = odd[(odd < 0) | (odd >= self.classes)].tolist()
+            ignored = "" if self.ignore is None else f" and {self.ignore}, which is ignored"
+            raise ValueError(
+                f"mask of {self.classes} classes: expected values from 0 to {self.classes - 1}{ignored}, found {odd[:5]}. "
+                f"Void pixels are left out with ignore = {odd[-1]}; where other values stand for classes, list them in "
+                "values of the data set's mask field"
+            )
 
     def placeholder(self, batch: int) -> Tensor:
-        return torch.zeros(batch, self.size, self.size, dtype=torch.int64)
+        return torch.zeros(batch, *self.sizes, dtype=torch.int64)
 
     def render(self, x: Tensor) -> Tensor:
-        palette = torch.tensor([colour_of_class(k) for k in range(self.classes)], device=x.device) / 255
-        if self.classes == 2:
-            palette = torch.tensor([[0.0] * 3, [1.0] * 3], device=x.device)
+        palette = torch.tensor([*map(self._colour, range(self.classes)), VOID_COLOUR], device=x.device) / 255
+        if self.ignore is not None:
+            x = torch.where(x == self.ignore, self.classes, x)
         return palette[x].permute(0, 3, 1, 2)
+
+    def _colour(self, index: int) -> tuple[int, int, int]:
+        return (255 * index,) * 3 if self.classes == 2 else colour_of_class(index)  # type: ignore[return-value]
+
+    @property
+    def legend(self) -> list[tuple[str, tuple[int, int, int]]]:
+        void = [] if self.ignore is None else [("void", VOID_COLOUR)]
+        return [*((name, self._colour(index)) for index, name in enumerate(self.class_names)), *void]
 
     def metrics(self, generated: Tensor, truth: Tensor) -> dict[str, float]:
         """``miou``: intersection over union of each class summed over the batch, mean over the classes that occur in
-        either; ``iou_foreground``: the same with all classes but 0 as one; ``pixel_accuracy``."""
+        either; ``iou_NAME`` of each class that has a name; ``iou_foreground``: with all classes but 0 as one;
+        ``pixel_accuracy``. Pixels of the truth that are to be ignored count nowhere; what is undefined is NaN."""
         k = self.classes
+        if self.ignore is not None:
+            known = truth != self.ignore
+            generated, truth = generated[known], truth[known]
         confusion = torch.bincount((truth * k + generated).flatten(), minlength=k * k).reshape(k, k).double()
         both, union = confusion.diagonal(), confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
         occurs = union > 0
+        iou = both / union  # NaN where a class is in neither
         either = ((generated > 0) | (truth > 0)).sum().item()
         shared = ((generated > 0) & (truth > 0)).sum().item()
         return {
-            "miou": (both[occurs] / union[occurs]).mean().item(),
+            "miou": iou[occurs].mean().item(),
+            **{f"iou_{name}": iou[index].item() for index, name in enumerate(self.class_names)},
             "iou_foreground": shared / either if either else 1.0,
             "pixel_accuracy": (generated == truth).double().mean().item(),
         }
@@ -139,11 +193,16 @@ class MaskModality(Modality):
         """``readout_miou`` of the most likely classes; ``nll`` in nats and ``ece``, the expected calibration error, per
         pixel."""
         miou = self.metrics(self.decoder.mode(params), truth)["miou"]
-        nll = self.decoder.nll(params, truth).mean() / self.decoder.dims
-        return {"readout_miou": miou, "nll": nll.item(), "ece": expected_calibration_error(params["logits"], truth)}
+        known = torch.ones_like(truth, dtype=torch.bool) if self.ignore is None else truth != self.ignore
+        logits = params["logits"].movedim(1, -1)[known]  # [pixels, K]
+        return {
+            "readout_miou": miou,
+            "nll": F.cross_entropy(logits, truth[known]).item(),
+            "ece": expected_calibration_error(logits, truth[known]) if len(logits) else math.nan,
+        }
 
     def parse(self, text: str) -> Tensor:
-        return read_mask(Path(text), self.size)
+        return read_mask(Path(text), self.sizes, resize=self.resize)
 
     def write(self, x: Tensor, folder: Path, stem: str) -> Path:
         return write_mask(x, folder / f"{stem}.png")
@@ -151,30 +210,50 @@ class MaskModality(Modality):
 
 @frozen
 class MaskConfig(ModalityConfig):
-    """A square segmentation mask, int64 class indices ``[B, size, size]``.
+    """A segmentation mask, int64 class indices ``[B, height, width]``.
 
     Attributes:
-        size: side in pixels; the latent's side must divide it.
+        size: height and width in pixels, the same multiple of the latent's; or the height alone (of a square latent:
+            the side), and the width is as the latent's shape has it.
         classes: K, background included.
+        names: of the classes, for pictures and tables; (): none.
+        ignore: the ignore index: a value, none of 0..K − 1, of void or unlabelled pixels (often 255). They count in no
+            loss and no metric, and are never generated; None: there are none.
+        class_weights: of each class in the objective (of L2); (): all alike.
         loss_weight: λ of its part of L2.
         snr_clamp: λ_t = loss_weight · clamp(SNR_t, low, high); uniform in t by default.
         field: the data set's field; None: the instance's name.
     """
 
     kind: ClassVar[str] = "mask"
-    size: int = field(validator=ge(1))
+    size: Size = field(validator=positive_size)
     classes: int = field(default=2, validator=ge(2))
+    names: tuple[str, ...] = field(default=())
+    ignore: int | None = None
+    class_weights: tuple[float, ...] = field(default=(), validator=deep_iterable(ge(0.0)))
     loss_weight: float = field(default=0.3, validator=gt(0.0))
     snr_clamp: tuple[float, float] = field(default=(1.0, 1.0), validator=low_before_high)
     field: str | None = None
 
+    def __attrs_post_init__(self) -> None:
+        for key, values in (("names", self.names), ("class_weights", self.class_weights)):
+            if values and len(values) != self.classes:
+                raise ValueError(f"{key}: expected one for each of {self.classes} classes, found {len(values)}")
+        if len(set(self.names)) < len(self.names):
+            raise ValueError("names: expected different names, found one twice")
+        if self.ignore is not None and 0 <= self.ignore < self.classes:
+            raise ValueError(
+                f"ignore: expected a value that is no class (0 to {self.classes - 1}), found {self.ignore}"
+            )
+
     def latent_channels(self, height: int, width: int) -> int:
-        return (self.classes - 1) * max(self.size // height, 1) * max(self.size // width, 1)
+        return (self.classes - 1) * patch_channels(self.size, height, width)
 
     def build(self, latent: LatentSpec, features: FeatureSpec) -> Modality:
-        patch = patch_size("mask", self.size, latent)
-        encoder = MaskEncoder(latent, self.classes, patch)
-        return MaskModality(encoder, CategoricalMaskDecoder(features, self.classes, self.size, patch), self)
+        height, width, patch = picture_size("mask", self.size, latent)
+        encoder = MaskEncoder(latent, self.classes, patch, self.ignore)
+        decoder = CategoricalMaskDecoder(features, self, (height, width), patch)
+        return MaskModality(encoder, decoder, self, (height, width))
 
 
 @hookimpl

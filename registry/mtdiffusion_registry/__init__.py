@@ -11,12 +11,13 @@ from mtdiffusion_registry.configs import (
     Config,
     DatasetConfig,
     EvaluatorConfig,
+    FieldConfig,
     MethodConfig,
     ModalityConfig,
     TaskConfig,
     WeightScheduleConfig,
 )
-from mtdiffusion_registry.errors import ConfigError, PluginError, UserError
+from mtdiffusion_registry.errors import ConfigError, EmptySplit, PluginError, UserError
 from mtdiffusion_registry.evaluation import Evaluator
 from mtdiffusion_registry.hookspecs import API_VERSION, hookimpl
 from mtdiffusion_registry.queries import Query
@@ -30,8 +31,10 @@ __all__ = [
     "Config",
     "ConfigError",
     "DatasetConfig",
+    "EmptySplit",
     "Evaluator",
     "EvaluatorConfig",
+    "FieldConfig",
     "MethodConfig",
     "ModalityConfig",
     "PluginError",

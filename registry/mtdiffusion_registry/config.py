@@ -2,7 +2,7 @@
 
 Types are strict. The only conversions are an integer where a number is asked for, an array for a tuple and a string for
 a path. A field annotated with one of the bases of :mod:`mtdiffusion_registry.configs` holds a table whose key ``kind``
-says which class it is.
+says which class it is; a kind alone may stand for a table that says no more.
 """
 
 from __future__ import annotations
@@ -281,6 +281,9 @@ def _union_hook(type_: Any, converter: Converter) -> Hook:
     def hook(value: object, _: object) -> object:
         if value is None and NoneType in get_args(type_):
             return None
+        tables = [member for member in get_args(type_) if _is_table(member) or attrs.has(member)]
+        if isinstance(value, Mapping) and len(tables) == 1:  # so that what is wrong within is said
+            return converter.structure(value, tables[0])
         for member in get_args(type_):
             with suppress(BaseValidationError, TypeError, ValueError, StructureHandlerNotFoundError):
                 if member is not NoneType:
@@ -317,6 +320,8 @@ def _base_hook(base: type, registry: Registry, converter: Converter) -> Hook:
     def hook(value: object, _: object) -> object:
         if isinstance(value, base):
             return value
+        if isinstance(value, str):
+            value = {"kind": value}
         if not isinstance(value, Mapping):
             raise _mismatch(value, base)
         try:

@@ -7,7 +7,8 @@ fields are the keys that a configuration file may set, so their types must be on
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -75,13 +76,97 @@ class BackboneConfig(Config):
 
 @frozen
 class DatasetConfig(Config):
-    """Builds a data set."""
+    """Builds a data set.
+
+    Attributes:
+        reproducible: whether its samples follow from its configuration and code alone (they are computed, or shipped),
+            so that what is made from them may be kept under these. Data sets of files have a fingerprint of their own.
+    """
 
     group: ClassVar[str] = "dataset"
+    reproducible: ClassVar[bool] = False
 
     @abstractmethod
     def build(self, split: Literal["train", "test"]) -> Dataset:
-        """The split of the data set; the same samples in the same order every time."""
+        """The split of the data set; the same samples in the same order every time.
+
+        Raises:
+            EmptySplit: if there are no samples in it.
+            UserError: if the data are missing or damaged.
+        """
+
+    def reading(self, fields: Collection[str]) -> DatasetConfig:
+        """The same data set for one who reads these fields only, which may spare it work; by default this one."""
+        return self
+
+
+@frozen
+class FieldConfig(Config):
+    """Reads one field of a data set of files: what a sample's file holds, or its cell of a table.
+
+    A data set of files (``folder``) asks by kind, ``fields = {speech = "logmel"}``, and knows none of the kinds itself.
+    What a field holds follows the conventions of :class:`mtdiffusion.interfaces.Dataset`; a text is left to the
+    modality that reads the field (:meth:`mtdiffusion.interfaces.Modality.from_text`).
+
+    Attributes:
+        suffixes: of files that hold one sample's value each, in lower case with their dot; (): there are none such.
+        cells: whether values can stand in a table: CSV, JSON and the like.
+        arrays: whether they can be the arrays of one file, ``.safetensors`` or ``.npz``, by sample.
+        spatial: whether values are pictures, to be scaled and cropped alike with the other pictures of a sample.
+    """
+
+    group: ClassVar[str] = "field"
+    suffixes: ClassVar[tuple[str, ...]] = ()
+    cells: ClassVar[bool] = False
+    arrays: ClassVar[bool] = False
+    spatial: ClassVar[bool] = False
+
+    @property
+    def folder_of(self) -> str | None:
+        """Another field, whose files stand in folders that are named by this field's values: :meth:`parse` is given the
+        folder's name. None: the field has files or a table of its own."""
+        return None
+
+    def read(self, path: Path, size: tuple[int, int] | None = None) -> Tensor | str:
+        """What a file holds, in a form that takes little room (pictures of 8 bits as uint8); :meth:`value` goes on.
+
+        Args:
+            size: height and width to which pictures are scaled and cropped centrally; None: as they are. Only spatial
+                fields are given one.
+
+        Raises:
+            ValueError: if the file is damaged or holds something else; the message names the file.
+        """
+        raise NotImplementedError(f"field {self.kind}: has suffixes, so it must say how files are read")
+
+    def parse(self, content: object) -> Tensor | str | None:
+        """What a cell of a table holds (a str; of JSON and Parquet also a number, a bool, a list or None), or an array
+        (``numpy.ndarray``); None if it is blank.
+
+        Raises:
+            ValueError: if it is no value; the message says what was found and what is expected.
+        """
+        raise NotImplementedError(f"field {self.kind}: has cells or arrays, so it must say how they are read")
+
+    def value(self, stored: Tensor) -> Tensor:
+        """What a sample holds, of what :meth:`read` gave; by default that itself."""
+        return stored
+
+    def extent(self, path: Path) -> tuple[int, int] | None:
+        """Height and width of a file's picture as it is shown, by its header alone, so that a data set can tell whether
+        the pictures of a sample lie on one another; None: it cannot be told.
+
+        Raises:
+            ValueError: as :meth:`read`.
+        """
+        return None
+
+    def check_files(self, paths: Sequence[Path]) -> None:
+        """What shows in all files together only, such as palettes that contradict one another.
+
+        Raises:
+            ValueError: the message names the files.
+        """
 
 
 @frozen
@@ -180,6 +265,7 @@ BASES: Mapping[str, type[Config]] = MappingProxyType(
             ModalityConfig,
             BackboneConfig,
             DatasetConfig,
+            FieldConfig,
             WeightScheduleConfig,
             ClockLawConfig,
             EvaluatorConfig,

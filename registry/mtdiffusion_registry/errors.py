@@ -14,6 +14,10 @@ class ConfigError(UserError):
     """A configuration that does not fit: says where in which file, what was found and what is expected."""
 
 
+class EmptySplit(UserError):
+    """A split of a data set that has no samples, though the data set is there: some work needs it, some does not."""
+
+
 class PluginError(UserError):
     """A plugin that cannot be used: says whose it is, what is wrong and what to do."""
 

@@ -12,6 +12,7 @@ from mtdiffusion_registry.configs import (
     ClockLawConfig,
     DatasetConfig,
     EvaluatorConfig,
+    FieldConfig,
     MethodConfig,
     ModalityConfig,
     TaskConfig,
@@ -39,6 +40,11 @@ def mtdiffusion_backbones() -> list[type[BackboneConfig]]:  # type: ignore[empty
 @hookspec
 def mtdiffusion_datasets() -> list[type[DatasetConfig]]:  # type: ignore[empty-body]
     """Data sets."""
+
+
+@hookspec
+def mtdiffusion_fields() -> list[type[FieldConfig]]:  # type: ignore[empty-body]
+    """Fields: how values are read from a person's files."""
 
 
 @hookspec
@@ -71,6 +77,7 @@ HOOKS: Mapping[str, str] = MappingProxyType(
         "modality": "mtdiffusion_modalities",
         "backbone": "mtdiffusion_backbones",
         "dataset": "mtdiffusion_datasets",
+        "field": "mtdiffusion_fields",
         "weight_schedule": "mtdiffusion_weight_schedules",
         "clock_law": "mtdiffusion_clock_laws",
         "evaluator": "mtdiffusion_evaluators",

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtdiffusion_engine.data import ModalityData, StepSampler, derive_seed
+from mtdiffusion_engine.data import ModalityData, StepSampler, derive_seed, training_batches
 from mtdiffusion_engine.experiment import build_model
 from mtdiffusion_plugins.clip import ClipConfig
+from mtdiffusion_plugins.label import LabelConfig
 from mtdiffusion_registry import UserError
 from tests.engine.tiny import ToyData, toy
 
@@ -98,18 +99,129 @@ def test_what_a_modality_cannot_be_derived_from_is_said() -> None:
         ModalityData(ToyData(11, "", -1), {"clip": clip})
 
 
+class Altered(ToyData):
+    """Toy data, one sample of which is another; read() counts."""
+
+    def __init__(self, count: int, **changes: object) -> None:
+        super().__init__(count, "", -1)
+        self.changes = changes
+        self.reads = 0
+
+    def __getitem__(self, index: int) -> dict[str, Tensor | str]:
+        self.reads += 1
+        sample = super().__getitem__(index)
+        if index == 9:
+            if "error" in self.changes:
+                raise self.changes["error"]  # type: ignore[misc]
+            sample |= self.changes  # type: ignore[arg-type]
+        return sample
+
+    def describe(self, index: int) -> str:
+        return f"the toy {index}"
+
+
+def altered(count: int = 11, **changes: object) -> ModalityData:
+    model = build_model(toy())
+    return ModalityData(Altered(count, **changes), {name: model.modality(name) for name in model.names})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label": torch.tensor(77)}, "data: the toy 9: modality 'label': label of 3 classes: expected values from 0"),
+        ({"image": torch.zeros(1, 5, 5)}, r"data: the toy 9: modality 'image': .*\[batch, 1, 5, 5\]|1, 5, 5"),
+        ({"image": torch.full((1, 4, 4), float("nan"))}, "data: the toy 9: modality 'image': .*finite"),
+        ({"label": "cat"}, "data: the toy 9: modality 'label': .*found 'cat'"),
+        ({"mask": "cat"}, "data: the toy 9: modality 'mask': found the text 'cat', expected a tensor"),
+        ({"error": ValueError("row 9 is damaged")}, "data: the toy 9: row 9 is damaged"),
+        ({"error": OSError(5, "Input/output error")}, "data: the toy 9: .*Input/output error"),
+    ],
+)
+def test_a_bad_sample_is_named_before_any_work(changes: dict[str, object], message: str) -> None:
+    data = altered(**changes)
+    data.batch(range(9))
+    with pytest.raises(UserError, match=message):
+        data.verify()
+    loader = training_batches(data, StepSampler(11, 11, 0, 0, 1), workers=0)
+    with pytest.raises(UserError, match=message):
+        next(loader)
+
+
 def test_data_of_another_dtype_than_the_placeholder_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = toy_data()
-    sample = data[0]
-    sample["image"] = sample["image"].double()
+    data = altered(image=torch.zeros(1, 4, 4, dtype=torch.float64))
     monkeypatch.setattr(data.modalities["image"], "check", lambda x: None)  # too lenient, as a plugin's may be
-    expected = r"modality 'image': expected torch\.float32, as of its placeholder, found torch\.float64"
+    expected = r"the toy 9: modality 'image': expected torch\.float32, as of its placeholder, found torch\.float64"
     with pytest.raises(UserError, match=expected):
-        data.collate([sample])
+        data.batch([9])
 
 
-def test_samples_of_different_shapes_are_named_by_their_modality() -> None:
-    data = toy_data()
-    samples = [data[0], {**data[1], "image": torch.zeros(1, 5, 5)}]
-    with pytest.raises(UserError, match=r"data: modality 'image': .*\[1, 5, 5\]"):
-        data.collate(samples)
+def test_texts_are_read_by_the_modality() -> None:
+    config = LabelConfig(classes=3, names=("cat", "dog", "emu"))
+    model = build_model(toy())
+    label = config.build(model.layout.share("label"), model.backbone.features)
+    data = ModalityData(Altered(11, label="emu"), {"label": label})
+    assert int(data[9]["label"]) == 2
+    batch = data.batch([8, 9])  # indices and names, side by side
+    assert batch.x["label"].tolist() == [int(data[8]["label"]), 2]
+
+
+def test_what_was_looked_through_is_not_again_while_it_stays_the_same() -> None:
+    model = build_model(toy())
+    modalities = {name: model.modality(name) for name in model.names}
+    keys = dict.fromkeys(modalities, "as they are")
+
+    def reads(fingerprint: str | None, **changed: str) -> int:
+        dataset = Altered(11)
+        dataset.fingerprint = fingerprint
+        data = ModalityData(dataset, modalities, keys={**keys, **changed})
+        before = dataset.reads
+        data.verify()
+        return dataset.reads - before
+
+    assert [reads("toys, verified"), reads("toys, verified")] == [11, 0]
+    assert reads("other toys, verified") == 11
+    assert reads("toys, verified", label="changed") == 11
+    assert [reads(None), reads(None)] == [11, 11]
+
+
+def test_a_derived_modality_is_kept_under_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model(toy())
+    config = ClipConfig(dim=16, source="image", model="none")
+    clip = config.build(model.layout.share("image"), model.backbone.features)
+    calls: list[int] = []
+
+    def derive(source: Tensor) -> Tensor:
+        calls.append(len(source))
+        return torch.nn.functional.normalize(source.flatten(1), dim=1)
+
+    monkeypatch.setattr(clip, "derive", derive)
+
+    def embedded(fingerprint: str, key: str) -> Tensor:
+        dataset = ToyData(11, "image", -1)
+        dataset.fingerprint = fingerprint
+        return ModalityData(dataset, {"clip": clip}, keys={"clip": key}).batch(range(11)).x["clip"]
+
+    first = embedded("toys, derived", "a")
+    assert torch.equal(embedded("toys, derived", "a"), first) and calls == [7]
+    embedded("toys, derived", "b")
+    embedded("others, derived", "a")
+    assert calls == [7, 7, 7]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_are_given_no_modules(method: str) -> None:
+    """A module can hold what no other process can be sent: a parametrised layer, an open file."""
+    data = toy_data(lacking="label")
+    for modality in data.modalities.values():
+        modality.unsendable = lambda: None  # type: ignore[assignment]
+    sampler = StepSampler(11, 4, 0, 0, 2)
+    wanted = list(training_batches(data, sampler, workers=0))
+    before = torch.multiprocessing.get_start_method()
+    torch.multiprocessing.set_start_method(method, force=True)
+    try:
+        found = list(training_batches(data, sampler, workers=1))
+    finally:
+        torch.multiprocessing.set_start_method(before, force=True)
+    for one, other in zip(wanted, found, strict=True):
+        assert torch.equal(one.presence, other.presence)
+        assert all(torch.equal(one.x[name], other.x[name]) for name in one.x)

@@ -78,6 +78,7 @@ class DigitsConfig(DatasetConfig):
     """
 
     kind: ClassVar[str] = "digits"
+    reproducible: ClassVar[bool] = True
 
     size: int = field(default=NATIVE_SIZE, validator=ge(NATIVE_SIZE))
     seed: int = field(default=0, validator=ge(0))

@@ -2,84 +2,116 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
-import zipfile
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, cast
+import unicodedata
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import ClassVar, Literal
 
+import attrs
 import numpy as np
 import torch
 from attrs import Attribute, field, frozen
-from attrs.validators import and_, deep_mapping, ge, in_, instance_of, le, min_len, optional
-from safetensors import SafetensorError
+from attrs.validators import and_, deep_mapping, ge, instance_of, le, min_len
 from safetensors.torch import load_file
 from torch import Tensor
 
 from mtdiffusion.interfaces import Dataset
-from mtdiffusion_plugins.datasets._tensors import from_uint8
-from mtdiffusion_registry.configs import DatasetConfig
-from mtdiffusion_registry.errors import UserError
+from mtdiffusion_plugins import tables
+from mtdiffusion_plugins.datasets._decoded import Decoded, decode, stamp, stamped
+from mtdiffusion_plugins.fields import FIELDS
+from mtdiffusion_plugins.sizes import Size, positive_size, sides
+from mtdiffusion_registry.configs import DatasetConfig, FieldConfig
+from mtdiffusion_registry.errors import EmptySplit, UserError
 from mtdiffusion_registry.hookspecs import hookimpl
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from mtdiffusion_registry.pictures import SUFFIXES as PICTURES
+from mtdiffusion_registry.registry import Registry
 
 MTDIFFUSION_API = 1
 
 Value = Tensor | str
 
-TYPES = ("image", "mask", "label", "embedding", "caption")
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
-TABLES = (".csv", ".tsv", ".json")
 ARRAYS = (".safetensors", ".npz")
-
-_FILES: dict[str, tuple[str, ...]] = {
-    "image": PICTURES,
-    "mask": PICTURES,
-    "embedding": (".npy",),
-    "caption": (".txt",),
-}
-_TABLES: dict[str, tuple[str, ...]] = {"label": TABLES, "caption": TABLES, "embedding": ARRAYS}
-MEMORY_LIMIT = 512 * 2**20
-"""Bytes of decoded pictures that one field may keep in memory; beyond it they are decoded at every access."""
+HELD_OUT = ("test", "val", "validation")
+"""Names of the folder with the test split, in order of preference."""
+METADATA = "metadata"
+"""A table of this name holds columns for several fields; its ``file_name`` is the picture's, from its own folder."""
+_NO_DATA = ("thumbs.db", "desktop.ini", "__macosx")  # what systems leave in folders, beside names that begin with a dot
 
 
 @frozen
 class _Source:
-    """Where a field's data were found, and its raw values by stem."""
+    """Where a field's data were found, and by stem its files, or what its cells or arrays hold."""
 
     where: Path
-    items: Mapping[str, object]
+    files: Mapping[str, Path] | None
+    contents: Mapping[str, object]
+
+    @property
+    def stems(self) -> Collection[str]:
+        return (self.contents if self.files is None else self.files).keys()
+
+
+@frozen(eq=False)
+class _Column:
+    """A field's values by stem.
+
+    Attributes:
+        rows: the place of each stem's value; a stem that lacks it has none.
+        files: where each value comes from, for errors.
+    """
+
+    rows: Mapping[str, int]
+    values: Tensor | list[Value] | Decoded
+    files: Sequence[Path]
+
+    def __contains__(self, stem: object) -> bool:
+        return stem in self.rows
+
+    def __getitem__(self, stem: str) -> Value:
+        return self.values[self.rows[stem]]
+
+    def where(self, stem: str) -> Path:
+        return self.files[self.rows[stem] if len(self.files) > 1 else 0]
+
+    def fingerprint(self) -> str:
+        if isinstance(self.values, Decoded):
+            return self.values.key
+        digest = hashlib.sha256("\0".join(self.rows).encode(errors="surrogateescape"))
+        for value in self.values if isinstance(self.values, list) else (self.values,):
+            digest.update(value.numpy().tobytes() if isinstance(value, Tensor) else value.encode() + b"\0")
+        return digest.hexdigest()
 
 
 class FolderDataset(Dataset):
-    """Samples by stem. A column's values are in memory, or read at each access where a reader is given for it.
+    """Samples by stem.
 
     Attributes:
         stems: the samples' names, in order.
     """
 
-    def __init__(
-        self,
-        stems: list[str],
-        columns: Mapping[str, Mapping[str, Value]],
-        lazy: Mapping[str, tuple[Mapping[str, Path], Callable[[Path], Tensor]]],
-    ) -> None:
+    def __init__(self, stems: list[str], columns: Mapping[str, _Column]) -> None:
         self.stems = stems
         self._columns = columns
-        self._lazy = lazy
+        parts = ["\0".join(stems), *(f"{name}={column.fingerprint()}" for name, column in sorted(columns.items()))]
+        self.fingerprint = hashlib.sha256("\1".join(parts).encode(errors="surrogateescape")).hexdigest()[:32]
 
     def __len__(self) -> int:
         return len(self.stems)
 
     def __getitem__(self, index: int) -> dict[str, Value]:
         stem = self.stems[index]
-        sample = {name: column[stem] for name, column in self._columns.items() if stem in column}
-        sample.update({name: read(paths[stem]) for name, (paths, read) in self._lazy.items() if stem in paths})
-        return sample
+        return {name: column[stem] for name, column in self._columns.items() if stem in column}
+
+    def describe(self, index: int) -> str:
+        stem = self.stems[index]
+        files = dict.fromkeys(str(column.where(stem)) for column in self._columns.values() if stem in column)
+        return f"{stem} ({', '.join(files)})"
+
+
+def _by_kind(fields: Mapping[str, FieldConfig | str]) -> dict[str, FieldConfig | str]:
+    """Kinds that come with mtdiffusion made configs; another name stays, and :meth:`FolderConfig.build` looks it up."""
+    return {name: FIELDS[each]() if isinstance(each, str) and each in FIELDS else each for name, each in fields.items()}
 
 
 def _known_fields(instance: FolderConfig, _: Attribute[tuple[str, ...]], value: tuple[str, ...]) -> None:
@@ -92,25 +124,28 @@ def _known_fields(instance: FolderConfig, _: Attribute[tuple[str, ...]], value: 
 class FolderConfig(DatasetConfig):
     """A folder of one's own data.
 
-    Each field is found under ``root`` by its name, as a subfolder of files (``root/image/0001.png``) or as a table
-    whose keys are stems:
+    Each field is found under ``root`` by its name, as a subfolder with a file for each sample (``root/image/0001.png``;
+    also within further folders, which are then part of the stem) or as a table (``root/label.csv``) whose rows say by a
+    column ``stem`` or ``file_name`` whose they are, and by a column ``value``, or named like the field, what it is; or
+    as a column of one table ``root/metadata.csv`` for several fields. A plugin may bring further kinds of fields; those
+    that are here:
 
-    - ``image``: 8-bit pictures → float32 ``[channels, h, w]`` in [−1, 1]. Transparency is dropped.
-    - ``mask``: pictures whose pixels are class indices (modes 1, L, P, I, I;16) → int64 ``[h, w]``.
-    - ``label``: ``label.csv``, ``.tsv`` (columns ``stem`` and ``value``) or ``.json`` (an object by stem) → int64
-      ``[]``.
-    - ``caption``: such a table, or a subfolder of ``.txt`` files → str.
-    - ``embedding``: ``.safetensors`` or ``.npz`` with a vector for each stem, or a subfolder of ``.npy`` files →
-      float32 ``[D]``, scaled to unit norm.
+    - ``image``: pictures of 8 or 16 bits → float32 ``[channels, h, w]`` in [−1, 1]. What is transparent is white.
+    - ``mask``: pictures whose pixels are class indices, or colours that stand for them → int64 ``[h, w]``.
+    - ``label``: a class index → int64 ``[]``, or a class's name → str.
+    - ``class_folder``: the name of the folder that holds another field's file → str.
+    - ``caption``: a text → str.
+    - ``embedding``: a vector; ``.safetensors`` or ``.npz`` with one for each stem, too → float32 ``[D]`` of unit norm.
 
-    Every file of the split is read when the data set is built, so that a bad one is reported then and not hours later.
+    Every file of the split is read when the data set is built first, so that a bad one is reported then and not hours
+    later; pictures are kept, decoded and scaled, in the cache (:func:`mtdiffusion_registry.cache.cache_folder`).
 
     Attributes:
-        root: the folder. If it has subfolders ``train`` and ``test``, they are the splits, each laid out as above.
-        fields: each field's name and its type.
-        size: images and masks are scaled (bicubic, masks nearest) and cropped centrally to this side; None keeps them
-            as they are, and a field's pictures must then all be of one size.
-        channels: of images: 1 (grey) or 3 (RGB).
+        root: the folder. If it has subfolders ``train`` and ``test`` (or ``val``), they are the splits, each laid out
+            as above.
+        fields: each field's name and its kind, as a name or with the kind's options.
+        size: pictures are scaled (bicubic, masks nearest) and cropped centrally to this side, or to a height and width;
+            None keeps them as they are, and a field's pictures must then all be of one size.
         allow_missing: fields that a sample may lack; its dict then lacks the key.
         test_fraction: the share of stems in the test split, decided by a hash of the stem: adding files never moves one
             from one split to the other.
@@ -121,70 +156,77 @@ class FolderConfig(DatasetConfig):
 
     kind: ClassVar[str] = "folder"
 
-    root: str = field(validator=and_(instance_of(str), min_len(1)))
-    fields: dict[str, str] = field(
-        validator=and_(min_len(1), deep_mapping(key_validator=min_len(1), value_validator=in_(TYPES)))
+    root: Path = field(converter=Path)
+    fields: dict[str, FieldConfig | str] = field(
+        converter=_by_kind,
+        validator=and_(min_len(1), deep_mapping(min_len(1), instance_of((FieldConfig, str)), instance_of(dict))),
     )
-    size: int | None = field(default=None, validator=optional(ge(1)))
-    channels: int = field(default=3, validator=in_((1, 3)))
+    size: Size | None = field(default=None, validator=positive_size)
     allow_missing: tuple[str, ...] = field(default=(), converter=tuple, validator=_known_fields)
     test_fraction: float = field(default=0.1, validator=and_(ge(0), le(1)))
 
-    def build(self, split: Literal["train", "test"]) -> Dataset:
+    def reading(self, fields: Collection[str]) -> FolderConfig:
+        needed = set(fields)
+        needed |= {
+            each.folder_of
+            for name, each in self.fields.items()
+            if name in needed and isinstance(each, FieldConfig) and each.folder_of
+        }
+        kept = {name: each for name, each in self.fields.items() if name in needed}
+        if not kept:
+            return self
+        return attrs.evolve(self, fields=kept, allow_missing=[name for name in self.allow_missing if name in kept])
+
+    def build(self, split: Literal["train", "test"]) -> FolderDataset:
         base, by_hash = self._base(split)
-        sources = {name: _find(base, name, self.fields[name]) for name in self.fields}
+        fields = {name: _resolved(each) for name, each in self.fields.items()}
+        sources = _sources(base, fields)
         stems = self._matched(base, sources)
         if by_hash:
             stems = [stem for stem in stems if (_fraction(stem) < self.test_fraction) == (split == "test")]
         if not stems:
-            raise UserError(
+            raise EmptySplit(
                 f"the {split} split of {base} is empty: change test_fraction (now {self.test_fraction:g}), or lay the "
                 f"data out in {base / 'train'} and {base / 'test'}"
             )
-
-        columns: dict[str, dict[str, Value]] = {}
-        lazy: dict[str, tuple[dict[str, Path], Callable[[Path], Tensor]]] = {}
+        columns = {}
         for name, source in sources.items():
-            kind = self.fields[name]
-            chosen = [stem for stem in stems if stem in source.items]
-            if kind == "label":
-                columns[name] = {stem: _label(source, stem) for stem in chosen}
-            elif kind == "caption":
-                columns[name] = {stem: _caption(source, stem) for stem in chosen}
-            elif kind == "embedding":
-                columns[name] = _embeddings(source, chosen)
-            else:
-                paths = {stem: cast(Path, source.items[stem]) for stem in chosen}
-                read = self._read_image if kind == "image" else self._read_mask
-                pictures = _load_pictures(name, paths, read)
-                if pictures is None:
-                    lazy[name] = paths, read
-                else:
-                    columns[name] = pictures
-        return FolderDataset(stems, columns, lazy)
+            column = _column(name, fields[name], source, stems, None if self.size is None else sides(self.size))
+            if name not in self.allow_missing and (blank := [stem for stem in stems if stem not in column]):
+                raise UserError(
+                    f"{source.where}: {len(blank)} of {len(stems)} samples have nothing in {name!r}: {_list(blank)}. "
+                    f"If samples may lack it, add {name!r} to allow_missing"
+                )
+            columns[name] = column
+        _require_aligned(stems, {name: columns[name] for name in columns if fields[name].spatial}, fields)
+        return FolderDataset(stems, columns)
 
     def _base(self, split: str) -> tuple[Path, bool]:
         """The folder to look in, and whether the split is still to be made (by hash)."""
-        root = Path(self.root).expanduser()
+        root = self.root.expanduser()
         if not root.is_dir():
             raise UserError(f"data folder {root} does not exist (option root)")
-        halves = [name for name in ("train", "test") if (root / name).is_dir() and name not in self.fields]
-        if len(halves) == 1:
-            raise UserError(f"{root} has a folder {halves[0]!r} only: it needs both 'train' and 'test', or neither")
-        return (root / split, False) if halves else (root, True)
+        there = [name for name in ("train", *HELD_OUT) if (root / name).is_dir() and name not in self.fields]
+        if not there:
+            return root, True
+        if len(there) == 1:
+            raise UserError(f"{root} has a folder {there[0]!r} only: it needs both 'train' and 'test', or neither")
+        if "train" not in there:
+            raise UserError(f"{root} has folders {_list(there)}, but no 'train'")
+        return root / ("train" if split == "train" else there[1]), False
 
     def _matched(self, base: Path, sources: Mapping[str, _Source]) -> list[str]:
         """The stems of the samples, sorted; all have every field that is not in allow_missing."""
-        everything = set().union(*(source.items for source in sources.values()))
+        everything = set().union(*(source.stems for source in sources.values()))
         if not everything:
             raise UserError(f"no data in {base}: {_list(self.fields)} are all empty")
         required = [name for name in self.fields if name not in self.allow_missing]
-        matched = everything.intersection(*(sources[name].items for name in required))
+        matched = everything.intersection(*(sources[name].stems for name in required))
         if not matched:
-            found = "; ".join(f"{name}: {_list(sources[name].items)}" for name in required)
+            found = "; ".join(f"{name}: {_list(sources[name].stems)}" for name in required)
             raise UserError(f"no stem in {base} has all of {_list(required)}. Stems found: {found}")
         for name in required:
-            missing = everything - sources[name].items.keys()
+            missing = everything - sources[name].stems
             if missing:
                 raise UserError(
                     f"{len(missing)} of {len(everything)} samples in {base} have no {name!r}: {_list(missing)}. If "
@@ -192,39 +234,18 @@ class FolderConfig(DatasetConfig):
                 )
         return sorted(matched)
 
-    def _read_image(self, path: Path) -> Tensor:
-        from PIL import Image as PIL
 
-        picture = _open(path)
-        if picture.mode.startswith(("I", "F")):
-            raise UserError(f"{path}: images must have 8 bits a channel, this one has mode {picture.mode!r}")
-        picture = picture.convert("L" if self.channels == 1 else "RGB")
-        pixels = np.array(self._fit(picture, PIL.Resampling.BICUBIC), np.uint8)
-        return from_uint8(pixels.reshape(*pixels.shape[:2], self.channels))
-
-    def _read_mask(self, path: Path) -> Tensor:
-        from PIL import Image as PIL
-
-        picture = _open(path)
-        if picture.mode not in ("1", "L", "P", "I") and not picture.mode.startswith("I;16"):
-            raise UserError(
-                f"{path}: a mask's pixels must be class indices (mode 1, L, P, I or I;16), this one has mode "
-                f"{picture.mode!r}"
-            )
-        return torch.from_numpy(np.array(self._fit(picture, PIL.Resampling.NEAREST)).astype(np.int64))
-
-    def _fit(self, picture: Image, resample: int) -> Image:
-        from PIL import Image as PIL
-        from PIL import ImageOps
-
-        if self.size is None:
-            return picture
-        return ImageOps.fit(picture, (self.size, self.size), PIL.Resampling(resample))
+def _resolved(each: FieldConfig | str) -> FieldConfig:
+    if isinstance(each, FieldConfig):
+        return each
+    cls = Registry.discover().config_class("field", each)
+    assert issubclass(cls, FieldConfig)
+    return cls()
 
 
 def _fraction(stem: str) -> float:
     """A number in [0, 1) that depends on the stem only (``hash`` differs from run to run)."""
-    return int.from_bytes(hashlib.sha256(stem.encode()).digest()[:8], "big") / 2**64
+    return int.from_bytes(hashlib.sha256(stem.encode(errors="surrogateescape")).digest()[:8], "big") / 2**64
 
 
 def _list(names: Iterable[object], most: int = 5) -> str:
@@ -233,38 +254,116 @@ def _list(names: Iterable[object], most: int = 5) -> str:
     return (", ".join(names[:most]) or "none") + more
 
 
-def _find(base: Path, name: str, kind: str) -> _Source:
-    """The field's raw values by stem: paths of files, cells of a table or arrays."""
-    tables = [base / f"{name}{suffix}" for suffix in _TABLES.get(kind, ())]
-    found = [path for path in tables if path.is_file()]
-    if kind in _FILES and (base / name).is_dir():
+# --- where values are -------------------------------------------------------------------------------------------------
+
+
+def _sources(base: Path, fields: Mapping[str, FieldConfig]) -> dict[str, _Source]:
+    """Each field's files or contents, under stems that agree between them."""
+    metadata = _metadata(base)
+    found = {name: _find(base, name, each, metadata) for name, each in fields.items() if each.folder_of is None}
+    if metadata is not None:
+        _place_file_names(base, found, fields, metadata)
+    missing = [name for name, source in found.items() if source is None]
+    if missing:
+        raise UserError(_nowhere(base, missing[0], fields[missing[0]], metadata))
+    sources = {name: source for name, source in found.items() if source is not None}
+    for name, each in fields.items():
+        if each.folder_of is not None:
+            sources[name] = _folders(name, each.folder_of, sources)
+    stems = set().union(*(source.files for source in sources.values() if source.files is not None))
+    return {name: source if source.files is not None else _renamed(source, stems) for name, source in sources.items()}
+
+
+def _metadata(base: Path) -> tables.Table | None:
+    found = [path for suffix in tables.SUFFIXES if (path := base / f"{METADATA}{suffix}").is_file()]
+    if len(found) > 1:
+        raise UserError(f"{base} has more than one table of metadata: keep one of {_list(found)}")
+    return tables.read_table(found[0]) if found else None
+
+
+def _find(base: Path, name: str, each: FieldConfig, metadata: tables.Table | None) -> _Source | None:
+    """The field's own files, table, arrays or column of the metadata; None: there are none."""
+    found = [path for path in _tables(base, name, each) if path.is_file()]
+    if each.suffixes and (base / name).is_dir():
         found.append(base / name)
-    if not found:
-        forms = [f"{name}/*{suffix}" for suffix in _FILES.get(kind, ())] + [path.name for path in tables]
-        raise UserError(f"no data for field {name!r} ({kind}) in {base}: expected {' or '.join(forms)}")
+    column = metadata.values(name) if metadata is not None and each.cells and metadata.columns else None
+    if column is not None and metadata is not None:
+        found.append(metadata.path)
     if len(found) > 1:
         raise UserError(f"field {name!r} is there more than once: keep one of {_list(found)}")
+    if not found:
+        return None
     where = found[0]
     if where.is_dir():
-        return _Source(where, _files(where, _FILES[kind]))
-    try:
-        return _Source(where, _READERS[where.suffix](where))
-    except (OSError, ValueError, TypeError, csv.Error, SafetensorError, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot read {where}: {error}") from error
+        return _Source(where, _files(where, each.suffixes), {})
+    if where.suffix in ARRAYS:
+        return _Source(where, None, _normal(_arrays(where).items(), where))
+    if column is None:
+        table = tables.read_table(where)
+        column = table.values("value", name)
+        if column is None:
+            raise UserError(
+                f"{where}: needs a column 'value' or {name!r} beside the one that says whose a row is, found "
+                f"{_list(table.columns)}"
+            )
+    return _Source(where, None, _normal(column, where))
 
 
-def _files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, object]:
-    paths = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
-    strange = [path.name for path in paths if path.suffix.lower() not in suffixes]
+def _tables(base: Path, name: str, each: FieldConfig) -> list[Path]:
+    suffixes = (tables.SUFFIXES if each.cells else ()) + (ARRAYS if each.arrays else ())
+    return [base / f"{name}{suffix}" for suffix in suffixes]
+
+
+def _nowhere(base: Path, name: str, each: FieldConfig, metadata: tables.Table | None) -> str:
+    forms = [f"{name}/*{suffix}" for suffix in each.suffixes] + [path.name for path in _tables(base, name, each)]
+    beside = f" or a column {name!r} of {metadata.path.name}" if metadata is not None else ""
+    return f"no data for field {name!r} ({each.kind}) in {base}: expected {' or '.join(forms)}{beside}"
+
+
+def _place_file_names(
+    base: Path, found: dict[str, _Source | None], fields: Mapping[str, FieldConfig], metadata: tables.Table
+) -> None:
+    """The files that a metadata table names: ``NAME_file_name`` is the field's, ``file_name`` the first field's that
+    has no files otherwise."""
+    for name in [name for name, source in found.items() if source is None and fields[name].suffixes]:
+        column = metadata.values(f"{name}_file_name")
+        if column is None:
+            column = [(key, key) for key, _ in metadata.rows]
+            if any(source is not None and source.where == base for source in found.values()):
+                continue  # another field's already
+        files = []
+        for key, file in column:
+            path = base / str(file)
+            if base.resolve() not in path.resolve().parents:
+                raise UserError(f"{metadata.path}: {file!r} leads out of {base}")
+            if not path.is_file():
+                raise UserError(f"{metadata.path}: names {file}, and there is no such file in {base}")
+            files.append((str(PurePosixPath(key).with_suffix("")), path))
+        found[name] = _Source(base, _normal(files, metadata.path), {})  # type: ignore[arg-type]
+
+
+def _files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+    """Files of these suffixes by stem, those of inner folders too; hidden ones are no data."""
+    found = []
+    strange = []
+    for path in sorted(folder.rglob("*")):
+        inner = path.relative_to(folder)
+        if any(part.startswith(".") or part.lower() in _NO_DATA for part in inner.parts) or path.is_dir():
+            continue
+        if path.suffix.lower() not in suffixes:
+            strange.append(str(inner))
+        found.append((inner.with_suffix("").as_posix(), path))
     if strange:
         raise UserError(f"{folder} holds files of another type than {', '.join(suffixes)}: {_list(strange)}")
-    return _unique(((path.stem, path) for path in paths), folder)
+    return _normal(found, folder)  # type: ignore[return-value]
 
 
-def _unique(items: Iterable[tuple[str, object]], where: Path) -> dict[str, object]:
+def _normal(items: Iterable[tuple[str, object]], where: Path) -> dict[str, object]:
+    """Values by stem, each stem in one form: systems write é as one character or as two."""
     values: dict[str, object] = {}
     twice = set()
     for stem, value in items:
+        stem = unicodedata.normalize("NFC", stem)
         if stem in values:
             twice.add(stem)
         values[stem] = value
@@ -273,134 +372,120 @@ def _unique(items: Iterable[tuple[str, object]], where: Path) -> dict[str, objec
     return values
 
 
-def _read_rows(path: Path) -> dict[str, object]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-        if not {"stem", "value"} <= set(rows.fieldnames or ()):
-            raise UserError(
-                f"{path} needs columns 'stem' and 'value' in its first line, found {_list(rows.fieldnames or ())}"
-            )
-        cells = [(row["stem"], row["value"]) for row in rows]
-    if not all(stem for stem, _ in cells):
-        raise UserError(f"{path} has a row without a stem")
-    return _unique(cells, path)
+def _renamed(source: _Source, stems: set[str]) -> _Source:
+    """The source of a table, its keys as the files' stems where they are files' names."""
+
+    def stem_of(key: str) -> str:
+        if key in stems:
+            return key
+        bare = key.replace("\\", "/")
+        if PurePosixPath(bare).suffix.lower() in (*PICTURES, ".txt", ".npy", ".wav", ".flac"):
+            bare = PurePosixPath(bare).with_suffix("").as_posix()
+            if not stems:
+                return bare
+        while bare not in stems and "/" in bare:  # a path from further up: image/0001.png
+            bare = bare.partition("/")[2]
+        return bare if bare in stems else key
+
+    return attrs.evolve(source, contents=_normal(((stem_of(k), v) for k, v in source.contents.items()), source.where))
 
 
-def _read_json(path: Path) -> dict[str, object]:
-    # Pairs, not a dict: json would keep the last of two equal keys and say nothing.
-    pairs = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=lambda found: _Pairs(found))
-    if not isinstance(pairs, _Pairs):
-        raise UserError(f"{path} must hold one object of values by stem, found a {type(pairs).__name__}")
-    return _unique(pairs, path)
+def _folders(name: str, of: str, sources: Mapping[str, _Source]) -> _Source:
+    """The name of the folder in which each file of another field stands."""
+    files = sources[of].files if of in sources else None
+    if files is None:
+        raise UserError(f"field {name!r}: is the folder of {of!r}, which is no field with files")
+    flat = [stem for stem in files if "/" not in stem]
+    if flat:
+        raise UserError(
+            f"field {name!r}: expected the files of {of!r} in a folder for each class ({of}/CLASS/FILE), found "
+            f"{_list(flat)} in none"
+        )
+    return _Source(sources[of].where, None, {stem: stem.partition("/")[0] for stem in files})
 
 
-class _Pairs(list[tuple[str, object]]):
-    """A JSON object's pairs, told apart from a JSON array."""
-
-
-def _read_safetensors(path: Path) -> dict[str, object]:
-    # By way of float32: numpy has no bfloat16.
-    return {stem: vector.to(torch.float32).numpy() for stem, vector in load_file(path).items()}
-
-
-def _read_npz(path: Path) -> dict[str, object]:
-    with np.load(path, allow_pickle=False) as arrays:
-        return dict(arrays)
-
-
-_READERS: dict[str, Callable[[Path], dict[str, object]]] = {
-    ".csv": _read_rows,
-    ".tsv": _read_rows,
-    ".json": _read_json,
-    ".safetensors": _read_safetensors,
-    ".npz": _read_npz,
-}
-
-
-def _open(path: Path) -> Image:
-    """A picture, decoded whole and turned as its EXIF data say."""
-    from PIL import Image as PIL
-    from PIL import ImageOps
-
+def _arrays(path: Path) -> dict[str, object]:
     try:
-        with PIL.open(path) as picture:
-            picture.load()
-            return ImageOps.exif_transpose(picture)
-    # Pillow reports a broken file as OSError, SyntaxError (PNG), ValueError or DecompressionBombError.
-    except (OSError, SyntaxError, ValueError, PIL.DecompressionBombError) as error:
-        raise UserError(f"cannot read picture {path}: {error}") from error
+        if path.suffix == ".safetensors":
+            # By way of float32: numpy has no bfloat16.
+            return {stem: vector.to(torch.float32).numpy() for stem, vector in load_file(path).items()}
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except Exception as error:  # each format's reader has errors of its own
+        raise UserError(f"cannot read {path}: {error}") from error
 
 
-def _load_pictures(name: str, paths: Mapping[str, Path], read: Callable[[Path], Tensor]) -> dict[str, Value] | None:
-    """Read every picture and check that their sizes agree. None if they are too many to be kept in memory."""
-    pictures: dict[str, Value] | None = {}
-    first: tuple[Path, tuple[int, ...]] | None = None
-    for stem, path in paths.items():
-        picture = read(path)
-        shape = tuple(picture.shape[-2:])
-        if first is None:
-            first = path, shape
-            if picture.nbytes * len(paths) > MEMORY_LIMIT:
-                pictures = None
-        if shape != first[1]:
-            raise UserError(
-                f"field {name!r} has pictures of different sizes: {first[0]} is {_by(first[1])}, {path} "
-                f"is {_by(shape)}. Set size to scale and crop them to one"
-            )
-        if pictures is not None:
-            pictures[stem] = picture
-    return pictures
+# --- values -----------------------------------------------------------------------------------------------------------
 
 
-def _by(shape: tuple[int, ...]) -> str:
-    return f"{shape[1]}×{shape[0]}"
-
-
-def _label(source: _Source, stem: str) -> Tensor:
-    value = source.items[stem]
-    # bool is an int to Python, but true in a JSON file is no class index.
-    text = value.strip() if isinstance(value, str) else str(value) if type(value) is int else ""
-    if not (text.isascii() and text.isdigit()):
-        raise UserError(f"{source.where}: the label of {stem!r} must be a class index (0, 1, 2, ...), found {value!r}")
-    return torch.tensor(int(text), dtype=torch.int64)
-
-
-def _caption(source: _Source, stem: str) -> str:
-    value = source.items[stem]
-    if isinstance(value, Path):
-        try:
-            value = value.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read caption {source.where / stem}.txt: {error}") from error
-    if not isinstance(value, str):
-        raise UserError(f"{source.where}: the caption of {stem!r} must be a text, found {value!r}")
-    return value
-
-
-def _embeddings(source: _Source, stems: Iterable[str]) -> dict[str, Value]:
-    """Unit vectors, checked to be of one width."""
-    vectors: dict[str, Value] = {}
-    first: tuple[str, int] | None = None
+def _column(
+    name: str, each: FieldConfig, source: _Source, stems: Iterable[str], size: tuple[int, int] | None
+) -> _Column:
+    """A field's values of the stems that have it."""
+    if source.files is not None:
+        chosen = [stem for stem in stems if stem in source.files]
+        paths = [source.files[stem] for stem in chosen]
+        values = decode(name, each, paths, size if each.spatial else None)
+        if isinstance(values, Decoded):
+            return _Column({stem: row for row, stem in enumerate(chosen)}, values, paths)
+        kept = [(stem, text, path) for stem, text, path in zip(chosen, values, paths, strict=True) if text]
+        rows = {stem: row for row, (stem, _, _) in enumerate(kept)}
+        return _Column(rows, [text for _, text, _ in kept], [path for _, _, path in kept])
+    found: dict[str, Value] = {}
     for stem in stems:
-        raw = source.items[stem]
-        if isinstance(raw, Path):
+        if stem in source.contents:
             try:
-                raw = np.load(raw, allow_pickle=False)
-            except (OSError, ValueError, EOFError) as error:
-                raise UserError(f"cannot read embedding {source.where / stem}.npy: {error}") from error
-        array = np.asarray(raw)
-        where = f"{source.where}: the embedding of {stem!r}"
-        if array.ndim != 1 or array.dtype.kind not in "fiu":
-            raise UserError(f"{where} must be a vector of numbers, found shape {array.shape} of {array.dtype}")
-        first = first or (stem, len(array))
-        if len(array) != first[1]:
-            raise UserError(f"{where} has width {len(array)}, but that of {first[0]!r} has width {first[1]}")
-        vector = torch.from_numpy(array.astype(np.float32))
-        norm = vector.norm()
-        if not (torch.isfinite(norm) and norm > 0):
-            raise UserError(f"{where} is zero or not finite")
-        vectors[stem] = vector / norm
-    return vectors
+                value = each.parse(source.contents[stem])
+            except ValueError as error:
+                raise UserError(f"{source.where}: {name} of {stem!r}: {error}") from error
+            if value is not None:
+                found[stem] = value
+    return _Column({stem: row for row, stem in enumerate(found)}, _together(name, source.where, found), [source.where])
+
+
+def _together(name: str, where: Path, found: Mapping[str, Value]) -> Tensor | list[Value]:
+    """Values as one tensor ``[n, ...]``, or as a list where some are texts."""
+    tensors = {stem: value for stem, value in found.items() if isinstance(value, Tensor)}
+    if not tensors or len(tensors) < len(found):
+        return list(found.values())
+    first = next(iter(tensors))
+    for stem, value in tensors.items():
+        if value.shape != tensors[first].shape:
+            raise UserError(
+                f"{where}: {name} of {stem!r} has shape {list(value.shape)}, but that of {first!r} has "
+                f"{list(tensors[first].shape)}"
+            )
+    return torch.stack(list(tensors.values()))
+
+
+def _require_aligned(stems: Iterable[str], columns: Mapping[str, _Column], fields: Mapping[str, FieldConfig]) -> None:
+    """The pictures of a sample must show the same frame: of one shape, up to scale.
+
+    Raises:
+        UserError: if those of one do not.
+    """
+    if len(columns) < 2:
+        return
+    key = hashlib.sha256("\0".join(["frames", *(c.fingerprint() for c in columns.values())]).encode()).hexdigest()[:32]
+    if stamped(key):
+        return
+    for stem in stems:
+        frames = {}
+        for name, column in columns.items():
+            if stem in column:
+                extent = fields[name].extent(column.where(stem))
+                if extent is not None:
+                    frames[name] = extent
+        for name, (height, width) in list(frames.items())[1:]:
+            first, (tall, wide) = next(iter(frames.items()))
+            # A picture made smaller is off by a rounded pixel at most.
+            if abs(height * wide - width * tall) > max(height, width, tall, wide):
+                raise UserError(
+                    f"{stem}: its pictures do not lie on one another: {first} is {wide}×{tall} "
+                    f"({columns[first].where(stem)}), {name} is {width}×{height} ({columns[name].where(stem)}), as "
+                    "shown by a viewer, which heeds EXIF; turn or crop one of them like the other"
+                )
+    stamp(key)
 
 
 @hookimpl

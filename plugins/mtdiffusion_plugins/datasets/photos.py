@@ -83,6 +83,7 @@ class PhotosConfig(DatasetConfig):
     """
 
     kind: ClassVar[str] = "photos"
+    reproducible: ClassVar[bool] = True
 
     size: int = field(default=32, validator=and_(ge(8), le(96)))
     count: int = field(default=4000, validator=ge(1))

@@ -255,6 +255,7 @@ class ShapesConfig(DatasetConfig):
     """
 
     kind: ClassVar[str] = "shapes"
+    reproducible: ClassVar[bool] = True
 
     size: int = field(default=32, validator=ge(16))
     count: int = field(default=4000, validator=ge(1))

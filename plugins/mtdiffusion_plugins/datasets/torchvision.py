@@ -5,22 +5,25 @@ ImageFolder (and so ImageNet, also at 64 × 64), CIFAR-10, PASCAL VOC 2012 and C
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from attrs import field, frozen
-from attrs.validators import ge, in_
+from attrs.validators import in_
 from torch import Tensor
 
 from mtdiffusion.interfaces import Dataset
+from mtdiffusion_plugins.datasets._decoded import Decoded, decode
+from mtdiffusion_plugins.fields import ImageField, MaskField
+from mtdiffusion_plugins.files import from_levels, read_pixels
+from mtdiffusion_plugins.sizes import Size, positive_size, sides
 from mtdiffusion_registry.configs import DatasetConfig
-from mtdiffusion_registry.errors import UserError
+from mtdiffusion_registry.errors import EmptySplit, UserError
 from mtdiffusion_registry.hookspecs import hookimpl
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from mtdiffusion_registry.pictures import fit
 
 MTDIFFUSION_API = 1
 
@@ -31,92 +34,138 @@ _LAYOUT = {
     "cityscapes": "root/leftImg8bit/{train,val}/CITY/*.png and root/gtFine/{train,val}/CITY/*_labelIds.png",
 }
 VOC_VOID, CITYSCAPES_VOID = 255, 19
+HELD_OUT = ("val", "test")
 
 
 class TorchvisionDataset(Dataset):
-    """Pictures cut to their central square and resized; masks likewise, by the nearest pixel.
+    """Pictures scaled and cropped centrally to one size, as of the ``folder`` data set, each with a label or a mask.
 
     Args:
-        source: torchvision's data set: item i is (picture, class index or mask picture).
-        to_classes: ``[256]`` int64, from a mask's pixel values to class indices; None: the second item is a label.
+        source: torchvision's data set.
+        images: uint8 ``[n, 3, h, w]``, or the pictures' files decoded.
+        second: "label" or "mask", and its values: int64 ``[n]``, or the masks' files decoded.
+        to_classes: ``[256]`` int64, from a mask's pixel values to class indices.
     """
 
-    def __init__(self, source: Any, size: int, to_classes: Tensor | None) -> None:
-        self.source, self.size, self.to_classes = source, size, to_classes
+    def __init__(
+        self,
+        source: Any,
+        images: Tensor | Decoded,
+        second: tuple[str, Tensor | Decoded],
+        to_classes: Tensor | None = None,
+    ) -> None:
+        self.source, self.to_classes = source, to_classes
+        self._images, (self._name, self._second) = images, second
+        digest = hashlib.sha256(str(to_classes.tolist() if to_classes is not None else None).encode())
+        for part in (images, self._second):
+            digest.update(part.key.encode() if isinstance(part, Decoded) else part.numpy().tobytes())
+        self.fingerprint = digest.hexdigest()[:32]
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self._images)
 
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
-        try:
-            picture, second = self.source[index]
-        except OSError as error:
-            raise UserError(f"sample {index}: cannot be read ({error}); replace the file or remove it") from error
-        image = self._square(picture.convert("RGB"), nearest=False).float() / 127.5 - 1
-        if self.to_classes is None:
-            return {"image": image, "label": torch.tensor(second)}
-        return {"image": image, "mask": self.to_classes[self._square(second, nearest=True)[0].long()]}
+        image, second = self._images[index], self._second[index]
+        if not isinstance(self._images, Decoded):
+            image = from_levels(image)
+        return {"image": image, self._name: second if self.to_classes is None else self.to_classes[second]}
 
-    def _square(self, picture: Image, *, nearest: bool) -> Tensor:
-        """uint8 ``[c, size, size]``."""
-        from torchvision.transforms import InterpolationMode
-        from torchvision.transforms.v2 import functional as F
-
-        how = InterpolationMode.NEAREST if nearest else InterpolationMode.BILINEAR
-        cut = F.center_crop(F.pil_to_tensor(picture), [min(picture.size)] * 2)
-        resized: Tensor = F.resize(cut, [self.size, self.size], interpolation=how, antialias=not nearest)
-        return resized
+    def describe(self, index: int) -> str:
+        return str(self._images.paths[index]) if isinstance(self._images, Decoded) else f"sample {index}"
 
 
-def _image_folder(root: Path, train: bool) -> Any:
+def _image_folder(root: Path, split: str, size: tuple[int, int]) -> TorchvisionDataset:
     from torchvision.datasets import ImageFolder
 
-    names = ("train",) if train else ("val", "test")
-    folder = next((root / name for name in names if (root / name).is_dir()), root / names[0])
-    return ImageFolder(str(folder))
+    def folder_of(split: str) -> Path:
+        names = ("train",) if split == "train" else HELD_OUT
+        return next((root / name for name in names if (root / name).is_dir()), root / names[0])
+
+    # The training split says which number a class has, in both splits: the other may lack some.
+    classes = sorted(_classes(folder_of("train")))
+    if unknown := sorted(set(_classes(folder_of(split))) - set(classes)):
+        raise UserError(
+            f"{folder_of(split)}: has the class {', '.join(unknown[:5])}, which {folder_of('train')} has not; remove "
+            "it, or make that folder there too"
+        )
+
+    class Folder(ImageFolder):  # type: ignore[misc]
+        def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+            return classes, {name: index for index, name in enumerate(classes)}
+
+    source = Folder(str(folder_of(split)), allow_empty=True, is_valid_file=_is_data)
+    paths = [Path(path) for path, _ in source.samples]
+    label = torch.tensor([index for _, index in source.samples], dtype=torch.int64)
+    return TorchvisionDataset(source, _decoded(paths, size), ("label", label))
 
 
-def _cifar10(root: Path, train: bool) -> Any:
+def _classes(folder: Path) -> list[str]:
+    """Names of the classes' folders; hidden ones are none."""
+    names = [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith((".", "__"))]
+    if not names:
+        raise FileNotFoundError(f"{folder} has no folder of a class")
+    return names
+
+
+def _is_data(path: str) -> bool:
+    return Path(path).suffix.lower() in ImageField.suffixes and not Path(path).name.startswith(".")
+
+
+def _decoded(paths: Sequence[Path], size: tuple[int, int]) -> Decoded:
+    if not paths:
+        raise EmptySplit("there are no pictures")
+    found = decode("image", ImageField(), paths, size)
+    assert isinstance(found, Decoded)
+    return found
+
+
+def _masks(paths: Sequence[Path], size: tuple[int, int]) -> Decoded:
+    found = decode("mask", MaskField(), paths, size)
+    assert isinstance(found, Decoded)
+    return found
+
+
+def _cifar10(root: Path, split: str, size: tuple[int, int]) -> TorchvisionDataset:
+    from PIL import Image
     from torchvision.datasets import CIFAR10
 
-    return CIFAR10(str(root), train=train)
+    source = CIFAR10(str(root), train=split == "train")
+    if size == source.data.shape[1:3]:
+        images = torch.from_numpy(source.data).movedim(-1, 1).contiguous()
+    else:
+        images = torch.stack([read_pixels(fit(Image.fromarray(pixels), size), 3) for pixels in source.data])
+    return TorchvisionDataset(source, images, ("label", torch.tensor(source.targets)))
 
 
-def _voc(root: Path, train: bool) -> Any:
+def _voc(root: Path, split: str, size: tuple[int, int]) -> TorchvisionDataset:
+    """0 background, 1..20 the classes, and 255 what borders two things, which is none of them."""
     from torchvision.datasets import VOCSegmentation
 
-    return VOCSegmentation(str(root), year="2012", image_set="train" if train else "val")
+    source = VOCSegmentation(str(root), year="2012", image_set="train" if split == "train" else "val")
+    images = _decoded([Path(path) for path in source.images], size)
+    return TorchvisionDataset(source, images, ("mask", _masks([Path(path) for path in source.masks], size)))
 
 
-def _cityscapes(root: Path, train: bool) -> Any:
-    from torchvision.datasets import Cityscapes
-
-    return Cityscapes(str(root), split="train" if train else "val", mode="fine", target_type="semantic")
-
-
-def _voc_classes() -> Tensor:
-    """0 background, 1..20 the classes; the void border counts as background."""
-    table = torch.zeros(256, dtype=torch.long)
-    table[:21] = torch.arange(21)
-    return table
-
-
-def _cityscapes_classes() -> Tensor:
+def _cityscapes(root: Path, split: str, size: tuple[int, int]) -> TorchvisionDataset:
     """The 19 classes of the benchmark, in its order, and 19 for all that it leaves out."""
     from torchvision.datasets import Cityscapes
 
-    table = torch.full((256,), CITYSCAPES_VOID)
+    to_classes = torch.full((256,), CITYSCAPES_VOID)
     for each in Cityscapes.classes:
         if 0 <= each.train_id < CITYSCAPES_VOID:
-            table[each.id] = each.train_id
-    return table
+            to_classes[each.id] = each.train_id
+    names = "train" if split == "train" else "val"
+    source = Cityscapes(str(root), split=names, mode="fine", target_type="semantic")
+    images = _decoded([Path(path) for path in source.images], size)
+    masks = _masks([Path(paths[0]) for paths in source.targets], size)
+    return TorchvisionDataset(source, images, ("mask", masks), to_classes)
 
 
-_READERS: dict[str, tuple[Callable[[Path, bool], Any], Callable[[], Tensor] | None]] = {
-    "image_folder": (_image_folder, None),
-    "cifar10": (_cifar10, None),
-    "voc": (_voc, _voc_classes),
-    "cityscapes": (_cityscapes, _cityscapes_classes),
+_READERS: Mapping[str, Callable[[Path, str, tuple[int, int]], TorchvisionDataset]] = {
+    "image_folder": _image_folder,
+    "cifar10": _cifar10,
+    "voc": _voc,
+    "cityscapes": _cityscapes,
 }
 
 
@@ -124,33 +173,32 @@ _READERS: dict[str, tuple[Callable[[Path, bool], Any], Callable[[], Tensor] | No
 class TorchvisionConfig(DatasetConfig):
     """Data on disk in the layout in which they are published.
 
-    Fields: ``image`` float32 ``[3, size, size]`` in [−1, 1]; ``label`` int64 (image_folder, cifar10) or ``mask`` int64
-    ``[size, size]`` (voc: 21 classes, the void border as background; cityscapes: 19 classes and 19 for the rest).
+    Fields: ``image`` float32 ``[3, height, width]`` in [−1, 1]; ``label`` int64 (image_folder, cifar10) or ``mask``
+    int64 ``[height, width]`` (voc: 21 classes, and 255 for the void border, which the mask modality is to ignore;
+    cityscapes: 19 classes, and 19 for the rest). In image_folder the training split says which number a class has.
 
     Attributes:
         name: image_folder, cifar10, voc or cityscapes.
         root: the folder that holds it.
-        size: side in pixels that pictures are cut and resized to.
+        size: side in pixels, or height and width, to which pictures are scaled and cropped centrally.
     """
 
     kind: ClassVar[str] = "torchvision"
 
     name: Literal["image_folder", "cifar10", "voc", "cityscapes"] = field(validator=in_(tuple(_READERS)))
-    root: str
-    size: int = field(default=32, validator=ge(8))
+    root: Path = field(converter=Path)
+    size: Size = field(default=32, validator=positive_size)
 
-    def build(self, split: Literal["train", "test"]) -> Dataset:
-        read, classes = _READERS[self.name]
+    def build(self, split: Literal["train", "test"]) -> TorchvisionDataset:
+        expected = f"Expected {_LAYOUT[self.name]}; it is not downloaded for you."
         try:
-            source = read(Path(self.root), split == "train")
+            return _READERS[self.name](self.root.expanduser(), split, sides(self.size))
+        except EmptySplit as error:
+            raise EmptySplit(f"data.root {self.root}: {self.name} ({split}) is empty: {error}. {expected}") from error
+        except UserError:
+            raise
         except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"data.root {self.root}: no {self.name} ({split}) there: {error}. Expected {_LAYOUT[self.name]}; it is "
-                "not downloaded for you."
-            ) from error
-        if len(source) == 0:
-            raise UserError(f"data.root {self.root}: {self.name} ({split}) is empty; expected {_LAYOUT[self.name]}")
-        return TorchvisionDataset(source, self.size, classes() if classes else None)
+            raise UserError(f"data.root {self.root}: no {self.name} ({split}) there: {error}. {expected}") from error
 
 
 @hookimpl

@@ -32,6 +32,7 @@ from mtdiffusion_registry.configs import (
     Config,
     DatasetConfig,
     EvaluatorConfig,
+    FieldConfig,
     MethodConfig,
     ModalityConfig,
     TaskConfig,
@@ -39,7 +40,16 @@ from mtdiffusion_registry.configs import (
 )
 from mtdiffusion_registry.errors import PluginError, UserError, did_you_mean
 from mtdiffusion_registry.registry import PluginInfo, Registry
-from mtdiffusion_registry.testing import backbone, benchmark, clock_law, dataset, evaluator, modality, weight_schedule
+from mtdiffusion_registry.testing import (
+    backbone,
+    benchmark,
+    clock_law,
+    dataset,
+    evaluator,
+    field,
+    modality,
+    weight_schedule,
+)
 from mtdiffusion_registry.testing.config import CHECKS as CONFIG_CHECKS
 from mtdiffusion_registry.testing.contract import (
     BATCHES,
@@ -63,6 +73,7 @@ __all__ = [
     "check_config",
     "check_dataset",
     "check_evaluator",
+    "check_field",
     "check_method",
     "check_modality",
     "check_task",
@@ -78,6 +89,7 @@ CHECKS: Mapping[str, tuple[Check, ...]] = MappingProxyType(
         "modality": modality.CHECKS,
         "backbone": backbone.CHECKS,
         "dataset": dataset.CHECKS,
+        "field": field.CHECKS,
         "weight_schedule": weight_schedule.CHECKS,
         "clock_law": clock_law.CHECKS,
         "evaluator": evaluator.CHECKS,
@@ -221,6 +233,16 @@ def _dataset(config: DatasetConfig, info: PluginInfo | None) -> Subject:
     return dataset.DatasetSubject(config, info=info)
 
 
+def _field(
+    config: FieldConfig,
+    info: PluginInfo | None,
+    *,
+    files: Mapping[str, bytes] | None = None,
+    cells: Sequence[tuple[object, Tensor | str | None]] = (),
+) -> Subject:
+    return field.FieldSubject(config, files, tuple(cells), info=info)
+
+
 def _task(config: TaskConfig, info: PluginInfo | None) -> Subject:
     return benchmark.TaskSubject(config, info=info)
 
@@ -234,6 +256,7 @@ _SUBJECTS: Mapping[str, Any] = MappingProxyType(
         "modality": _modality,
         "backbone": _backbone,
         "dataset": _dataset,
+        "field": _field,
         "weight_schedule": _weight_schedule,
         "clock_law": _clock_law,
         "evaluator": _evaluator,
@@ -338,6 +361,25 @@ def check_dataset(config: DatasetConfig) -> None:
         ContractError: at the first part of the contract that is not kept.
     """
     _require(config)
+
+
+def check_field(
+    config: FieldConfig,
+    *,
+    files: Mapping[str, bytes] | None = None,
+    cells: Sequence[tuple[object, Tensor | str | None]] = (),
+) -> None:
+    """A field reads files and cells the same every time, and says what is wrong with those that are damaged.
+
+    Args:
+        config: what reads.
+        files: the contents of a proper file, by its suffix. None: reading is not tried.
+        cells: what tables may hold, each with what it stands for: a tensor, a text, or None if it is blank.
+
+    Raises:
+        ContractError: at the first part of the contract that is not kept.
+    """
+    _require(config, files=files, cells=cells)
 
 
 def check_evaluator(config: EvaluatorConfig, *, data: Mapping[str, Tensor] | None = None) -> None:

@@ -76,6 +76,8 @@ class ModalitySubject(Subject):
                     ) from error
                 continue
             _require_parts(modality, latent)
+            if cases and modality.placeholder(1).shape != cases[0].modality.placeholder(1).shape:
+                continue  # its data take the latent's shape, and the examples are of the first
             cases.append(Case(modality.eval(), latent, spec))
         return cases
 

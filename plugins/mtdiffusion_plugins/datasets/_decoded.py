@@ -1,0 +1,224 @@
+"""Files decoded once and kept on disk, so that the next start reads arrays and not files.
+
+What is kept is keyed by what it is made from (each file's path, size and time, the field that reads it, and its code),
+so that nothing stale is ever read; it can be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+import torch
+from torch import Tensor
+
+from mtdiffusion_registry.cache import cached, config_key
+from mtdiffusion_registry.configs import FieldConfig
+from mtdiffusion_registry.errors import UserError
+from mtdiffusion_registry.pace import Pace
+
+CACHE_LIMIT = 50 * 2**30
+"""Bytes that one field may take on disk; beyond it, files are decoded at every access."""
+_FORMAT = 1
+_CHUNK = 256
+_SHOWN = 5  # of files that cannot be read
+
+
+@attrs.frozen(eq=False)
+class Decoded:
+    """Values of files by place in a list of them.
+
+    Attributes:
+        key: of the files and how they are read.
+        array: ``[n, ...]``, mapped from disk; None: decoded at each access.
+    """
+
+    field: FieldConfig
+    paths: Sequence[Path]
+    size: tuple[int, int] | None
+    key: str
+    array: np.ndarray | None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, place: int) -> Tensor:
+        if self.array is not None:
+            return self.field.value(torch.from_numpy(np.array(self.array[place])))
+        stored = _read(self.field, self.paths[place], self.size)
+        assert isinstance(stored, Tensor)  # seen when it was decoded first
+        return self.field.value(stored)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is mapped: a worker process maps it again."""
+        state = {name: getattr(self, name) for name in ("field", "paths", "size", "key")}
+        return {**state, "mapped": self.array is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        mapped = state.pop("mapped")
+        for name, value in state.items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "array", np.load(_place(self.key), mmap_mode="r") if mapped else None)
+
+
+def decode(name: str, field: FieldConfig, paths: Sequence[Path], size: tuple[int, int] | None) -> Decoded | list[str]:
+    """The values of a field's files: all of them read, this time or before.
+
+    Args:
+        name: of the field, for errors.
+        size: of spatial fields.
+
+    Returns:
+        Tensors by place; or, of a field that reads texts, the texts.
+
+    Raises:
+        UserError: if some cannot be read, or have different shapes; the message names the files.
+    """
+    key = _key(field, paths, size)
+    kept = _place(key)
+    if kept.is_file():
+        try:
+            return Decoded(field, paths, size, key, np.load(kept, mmap_mode="r"))
+        except (OSError, ValueError):  # cut short, by a full disk say
+            kept.unlink(missing_ok=True)
+    if stamped(key):
+        return Decoded(field, paths, size, key, None)
+    try:
+        field.check_files(paths)
+    except ValueError as error:
+        raise UserError(f"field {name!r}: {error}") from error
+    return _decode(name, field, paths, size, key)
+
+
+def _decode(
+    name: str, field: FieldConfig, paths: Sequence[Path], size: tuple[int, int] | None, key: str
+) -> Decoded | list[str]:
+    texts: list[str] = []
+    array: np.ndarray | None = None
+    shape: tuple[torch.Size, torch.dtype] | None = None
+    partial = _place(key).with_suffix(f".{os.getpid()}")
+    try:
+        for place, stored in enumerate(_all(name, field, paths, size)):
+            if isinstance(stored, str):
+                texts.append(stored)
+                continue
+            if shape is None:
+                shape = stored.shape, stored.dtype
+                array = _room(partial, len(paths), stored)
+            if stored.shape != shape[0]:
+                raise UserError(_different(name, field, paths[0], shape[0], paths[place], stored.shape))
+            if stored.dtype != shape[1]:
+                if array is not None:  # a mask with indices from 256 on after masks without
+                    array = _widened(partial, array, place, stored)
+                shape = shape[0], stored.dtype
+            if array is not None:
+                array[place] = stored.numpy()
+        if texts:
+            return texts
+        if array is None:
+            stamp(key)
+            return Decoded(field, paths, size, key, None)
+        array.flush()  # type: ignore[attr-defined]
+        partial.replace(_place(key))
+        return Decoded(field, paths, size, key, np.load(_place(key), mmap_mode="r"))
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _room(path: Path, count: int, stored: Tensor) -> np.ndarray | None:
+    """An array on disk for as many values as this one; None if there is no room for it."""
+    needed = count * stored.nbytes
+    if needed > CACHE_LIMIT or needed > 0.8 * shutil.disk_usage(path.parent).free:
+        return None
+    return np.lib.format.open_memmap(path, "w+", stored.numpy().dtype, (count, *stored.shape))
+
+
+def _widened(path: Path, array: np.ndarray, done: int, stored: Tensor) -> np.ndarray:
+    """The array in a type that holds this value as well."""
+    before = np.array(array[:done])
+    dtype = np.promote_types(array.dtype, stored.numpy().dtype)
+    wider: np.ndarray = np.lib.format.open_memmap(path, "w+", dtype, array.shape)
+    wider[:done] = before
+    return wider
+
+
+def _all(name: str, field: FieldConfig, paths: Sequence[Path], size: tuple[int, int] | None) -> Iterator[Tensor | str]:
+    """What the files hold, in order.
+
+    Raises:
+        UserError: at the end, if some cannot be read.
+    """
+    wrong: list[str] = []
+    pace = Pace(f"reading {name}", len(paths))
+
+    def read(path: Path) -> Tensor | str | UserError:
+        try:
+            return _read(field, path, size)
+        except UserError as error:
+            return error
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # Pillow decodes without Python's lock
+        for start in range(0, len(paths), _CHUNK):
+            for stored in threads.map(read, paths[start : start + _CHUNK]):
+                if isinstance(stored, UserError):
+                    wrong.append(str(stored))
+                elif not wrong:
+                    yield stored
+            pace.tell(start + _CHUNK)
+    if wrong:
+        more = f"\nand {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        count = f"{len(wrong)} of {len(paths)} files of the field {name!r} cannot be used:\n" if len(wrong) > 1 else ""
+        raise UserError(count + "\n".join(wrong[:_SHOWN]) + more)
+
+
+def _read(field: FieldConfig, path: Path, size: tuple[int, int] | None) -> Tensor | str:
+    try:
+        stored = field.read(path, size)
+    except UserError:
+        raise
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as {field.kind} ({error})") from error
+    return stored if isinstance(stored, str) else stored.contiguous()
+
+
+def _different(
+    name: str, field: FieldConfig, first: Path, one: Sequence[int], second: Path, other: Sequence[int]
+) -> str:
+    if field.spatial:
+        return (
+            f"field {name!r} has pictures of different sizes: {first} is {one[-1]}×{one[-2]}, {second} is "
+            f"{other[-1]}×{other[-2]}. Set size to scale and crop them to one"
+        )
+    return f"field {name!r} has values of different shapes: {first} is {list(one)}, {second} is {list(other)}"
+
+
+def _key(field: FieldConfig, paths: Sequence[Path], size: tuple[int, int] | None) -> str:
+    digest = hashlib.sha256(f"{_FORMAT} {config_key(field)} {size}".encode())
+    for path in paths:
+        try:
+            found = path.stat()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        digest.update(f"\0{path.absolute()}\0{found.st_size}\0{found.st_mtime_ns}".encode(errors="surrogateescape"))
+    return digest.hexdigest()[:32]
+
+
+def _place(key: str) -> Path:
+    return cached(f"decoded/{key}.npy")
+
+
+def stamped(key: str) -> bool:
+    """Whether :func:`stamp` was called with this key before, by whichever process."""
+    return _place(key).with_suffix(".seen").is_file()
+
+
+def stamp(key: str) -> None:
+    """Note that what has this key was looked through."""
+    _place(key).with_suffix(".seen").touch()

@@ -1,0 +1,282 @@
+"""The fields of people's files that come with mtdiffusion: image, mask, label, class_folder, embedding and caption."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from attrs import field, frozen
+from attrs.validators import in_
+from PIL import Image, ImageColor
+from torch import Tensor
+
+from mtdiffusion_plugins.files import from_levels, read_pixels, read_text, read_vector
+from mtdiffusion_registry.configs import FieldConfig
+from mtdiffusion_registry.errors import UserError
+from mtdiffusion_registry.hookspecs import hookimpl
+from mtdiffusion_registry.pictures import (
+    SUFFIXES,
+    fit,
+    open_picture,
+    picture_size,
+    require_lossless,
+    to_colour,
+    to_indices,
+)
+
+MTDIFFUSION_API = 1
+
+
+@frozen
+class ImageField(FieldConfig):
+    """A picture: float32 ``[channels, h, w]`` in [−1, 1].
+
+    Attributes:
+        channels: 1 (grey) or 3 (RGB).
+    """
+
+    kind: ClassVar[str] = "image"
+    suffixes: ClassVar[tuple[str, ...]] = SUFFIXES
+    spatial: ClassVar[bool] = True
+
+    channels: Literal[1, 3] = field(default=3, validator=in_((1, 3)))
+
+    def read(self, path: Path, size: tuple[int, int] | None = None) -> Tensor:
+        picture = to_colour(open_picture(path, size), path)
+        return read_pixels(picture if size is None else fit(picture, size), self.channels)
+
+    def value(self, stored: Tensor) -> Tensor:
+        return from_levels(stored)
+
+    def extent(self, path: Path) -> tuple[int, int]:
+        return picture_size(path)
+
+
+@frozen
+class MaskField(FieldConfig):
+    """A picture whose pixels are class indices, or colours that stand for classes: int64 ``[h, w]``.
+
+    Attributes:
+        colours: the colour of each class in order, such as ``["#000000", "#ff0000"]``; (): pixels are class indices.
+        ignore: with colours, the index of pixels of any other colour, which the mask modality is told to ignore; None:
+            another colour is an error.
+        values: the pixel value of each class in order, such as ``[0, 255]``; (): the class itself. Other values stay
+            as they are.
+    """
+
+    kind: ClassVar[str] = "mask"
+    suffixes: ClassVar[tuple[str, ...]] = SUFFIXES
+    spatial: ClassVar[bool] = True
+
+    colours: tuple[str, ...] = field(default=())
+    ignore: int | None = None
+    values: tuple[int, ...] = field(default=())
+
+    @colours.validator
+    def _are_colours(self, _: object, value: tuple[str, ...]) -> None:
+        for colour in value:
+            try:
+                ImageColor.getrgb(colour)
+            except ValueError:
+                raise ValueError(f"colours: expected colours such as '#ff0000' or 'red', found {colour!r}") from None
+        if len({ImageColor.getrgb(colour)[:3] for colour in value}) < len(value):
+            raise ValueError("colours: expected a different colour for each class, found one twice")
+
+    def __attrs_post_init__(self) -> None:
+        if self.colours and self.values:
+            raise ValueError("colours and values: give one of the two")
+
+    def read(self, path: Path, size: tuple[int, int] | None = None) -> Tensor:
+        require_lossless(path)
+        picture = open_picture(path)
+        if self.colours:
+            # Scaled first: the nearest pixel's colour is one of the colours, and there are fewer to look up.
+            page = to_colour(picture, path)
+            return self._classes(np.array(page if size is None else fit(page, size, nearest=True)), path)
+        picture = to_indices(picture, path)
+        pixels = np.array(picture if size is None else fit(picture, size, nearest=True)).astype(np.int32)
+        if self.values:
+            known = pixels.copy()
+            for index, value in enumerate(self.values):
+                pixels[known == value] = index
+        return torch.from_numpy(pixels.astype(np.uint8) if pixels.min() >= 0 and pixels.max() < 256 else pixels)
+
+    def _classes(self, pixels: np.ndarray, path: Path) -> Tensor:
+        codes = _codes(pixels)
+        classes = np.full(codes.shape, -1, np.int32)
+        for index, colour in enumerate(self.colours):
+            classes[codes == _codes(np.array(ImageColor.getrgb(colour)[:3]))] = index
+        unknown = classes < 0
+        if self.ignore is not None:
+            classes[unknown] = self.ignore
+        elif unknown.any():
+            row, column = np.argwhere(unknown)[0]
+            found = "#{:02x}{:02x}{:02x}".format(*pixels[row, column].tolist())
+            raise UserError(
+                f"{path}: {unknown.mean():.1%} of its pixels have a colour that is none of colours, such as {found} in "
+                f"row {row}, column {column}; add it, or give ignore an index for such pixels"
+            )
+        return torch.from_numpy(classes.astype(np.uint8) if classes.max() < 256 else classes)
+
+    def value(self, stored: Tensor) -> Tensor:
+        return stored.long()
+
+    def extent(self, path: Path) -> tuple[int, int]:
+        return picture_size(path)
+
+    def check_files(self, paths: Sequence[Path]) -> None:
+        """Palettes must agree where pixels are taken for indices: if they do not, the colours say what the classes are,
+        and an index means another class in each file."""
+        if self.colours:
+            return
+        seen: dict[int, tuple[tuple[int, ...], Path]] = {}
+        for path in paths:
+            for index, colour in enumerate(_palette(path)):
+                first, where = seen.setdefault(index, (colour, path))
+                if colour != first:
+                    raise UserError(
+                        f"{path}: index {index} of its palette is {_hex(colour)}, and {_hex(first)} in {where}, so the "
+                        "colours say what the classes are and not the indices; list them in colours of the field"
+                    )
+
+
+def _codes(pixels: np.ndarray) -> np.ndarray:
+    """One integer for each colour ``[..., 3]``."""
+    return pixels.astype(np.int32) @ np.array([65536, 256, 1], np.int32)
+
+
+def _hex(colour: Sequence[int]) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*colour)
+
+
+def _palette(path: Path) -> list[tuple[int, ...]]:
+    """The colours of a palette picture's palette, by its header; [] of other pictures."""
+    with Image.open(path) as picture:
+        flat = (picture.getpalette("RGB") or []) if picture.mode == "P" else []
+    return [tuple(flat[start : start + 3]) for start in range(0, len(flat), 3)]
+
+
+@frozen
+class LabelField(FieldConfig):
+    """A class: its index, int64 ``[]``, or its name, which the label modality looks up among its names.
+
+    Whole numbers in any form are indices (``2``, ``2.0``), as tables with gaps come out of spreadsheets.
+    """
+
+    kind: ClassVar[str] = "label"
+    cells: ClassVar[bool] = True
+    suffixes: ClassVar[tuple[str, ...]] = (".txt", ".cls")
+
+    def read(self, path: Path, size: tuple[int, int] | None = None) -> Tensor | str:
+        value = self.parse(read_text(path))
+        if value is None:
+            raise UserError(f"{path}: is blank, expected a class")
+        return value
+
+    def parse(self, content: object) -> Tensor | str | None:
+        if content is None or (isinstance(content, float) and math.isnan(content)):
+            return None
+        # bool is an int to Python, but true in a JSON file is no class index.
+        if isinstance(content, bool) or not isinstance(content, int | float | str):
+            raise ValueError(f"expected a class index (0, 1, 2, ...) or a class's name, found {content!r}")
+        text = str(content).strip()
+        if not text:
+            return None
+        if whole := re.fullmatch(r"\+?(\d+)(\.0*)?", text, re.ASCII):
+            if len(whole[1]) <= 18:
+                return torch.tensor(int(whole[1]))
+        elif _number(text) is None:
+            return text
+        raise ValueError(f"expected a class index (0, 1, 2, ...) or a class's name, found {content!r}")
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+@frozen
+class ClassFolderField(FieldConfig):
+    """The class of another field's file, by the folder that holds it: ``image/cat/0001.png`` is a ``cat``. A str.
+
+    Attributes:
+        of: that field.
+    """
+
+    kind: ClassVar[str] = "class_folder"
+    of: str = "image"
+
+    @property
+    def folder_of(self) -> str:
+        return self.of
+
+    def parse(self, content: object) -> str:
+        return str(content)
+
+
+@frozen
+class EmbeddingField(FieldConfig):
+    """A vector, scaled to unit norm: float32 ``[D]``."""
+
+    kind: ClassVar[str] = "embedding"
+    suffixes: ClassVar[tuple[str, ...]] = (".npy", ".safetensors")
+    cells: ClassVar[bool] = True
+    arrays: ClassVar[bool] = True
+
+    def read(self, path: Path, size: tuple[int, int] | None = None) -> Tensor:
+        try:
+            return self.parse(read_vector(path).numpy())
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from error
+
+    def parse(self, content: object) -> Tensor:
+        try:
+            array = np.asarray(content)
+        except ValueError as error:  # a list of lists of different lengths
+            raise ValueError(f"expected a vector of numbers ({error})") from None
+        if array.ndim != 1 or array.dtype.kind not in "fiu" or not len(array):
+            raise ValueError(f"expected a vector of numbers, found shape {list(array.shape)} of {array.dtype}")
+        vector = torch.from_numpy(array.astype(np.float32))
+        norm = vector.norm()
+        if not (torch.isfinite(norm) and norm > 0):
+            raise ValueError("expected a vector of finite numbers that are not all zero")
+        return vector / norm
+
+
+@frozen
+class CaptionField(FieldConfig):
+    """A text: str, without the space around it."""
+
+    kind: ClassVar[str] = "caption"
+    suffixes: ClassVar[tuple[str, ...]] = (".txt",)
+    cells: ClassVar[bool] = True
+
+    def read(self, path: Path, size: tuple[int, int] | None = None) -> str:
+        return read_text(path).strip()
+
+    def parse(self, content: object) -> str | None:
+        if content is None or (isinstance(content, float) and math.isnan(content)):
+            return None
+        if not isinstance(content, str):
+            raise ValueError(f"expected a text, found {content!r}")
+        return content.strip() or None
+
+
+FIELDS: Mapping[str, type[FieldConfig]] = {
+    each.kind: each for each in (ImageField, MaskField, LabelField, ClassFolderField, EmbeddingField, CaptionField)
+}
+"""The fields above, by kind."""
+
+
+@hookimpl
+def mtdiffusion_fields() -> list[type[FieldConfig]]:
+    return list(FIELDS.values())

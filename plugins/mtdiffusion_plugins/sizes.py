@@ -1,0 +1,23 @@
+"""Sizes of pictures in configurations: the side of a square, or height and width."""
+
+from __future__ import annotations
+
+from attrs import Attribute
+
+Size = int | tuple[int, int]
+
+
+def sides(size: Size) -> tuple[int, int]:
+    """Height and width."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def positive_size(_: object, attribute: Attribute[Size | None], value: Size | None) -> None:
+    """Attrs validator: a side, or a height and a width, of at least 1; or None."""
+    if value is not None and min(sides(value)) < 1:
+        raise ValueError(f"'{attribute.name}': expected a side, or height and width, of at least 1, found {value}")
+
+
+def by(size: tuple[int, int]) -> str:
+    """``height × width`` in words."""
+    return f"{size[0]} × {size[1]}"

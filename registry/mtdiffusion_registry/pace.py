@@ -1,0 +1,40 @@
+"""Telling a person how far a long piece of work is: a line every few seconds, none for what is quick."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+LOGGER = "mtdiffusion"
+"""The logger of what is going on; the command line shows it, and a program may."""
+_EVERY = 5.0  # seconds
+
+
+class Pace:
+    """Work of a known amount.
+
+    Args:
+        what: what is being done, such as "reading image".
+        total: how many items there are.
+    """
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total = what, total
+        self._started = self._told = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since the work began."""
+        return time.monotonic() - self._started
+
+    def tell(self, done: int) -> None:
+        """Say how many are done and how long the rest will take, if nothing was said for a while."""
+        now = time.monotonic()
+        if done < self.total and now - self._told > _EVERY:
+            self._told = now
+            left = self.seconds / done * (self.total - done)
+            self.log(f"{done:,} of {self.total:,}, {left // 60:.0f}:{left % 60:02.0f} left")
+
+    def log(self, message: str) -> None:
+        """Say something about the work."""
+        logging.getLogger(LOGGER).info("%s: %s", self.what, message)

@@ -1,0 +1,156 @@
+"""The one reader of picture files: whoever opens a picture opens it here, so that all see the same pixels.
+
+A picture is decoded whole, turned as its EXIF data say, and of 8 bits a channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from mtdiffusion_registry.errors import UserError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2", ".avif")
+"""Of files that are taken for pictures, in lower case."""
+
+_ORIENTATION = 0x0112  # EXIF
+_TURNED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SWAPS_SIDES = (5, 6, 7, 8)
+_MOST_PIXELS = 2 * 10**8
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Height and width of a picture as it is shown, read from its header.
+
+    Raises:
+        UserError: if the file is missing or no picture.
+    """
+    with _opened(path) as picture:
+        width, height = picture.size
+        return (width, height) if _orientation(picture) in _SWAPS_SIDES else (height, width)
+
+
+def open_picture(path: Path, at_least: tuple[int, int] | None = None) -> Image.Image:
+    """A picture, decoded whole and upright, in the mode of the file.
+
+    Args:
+        at_least: height and width below which it need not be known: a large JPEG is then decoded at a half, a quarter
+            or an eighth of its size, which takes a fraction of the time.
+
+    Raises:
+        UserError: if the file is missing, no picture, damaged, or holds several pictures.
+    """
+    with _opened(path) as picture:
+        turned = _orientation(picture)
+        if at_least is not None:
+            height, width = reversed(at_least) if turned in _SWAPS_SIDES else at_least
+            picture.draft(None, (2 * width, 2 * height))  # twice as large: what is left to scale is filtered properly
+        picture.load()
+        return picture.transpose(_TURNED[turned]) if turned in _TURNED else picture.copy()
+
+
+def to_colour(picture: Image.Image, path: Path) -> Image.Image:
+    """A picture in RGB of 8 bits a channel, transparent parts over white; 16-bit greys keep their upper 8 bits.
+
+    Args:
+        path: where it comes from, for errors.
+
+    Raises:
+        UserError: if its pixels have no known range (32-bit integers, floats).
+    """
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
+        picture = Image.fromarray((np.asarray(picture).astype(np.int64) // 257).astype(np.uint8))
+    if picture.mode.startswith(("I", "F")):
+        raise UserError(
+            f"{path}: pictures must have 8 or 16 bits a channel, this one has mode {picture.mode!r}, whose range is "
+            "not known; save it with 8 bits a channel"
+        )
+    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        page = Image.new("RGBA", picture.size, "white")
+        page.alpha_composite(picture)
+        picture = page
+    return picture.convert("RGB")
+
+
+def to_indices(picture: Image.Image, path: Path) -> Image.Image:
+    """A picture of class indices, one a pixel; greys that were saved as three equal channels are taken as one.
+
+    Raises:
+        UserError: if its pixels are colours.
+    """
+    if picture.mode == "RGB":
+        red, green, blue = picture.split()
+        if red.tobytes() == green.tobytes() == blue.tobytes():
+            return red
+    if picture.mode not in ("1", "L", "P", "I") and not picture.mode.startswith("I;16"):
+        raise UserError(
+            f"{path}: a mask's pixels must be class indices (mode 1, L, P, I or I;16), this one has mode "
+            f"{picture.mode!r}; save one index a pixel, or say which colour is which class (colours of the field)"
+        )
+    return picture
+
+
+def require_lossless(path: Path) -> None:
+    """Raise :class:`UserError` if a picture's file was compressed with losses: pixels are then not what was saved, and
+    neighbouring classes blur into others."""
+    with _opened(path) as picture:
+        kind = str(picture.format)
+        lossy = kind in ("JPEG", "MPO", "JPEG2000", "AVIF") or picture.info.get("compression") in ("jpeg", "webp")
+    if kind == "WEBP":
+        lossy = b"VP8L" not in path.read_bytes()
+    if lossy:
+        raise UserError(
+            f"{path}: a mask saved as {kind} with losses no longer holds its classes, as neighbouring ones blur into "
+            "others; make it anew from the original, as PNG"
+        )
+
+
+def fit(picture: Image.Image, size: tuple[int, int], *, nearest: bool = False) -> Image.Image:
+    """A picture scaled until it covers ``size`` (height and width) and cropped to it centrally; bicubic, or of the
+    nearest pixel, where values are classes."""
+    how = Image.Resampling.NEAREST if nearest else Image.Resampling.BICUBIC
+    return ImageOps.fit(picture, (size[1], size[0]), how)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An opened picture; whatever is wrong with its file is a UserError."""
+    try:
+        with Image.open(path) as picture:
+            if picture.width * picture.height > _MOST_PIXELS:
+                raise UserError(
+                    f"{path}: has {picture.width} × {picture.height} pixels, more than {_MOST_PIXELS:,}; "
+                    "make it smaller"
+                )
+            if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":  # MPO: a photograph and its preview
+                raise UserError(f"{path}: holds {picture.n_frames} pictures, expected one; save one of them alone")
+            yield picture
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{path}: cannot be read as a picture (PNG and JPEG can)") from None
+    except Exception as error:  # Pillow's readers raise whatever their parsing runs into
+        raise UserError(f"{path}: the picture is damaged or cannot be read ({type(error).__name__}: {error})") from None
+
+
+def _orientation(picture: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) where there is none that can be read."""
+    try:
+        return int(picture.getexif().get(_ORIENTATION, 1))
+    except Exception:  # EXIF data are often malformed, and a viewer shows the picture all the same
+        return 1

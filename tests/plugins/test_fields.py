@@ -1,0 +1,52 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save
+
+from mtdiffusion_plugins.fields import CaptionField, ClassFolderField, EmbeddingField, ImageField, LabelField, MaskField
+from mtdiffusion_registry.testing import check_field, conformance
+
+
+def encoded(mode, format, **options):
+    pixels = np.random.default_rng(0).integers(0, 3, (40, 60), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def array(vector):
+    buffer = io.BytesIO()
+    np.save(buffer, vector)
+    return buffer.getvalue()
+
+
+PICTURES = {".png": encoded("L", "png"), ".jpg": encoded("RGB", "jpeg"), ".webp": encoded("RGB", "webp")}
+
+image = conformance(ImageField(channels=1), files=PICTURES)
+mask = conformance("field.mask", files={".png": encoded("P", "png"), ".tif": encoded("L", "tiff")})
+colours = conformance(MaskField(colours=("#000000", "#010101", "#020202")), files={".png": encoded("RGB", "png")})
+label = conformance(
+    LabelField(),
+    files={".txt": b"3\n"},
+    cells=[("2.0", torch.tensor(2)), (7, torch.tensor(7)), (" cat ", "cat"), ("", None), (None, None)],
+)
+class_folder = conformance(ClassFolderField(), cells=[("cat", "cat")])
+embedding = conformance(
+    EmbeddingField(),
+    files={".npy": array(np.ones(4)), ".safetensors": save({"x": torch.ones(4)})},
+    cells=[([3.0, 4.0], torch.tensor([0.6, 0.8]))],
+)
+caption = conformance(CaptionField(), cells=[(" é\n", "é"), ("", None), (float("nan"), None)])
+
+
+def test_all_at_once():
+    check_field(ImageField(), files=PICTURES)
+
+
+@pytest.mark.parametrize("values", [{"colours": ["red", "#ff0000"]}, {"colours": ["reddish"]}])
+def test_colours_that_are_none_or_alike_are_refused(values):
+    with pytest.raises(ValueError, match="colours: expected"):
+        MaskField(**values)
