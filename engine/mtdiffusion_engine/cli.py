@@ -18,7 +18,7 @@ from mtdiffusion_registry.installed import EntryPoint, entry_points, version
 if TYPE_CHECKING:
     from mtdiffusion_registry import PluginInfo, Registry
 
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    Commands = argparse._SubParsersAction["_Parser"]
 
 TRACEBACK_VARIABLE = "MTDIFFUSION_TRACEBACK"
 COMMANDS = "mtdiffusion.commands"

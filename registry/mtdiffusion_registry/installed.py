@@ -58,7 +58,8 @@ def entry_points(group: str, paths: Sequence[str | os.PathLike[str]] | None = No
     """The entry points of a group, in the order of the path, also damaged ones; imports none.
 
     A distribution can be on the path more than once, in several versions. Python takes the first, and so is done here,
-    even if the first declares nothing. One whose metadata do not tell its name and version takes nobody's place.
+    even if the first declares nothing. One whose files cannot be read, or do not tell its name and version, takes
+    nobody's place.
 
     Args:
         group: the section of entry_points.txt.
@@ -68,16 +69,19 @@ def entry_points(group: str, paths: Sequence[str | os.PathLike[str]] | None = No
     found: list[EntryPoint] = []
     seen = set()
     for distribution in distributions(path=search):
-        if group not in _read(distribution, "entry_points.txt")[0] or _is_leftover(distribution):
+        text, damage = _read(distribution, "entry_points.txt")
+        if group not in text or _is_leftover(distribution):
             continue
         owner = _owner(distribution)
         if not owner.problem:
             if normalised(owner.name) in seen:
                 continue
             seen.add(normalised(owner.name))
-            distribution = _first_sound(owner.name, search) or distribution
-            owner = _owner(distribution)
-        for name, value, problem in _lines(group, *_read(distribution, "entry_points.txt")):
+            first = _first_sound(owner.name, search) or distribution
+            first_text, first_damage = _read(first, "entry_points.txt")
+            if first_text or not first_damage:
+                distribution, owner, text, damage = first, _owner(first), first_text, first_damage
+        for name, value, problem in _lines(group, text, damage):
             if problem := "; ".join(filter(None, (problem, owner.problem))):
                 problem += f". Install it again, or delete {_shown(_folder(distribution))}"
             found.append(EntryPoint(name, value, owner.name, owner.version, problem))
