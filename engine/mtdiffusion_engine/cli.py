@@ -9,12 +9,16 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from importlib.metadata import entry_points
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mtdiffusion_registry.installed import EntryPoint, entry_points, version
+
 if TYPE_CHECKING:
     from mtdiffusion_registry import PluginInfo, Registry
+
+    Commands = argparse._SubParsersAction["_Parser"]
 
 TRACEBACK_VARIABLE = "MTDIFFUSION_TRACEBACK"
 COMMANDS = "mtdiffusion.commands"
@@ -158,9 +162,6 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help=argparse.SUPPRESS)
     on_device(demo)
 
-    for entry_point in entry_points(group=COMMANDS):
-        entry_point.load().add_parser(commands)
-
     plugins = command("plugins", "what is installed")
     actions = plugins.add_subparsers(dest="action", metavar="ACTION", required=True)
     listing = actions.add_parser("list", help="list plugins; imports none", description="List plugins; imports none.")
@@ -187,7 +188,61 @@ def _parser() -> argparse.ArgumentParser:
     )
     checking.add_argument("--latent", type=_positive, metavar="SIDE", help="of the largest latent (default: 8)")
     checking.set_defaults(handler=_check_plugin)
+
+    listing.set_defaults(broken_commands=_add_commands(commands))  # last: none may take the name of one of ours
     return parser
+
+
+def _add_commands(commands: Commands) -> list[EntryPoint]:
+    """Add the subcommands that entry points declare. Warn of those that cannot be used, and return them."""
+    broken = []
+    for point in entry_points(COMMANDS):
+        if problem := point.problem or _add_command(point, commands):
+            problem = " ".join(problem.split())
+            broken.append(point._replace(problem=problem))
+            print(
+                f"mtdiffusion: warning: subcommand {point.name} of {point.owner} cannot be used: {problem}",
+                file=sys.stderr,
+            )
+    return broken
+
+
+def _add_command(point: EntryPoint, commands: Commands) -> str:
+    """Add what a module declares, all or nothing; what is wrong with it, if anything is."""
+    if not point.names_module:
+        return f"its entry point must point at a module, found {point.value!r}"
+    remedy = f"Upgrade, reinstall or uninstall {point.distribution}"
+    try:
+        module = import_module(point.value)
+    except (Exception, SystemExit) as error:
+        return f"the import of {point.value} failed: {type(error).__name__}: {error}. {remedy}"
+    if not callable(add_parser := getattr(module, "add_parser", None)):
+        return f"the module {point.value} has no function add_parser. {remedy}"
+    # On a parser of its own first: what fails half way, or when its help is written, must leave nothing behind.
+    trial = _Parser(prog="mtdiffusion", allow_abbrev=False)
+    added = trial.add_subparsers(dest="command", metavar="COMMAND")
+    try:
+        add_parser(added)
+        trial.format_help()
+    except (Exception, SystemExit) as error:
+        return f"{point.value}.add_parser failed: {type(error).__name__}: {error}. {remedy}"
+    if not added.choices:
+        return f"{point.value}.add_parser added none. {remedy}"
+    for name, parser in added.choices.items():
+        if name in commands.choices:
+            return f'there is a subcommand "{name}" already. Uninstall {point.distribution} or the other'
+        if not _is_handled(parser):
+            return f'{point.value}.add_parser set no default "handler" for "{name}". {remedy}'
+    commands.choices.update(added.choices)
+    commands._choices_actions.extend(added._choices_actions)
+    return ""
+
+
+def _is_handled(parser: argparse.ArgumentParser) -> bool:
+    """Whether it is set what runs a subcommand: for itself, or for each subcommand of its own."""
+    actions = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    nested = [sub for action in actions for sub in action.choices.values()]
+    return callable(parser.get_default("handler")) or (bool(nested) and all(map(_is_handled, nested)))
 
 
 def _list_plugins(args: argparse.Namespace) -> None:
@@ -213,6 +268,10 @@ def _list_plugins(args: argparse.Namespace) -> None:
         rows.append([info.group or "?", info.kind or info.entry_point, info.distribution, info.version, status, *more])
         if status != "ok":
             notes.append(f"{info.entry_point} of {info.owner}: {status}: {problem}")
+    for point in args.broken_commands:
+        more = ["-", point.value] if args.verbose else []
+        rows.append(["command", point.name, point.distribution, point.version, "broken", *more])
+        notes.append(f"command {point.name} of {point.owner}: broken: {point.problem}")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -274,6 +333,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 1 if a plugin fails a check, 2 for what the user can mend, 130 after Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if reconfigure := getattr(stream, "reconfigure", None):  # not every stream that takes their place has it
+            reconfigure(errors="backslashreplace")  # a file's name need not be text
+    # torch would import the devices that other distributions add, and fails if the metadata of any are damaged; ours
+    # are the CPU and CUDA.
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     parser = _parser()
     args = parser.parse_args(argv)
     try:
@@ -306,8 +371,6 @@ def _message(error: Exception) -> str | None:
 
 def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     if args.version:
-        from importlib.metadata import version
-
         print(f"mtdiffusion {version('mtdiffusion')}")
     elif args.command is None:
         parser.print_help()

@@ -146,9 +146,9 @@ class MaskModality(Modality):
             odd = odd[(odd < 0) | (odd >= self.classes)].tolist()
             ignored = "" if self.ignore is None else f" and {self.ignore}, which is ignored"
             raise ValueError(
-                f"mask of {self.classes} classes: expected values from 0 to {self.classes - 1}{ignored}, found {odd[:5]}. "
-                f"Void pixels are left out with ignore = {odd[-1]}; where other values stand for classes, list them in "
-                "values of the data set's mask field"
+                f"mask of {self.classes} classes: expected values from 0 to {self.classes - 1}{ignored}, found "
+                f"{odd[:5]}. Void pixels are left out with ignore = {odd[-1]}; where other values stand for classes, "
+                "list them in values of the data set's mask field"
             )
 
     def placeholder(self, batch: int) -> Tensor:

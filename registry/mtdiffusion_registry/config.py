@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import tomllib
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
@@ -57,14 +58,17 @@ Source = str | os.PathLike[str]
 
 
 def load_toml(path: Source) -> dict[str, Any]:
-    """The contents of a TOML file.
+    """The contents of a TOML file; it may begin with a byte-order mark, as some editors save it.
 
     Raises:
         UserError: if it cannot be read, is not UTF-8 or is not TOML; the message says at which line.
     """
     path = Path(path)
     try:
-        return tomllib.loads(path.read_bytes().decode("utf-8"))
+        data = path.read_bytes()
+        if data.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+            raise UserError(f"{path}: is UTF-16; save it as UTF-8")
+        return tomllib.loads(data.decode("utf-8-sig"))
     except FileNotFoundError as error:
         beside = did_you_mean(path.name, [other.name for other in path.parent.glob("*.toml")])
         raise UserError(f"{path}: there is no such file{beside}") from error

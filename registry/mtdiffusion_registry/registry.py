@@ -1,7 +1,8 @@
 """What is installed: found by reading metadata, imported when it is asked for.
 
 pluggy's own ``load_setuptools_entrypoints`` stops at the first broken plugin without saying whose it is, and loads one
-of two plugins of the same name in silence. So the metadata is read here; pluggy only calls the hooks.
+of two plugins of the same name in silence. So the metadata are read by :mod:`mtdiffusion_registry.installed`; pluggy
+only calls the hooks.
 """
 
 from __future__ import annotations
@@ -9,10 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-import re
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib.metadata import Distribution, distributions
+from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Literal
 
@@ -23,6 +21,7 @@ from attrs import field, frozen
 from mtdiffusion_registry import hookspecs
 from mtdiffusion_registry.configs import BASES, GROUPS, Config
 from mtdiffusion_registry.errors import PluginError, UserError, did_you_mean
+from mtdiffusion_registry.installed import EntryPoint, entry_points, normalised
 
 ENTRY_POINT_GROUP = "mtdiffusion.plugins"
 DISABLE_VARIABLE = "MTDIFFUSION_DISABLE_PLUGINS"
@@ -82,15 +81,14 @@ class Registry:
 
     @classmethod
     def discover(cls, block: Iterable[str] = (), paths: Sequence[str | os.PathLike[str]] | None = None) -> Registry:
-        """Find the plugins installed, importing none.
+        """Find the plugins installed, importing none. A damaged distribution is listed as broken, and hides no other.
 
         Args:
             block: what to leave out, as in :meth:`blocking`, beside what the environment variable
                 ``MTDIFFUSION_DISABLE_PLUGINS`` says (comma separated).
             paths: where to look; ``sys.path`` by default.
         """
-        search = list(sys.path) if paths is None else [os.fspath(path) for path in paths]
-        found = cls(tuple(dict.fromkeys(_declared(search))))
+        found = cls(tuple(_plugin_info(point) for point in entry_points(ENTRY_POINT_GROUP, paths)))
         return found.blocking(os.environ.get(DISABLE_VARIABLE, "").split(","), by=DISABLE_VARIABLE).blocking(block)
 
     def blocking(self, names: Iterable[str], by: str = "the block list") -> Registry:
@@ -102,11 +100,11 @@ class Registry:
                 machines.
             by: whose wish it is, for messages.
         """
-        blocked = {_normalised(name) for name in names if name.strip()}
+        blocked = {normalised(name) for name in names if name.strip()}
 
         def is_blocked(info: PluginInfo) -> bool:
-            distribution = _normalised(info.distribution)
-            return bool(blocked & {_normalised(info.entry_point), distribution}) or (
+            distribution = normalised(info.distribution)
+            return bool(blocked & {normalised(info.entry_point), distribution}) or (
                 "*" in blocked and distribution != OURS
             )
 
@@ -192,7 +190,8 @@ class Registry:
 
     def _find(self, group: str, kind: str) -> PluginInfo:
         infos = [info for info in self._plugins if (info.group, info.kind) == (group, kind)]
-        candidates = [info for info in infos if info.status != "blocked"]
+        broken = [info for info in infos if info.status == "broken"]
+        candidates = [info for info in infos if info.status in ("ok", "conflict")]
         name = f"{group}.{kind}"
         if len(candidates) > 1:
             owners = " and ".join(f"{info.owner} (module {info.module})" for info in candidates)
@@ -202,9 +201,9 @@ class Registry:
                 f"{DISABLE_VARIABLE}=NAME,NAME"
             )
         if candidates:
-            if candidates[0].status == "broken":
-                raise _plugin_error(candidates[0], candidates[0].reason)
             return candidates[0]
+        if broken:
+            raise _plugin_error(broken[0], broken[0].reason)
         if infos:
             raise UserError(
                 f"{name} of {infos[0].owner} is installed but {infos[0].reason}; take it off there to use it"
@@ -212,17 +211,12 @@ class Registry:
         if origin := self._origins.get(name):
             raise UserError(_missing(name, origin))
         known = self.kinds(group)
-        broken = sum(info.status == "broken" for info in self._plugins)
+        others = sum(info.status == "broken" for info in self._plugins)
         raise UserError(
             f'there is no {group} of kind "{kind}"{did_you_mean(kind, known)} '
             f"(installed: {', '.join(known) or 'none'}). See all, and whose they are: mtdiffusion plugins list"
-            + (f" (entry points that are broken: {broken})" if broken else "")
+            + (f" (entry points that are broken: {others})" if others else "")
         )
-
-
-def _normalised(name: str) -> str:
-    """Distribution names are equal up to case and ``-_.`` (PEP 503); entry-point names lose nothing by it."""
-    return re.sub(r"[-_.]+", "-", name.strip()).lower()
 
 
 def _name(cls: type) -> str:
@@ -268,44 +262,30 @@ def _check_group(group: str) -> None:
         raise UserError(f'there is no group "{group}"{did_you_mean(group, GROUPS)} (known: {", ".join(GROUPS)})')
 
 
-def _declared(search: list[str]) -> Iterator[PluginInfo]:
-    """The entry points of every distribution on the path, in its order."""
-    seen = set()
-    for distribution in distributions(path=search):
-        text = distribution.read_text("entry_points.txt") or ""
-        if ENTRY_POINT_GROUP not in text:
-            continue
-        name = distribution.metadata["Name"] or "(unnamed)"
-        if _normalised(name) in seen:
-            continue
-        seen.add(_normalised(name))
-        # A distribution can be on the path more than once, in two versions. Python takes the first, and so must we,
-        # even if the first declares no plugin.
-        yield from _entry_points(next(iter(distributions(name=name, path=search)), distribution), name)
-
-
-def _entry_points(distribution: Distribution, name: str) -> Iterator[PluginInfo]:
-    def info(entry_point: str, group: str, kind: str, module: str, problem: str | None) -> PluginInfo:
-        status: Status = "broken" if problem else "ok"
-        return PluginInfo(entry_point, group, kind, name, version, module, status, problem or "")
-
-    version = distribution.metadata["Version"] or "(no version)"
-    try:
-        points = [point for point in distribution.entry_points if point.group == ENTRY_POINT_GROUP]
-    except Exception as error:  # importlib.metadata promises no type; one bad file must not hide all other plugins
-        yield info("(unreadable)", "", "", "", f"entry_points.txt cannot be read: {type(error).__name__}: {error}")
-        return
-    for point in points:
-        group, _, kind = point.name.partition(".")
-        if group not in BASES:
-            reason = f'must be named GROUP.KIND; unknown group "{group}"{did_you_mean(group, GROUPS)}'
-            yield info(point.name, "", "", point.value, f"{reason} (known: {', '.join(GROUPS)})")
-        elif not kind.isidentifier():
-            yield info(point.name, "", "", point.value, "must be named GROUP.KIND, with KIND an identifier")
-        elif not all(part.isidentifier() for part in point.value.split(".")):
-            yield info(point.name, group, kind, point.value, f"must point at a module, found {point.value!r}")
-        else:
-            yield info(point.name, group, kind, point.value, None)
+def _plugin_info(point: EntryPoint) -> PluginInfo:
+    group, _, kind = point.name.partition(".")
+    well_named = group in BASES and kind.isidentifier()
+    if point.problem:
+        problem = point.problem
+    elif group not in BASES:
+        problem = f'must be named GROUP.KIND; unknown group "{group}"{did_you_mean(group, GROUPS)}'
+        problem += f" (known: {', '.join(GROUPS)})"
+    elif not well_named:
+        problem = "must be named GROUP.KIND, with KIND an identifier"
+    elif not point.names_module:
+        problem = f"must point at a module, found {point.value!r}"
+    else:
+        problem = ""
+    return PluginInfo(
+        point.name,
+        group if well_named else "",
+        kind if well_named else "",
+        point.distribution,
+        point.version,
+        point.value,
+        "broken" if problem else "ok",
+        problem,
+    )
 
 
 def _plugin_error(info: PluginInfo, problem: str) -> PluginError:
@@ -340,7 +320,7 @@ def _load(info: PluginInfo) -> type[Config]:
         raise _plugin_error(info, f"it has no hook {name}, which should return the config class of {info.entry_point}")
     try:
         results = hook()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _plugin_error(info, f"its hook {name} failed: {type(error).__name__}: {error}") from error
     returned = results[0] if results else None  # pluggy leaves out a None
     if not isinstance(returned, list | tuple):

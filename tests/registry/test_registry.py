@@ -125,6 +125,15 @@ def test_a_first_distribution_without_plugins_hides_an_older_one_with(install: I
     assert "toy" not in Registry.discover().kinds("dataset")
 
 
+def test_a_broken_entry_point_is_no_rival_of_a_usable_one(install: Install) -> None:
+    module = install()
+    install(distribution="rival", value="{module}:Toy")
+    registry = Registry.discover()
+    rows = {i.distribution: i.status for i in registry.plugins() if i.entry_point == "dataset.toy"}
+    assert rows == {"toy-plugin": "ok", "rival": "broken"}
+    assert registry.config_class("dataset", "toy").__module__ == module
+
+
 @pytest.mark.parametrize("name", ["dataset.toy", "toy-plugin", "Toy_Plugin"])
 def test_blocking_by_list_and_by_environment(install: Install, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     module = install()
@@ -187,6 +196,7 @@ def test_one_unreadable_file_hides_no_other_plugin(install: Install) -> None:
         ("datasets():", "datasets(registry):", "its hooks do not fit: "),
         ("@hookimpl\ndef mtdiffusion_datasets():\n    return [Toy]", "", "it has no hook mtdiffusion_datasets"),
         ("return [Toy]", "1 / 0", "its hook mtdiffusion_datasets failed: ZeroDivisionError: division by zero"),
+        ("return [Toy]", "raise SystemExit(3)", "its hook mtdiffusion_datasets failed: SystemExit: 3"),
         ("return [Toy]", "pass", "must return a list of config classes, found None"),
         ("return [Toy]", "return Toy", "must return a list of config classes, found <class"),
         ("return [Toy]", "return [Toy()]", "it must be a subclass of DatasetConfig, the class itself"),

@@ -285,6 +285,21 @@ def test_files_that_cannot_be_read_are_explained(tmp_path: Path) -> None:
         load_toml(tmp_path / "latin.toml")
 
 
+def test_text_is_read_as_editors_save_it(tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    text = 'a = "é"\r\n[b]\r\nc = """1\r\n2"""\r\n'
+    for data in (text.encode(), text.encode("utf-8-sig")):
+        path.write_bytes(data)
+        assert load_toml(path) == {"a": "é", "b": {"c": "1\n2"}}
+    for order in ("le", "be"):
+        path.write_bytes(f"\ufeff{text}".encode(f"utf-16-{order}"))
+        with pytest.raises(UserError, match=r"x\.toml: is UTF-16; save it as UTF-8$"):
+            load_toml(path)
+    path.write_bytes(b"\xef\xbb\xbfa = 1\r\nb = '\xe9'")
+    with pytest.raises(UserError, match=r"x\.toml: not UTF-8 \(at line 2\)"):
+        load_toml(path)
+
+
 def test_overrides_are_toml_or_bare_words() -> None:
     mapping = {"a": {"b": 1, "c": "x"}, "d": 2}
     changed = apply_overrides(
