@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from mtdiffusion import MultimodalDiffusion
-from mtdiffusion_registry import UserError
+from mtdiffusion_registry.pictures import open_picture, to_colour
 
 TILE = 64
 """Side of a tile in pixels."""
@@ -107,11 +107,5 @@ def read_visibility(path: Path) -> Tensor:
     Raises:
         UserError: if it is missing, or no picture, or damaged.
     """
-    try:
-        with Image.open(path) as picture:
-            pixels = np.array(picture.convert("L"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's errors for a file that is no picture, or damaged
-        raise UserError(f"{path}: cannot be read as a picture ({error})") from None
+    pixels = np.array(to_colour(open_picture(path), path).convert("L"))
     return (torch.from_numpy(pixels) >= 128).float()

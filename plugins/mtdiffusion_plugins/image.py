@@ -201,8 +201,8 @@ class ImageConfig(ModalityConfig):
         return self.channels * patch_channels(self.size, height, width)
 
     def build(self, latent: LatentSpec, features: FeatureSpec) -> Modality:
-        *sizes, patch = picture_size("image", self.size, latent)
-        shape = (self.channels, *sizes)
+        height, width, patch = picture_size("image", self.size, latent)
+        shape = (self.channels, height, width)
         encoder = (PatchEncoder if self.encoder == "patch" else ConvEncoder)(latent, self.channels, patch)
         decoder = GaussianImageDecoder(features, shape, patch, self.levels)
         return ImageModality(encoder, decoder, self, shape)

@@ -142,7 +142,7 @@ class MaskModality(Modality):
         check_batch("mask", x, self.sizes, floating=False)
         known = x if self.ignore is None else x[x != self.ignore]
         if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < self.classes:
-            odd = known.unique()
+            odd = torch.unique(known)
             odd = odd[(odd < 0) | (odd >= self.classes)].tolist()
             ignored = "" if self.ignore is None else f" and {self.ignore}, which is ignored"
             raise ValueError(
@@ -161,7 +161,7 @@ class MaskModality(Modality):
         return palette[x].permute(0, 3, 1, 2)
 
     def _colour(self, index: int) -> tuple[int, int, int]:
-        return (255 * index,) * 3 if self.classes == 2 else colour_of_class(index)  # type: ignore[return-value]
+        return (255 * index,) * 3 if self.classes == 2 else colour_of_class(index)
 
     @property
     def legend(self) -> list[tuple[str, tuple[int, int, int]]]:

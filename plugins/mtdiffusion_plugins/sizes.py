@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from attrs import Attribute
 
 Size = int | tuple[int, int]
@@ -12,7 +14,7 @@ def sides(size: Size) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
-def positive_size(_: object, attribute: Attribute[Size | None], value: Size | None) -> None:
+def positive_size(_: object, attribute: Attribute[Any], value: Size | None) -> None:
     """Attrs validator: a side, or a height and a width, of at least 1; or None."""
     if value is not None and min(sides(value)) < 1:
         raise ValueError(f"'{attribute.name}': expected a side, or height and width, of at least 1, found {value}")

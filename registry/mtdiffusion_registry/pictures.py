@@ -135,8 +135,9 @@ def _opened(path: Path) -> Iterator[Image.Image]:
                     f"{path}: has {picture.width} × {picture.height} pixels, more than {_MOST_PIXELS:,}; "
                     "make it smaller"
                 )
-            if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":  # MPO: a photograph and its preview
-                raise UserError(f"{path}: holds {picture.n_frames} pictures, expected one; save one of them alone")
+            frames = getattr(picture, "n_frames", 1)
+            if frames > 1 and picture.format != "MPO":  # MPO: a photograph and its preview
+                raise UserError(f"{path}: holds {frames} pictures, expected one; save one of them alone")
             yield picture
     except UserError:
         raise

@@ -48,8 +48,8 @@ class _Source:
     contents: Mapping[str, object]
 
     @property
-    def stems(self) -> Collection[str]:
-        return (self.contents if self.files is None else self.files).keys()
+    def stems(self) -> set[str]:
+        return set(self.contents if self.files is None else self.files)
 
 
 @frozen(eq=False)
@@ -114,6 +114,10 @@ def _by_kind(fields: Mapping[str, FieldConfig | str]) -> dict[str, FieldConfig |
     return {name: FIELDS[each]() if isinstance(each, str) and each in FIELDS else each for name, each in fields.items()}
 
 
+def _names(value: Iterable[str]) -> tuple[str, ...]:
+    return tuple(value)
+
+
 def _known_fields(instance: FolderConfig, _: Attribute[tuple[str, ...]], value: tuple[str, ...]) -> None:
     unknown = sorted(set(value) - set(instance.fields))
     if unknown:
@@ -162,7 +166,7 @@ class FolderConfig(DatasetConfig):
         validator=and_(min_len(1), deep_mapping(min_len(1), instance_of((FieldConfig, str)), instance_of(dict))),
     )
     size: Size | None = field(default=None, validator=positive_size)
-    allow_missing: tuple[str, ...] = field(default=(), converter=tuple, validator=_known_fields)
+    allow_missing: tuple[str, ...] = field(default=(), converter=_names, validator=_known_fields)
     test_fraction: float = field(default=0.1, validator=and_(ge(0), le(1)))
 
     def reading(self, fields: Collection[str]) -> FolderConfig:
@@ -175,7 +179,7 @@ class FolderConfig(DatasetConfig):
         kept = {name: each for name, each in self.fields.items() if name in needed}
         if not kept:
             return self
-        return attrs.evolve(self, fields=kept, allow_missing=[name for name in self.allow_missing if name in kept])
+        return attrs.evolve(self, fields=kept, allow_missing=[n for n in self.allow_missing if n in kept])
 
     def build(self, split: Literal["train", "test"]) -> FolderDataset:
         base, by_hash = self._base(split)

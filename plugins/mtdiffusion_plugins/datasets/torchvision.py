@@ -89,7 +89,7 @@ def _image_folder(root: Path, split: str, size: tuple[int, int]) -> TorchvisionD
             "it, or make that folder there too"
         )
 
-    class Folder(ImageFolder):  # type: ignore[misc]
+    class Folder(ImageFolder):
         def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
             return classes, {name: index for index, name in enumerate(classes)}
 

@@ -61,7 +61,7 @@ class ModalitySubject(Subject):
     @cached_property
     def cases(self) -> list[Case]:
         """The modality in every latent that it can fill; it must fill the first."""
-        cases = []
+        cases: list[Case] = []
         for i, (height, width) in enumerate(sizes(self.height, self.width)):
             try:
                 latent = LatentSpec(self.config.latent_channels(height, width), height, width)
