@@ -11,6 +11,14 @@ import pytest
 from tests.engine.tiny import CONFIG
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache folder of the tests' own: what they keep is not found in the user's, nor the user's by them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MTDIFFUSION_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A configuration file: image, mask and label of the digits, trained in a second."""
