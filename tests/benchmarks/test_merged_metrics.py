@@ -104,7 +104,7 @@ def test_the_benchmark_refuses_both(tmp_path: Path) -> None:
     x = held_out(problem, 4)
 
     def measured(query: Query, *evaluators: Evaluator) -> dict[str, float]:
-        return measure(Answers(), problem.experiment, problem.modalities, [query], Held(x, x, list(evaluators)))[0]
+        return measure(Answers(), problem.experiment, problem.modalities, [query], Held(x, list(evaluators)))[0]
 
     assert measured(Query(), First()) == {"joint/fid_x": 2.0, "joint/samples": 4, "real/fid_x": 3.0}
     with pytest.raises(UserError, match="of joint samples"):

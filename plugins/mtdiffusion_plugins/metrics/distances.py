@@ -60,10 +60,10 @@ def _nearest_distances(x: Tensor, count: int, tolerance: float) -> Tensor:
     own = torch.cat(
         [
             torch.where(torch.cdist(x[rows], x) <= tolerance, places, len(x)).amin(1).minimum(rows)
-            for rows in places.split(_BLOCK)
+            for rows in torch.split(places, _BLOCK)
         ]
     )  # [n]: the first sample that is the same
-    distinct, own = own[own].unique(return_inverse=True)
+    distinct, own = torch.unique(own[own], return_inverse=True)
     return _nearest_others(x, x[distinct], own, count)
 
 
@@ -72,7 +72,7 @@ def _nearest_others(x: Tensor, candidates: Tensor, own: Tensor, count: int) -> T
     ``[n, count]``, ∞ where there are fewer."""
     found = x.new_full((len(x), count), torch.inf)
     some = min(count, len(candidates))
-    for rows in torch.arange(len(x)).split(_BLOCK):
+    for rows in torch.split(torch.arange(len(x)), _BLOCK):
         distances = torch.cdist(x[rows], candidates)
         distances[torch.arange(len(rows)), own[rows]] = torch.inf
         found[rows, :some] = distances.topk(some, largest=False).values
