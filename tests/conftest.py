@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +10,13 @@ import pytest
 
 from tests.engine.tiny import CONFIG
 
-# What is kept between runs is kept from test to test, and not in the user's folder.
-os.environ["MTDIFFUSION_CACHE"] = tempfile.mkdtemp(prefix="mtdiffusion-tests-")
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache folder of the tests' own: what they keep is not found in the user's, nor the user's by them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MTDIFFUSION_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

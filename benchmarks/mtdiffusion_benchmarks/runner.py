@@ -29,8 +29,12 @@ from mtdiffusion_benchmarks.profile import Cell, Profile, base_experiment, cell_
 from mtdiffusion_engine.checkpoint import read_json, write_json
 from mtdiffusion_engine.data import derive_seed, load_data
 from mtdiffusion_engine.evaluation import (
+    BuiltEvaluator,
     Metrics,
+    build_evaluators,
+    check_evaluators,
     complete_samples,
+    defined,
     judge_joint,
     judge_real,
     judge_target,
@@ -44,9 +48,9 @@ SCHEMA = 1
 
 @frozen(eq=False)
 class Held:
-    """A setting in memory: its data with every modality, and its judges, which are the same for all of its cells."""
+    """A setting in memory: its held-out data with every modality, and its judges, which are the same for all of its
+    cells."""
 
-    train: dict[str, Tensor]
     test: dict[str, Tensor]
     evaluators: list[Evaluator]
 
@@ -152,7 +156,8 @@ class Runner:
             The status of those that are done; each result is read once, here.
         """
         for setting in dict.fromkeys(cell.setting for cell in cells):
-            base_experiment(self.profile, setting, self.source, self.registry)
+            experiment = base_experiment(self.profile, setting, self.source, self.registry)
+            check_evaluators(experiment.evaluation.evaluators, list(experiment.modalities))
         found = ((cell, self._result(cell, quiet=True)) for cell in cells)
         return {cell: str(result["status"]) for cell, result in found if result is not None}
 
@@ -212,7 +217,16 @@ class Runner:
         experiment = problem.experiment
         started = time.monotonic()
         shown = self.profile.figures if cell.seed == self.profile.seeds[0] else 0
-        metrics, figures = measure(fitted, experiment, modalities, queries, held, shown, bound=self.profile.bound)
+        metrics, figures = measure(
+            fitted,
+            experiment,
+            modalities,
+            queries,
+            held,
+            shown,
+            bound=self.profile.bound,
+            note=lambda told: self.say(f"{cell.id}: {told}"),
+        )
         return {
             "cost": {
                 **asdict(fitted.cost),
@@ -280,11 +294,16 @@ class Runner:
         if setting not in self._held:
             experiment = base_experiment(self.profile, setting, self.source, self.registry)
             model = build_model(experiment)
-            train = complete_samples(load_data(experiment, model, "train"))
-            test = complete_samples(load_data(experiment, model, "test"), experiment.evaluation.samples)
-            self.say(f"{setting}: training the judges")
-            evaluators = [evaluator.build(train) for evaluator in experiment.evaluation.evaluators]
-            self._held[setting] = Held(train, test, evaluators)
+            config = experiment.evaluation
+            test = complete_samples(load_data(experiment, model, "test"), config.samples, config.seed)
+            evaluators = build_evaluators(
+                config.evaluators,
+                {name: model.modality(name) for name in model.names},
+                lambda: load_data(experiment, model, "train"),
+                seed=config.seed,
+                progress=lambda told: self.say(f"{setting}: {told}"),
+            )
+            self._held[setting] = Held(test, evaluators)
         return self._held[setting]
 
     def _remove_run(self, cell: Cell) -> None:
@@ -308,10 +327,12 @@ def measure(
     shown: int = 0,
     *,
     bound: bool = False,
+    note: Callable[[str], None] = lambda _: None,
 ) -> tuple[Metrics, list[dict[str, Any]]]:
     """Ask every query that the method answers; metrics by ``target|given/metric``, and figures of ``shown`` samples.
 
-    With ``bound``, the variational bound too, of ``evaluation.bound_times`` terms, if the method has one.
+    With ``bound``, the variational bound too, of ``evaluation.bound_times`` terms, if the method has one. No metric is
+    infinite or NaN; ``note`` is told which are undefined, and so left out.
 
     Raises:
         UserError: if two evaluators, or an evaluator and a modality, give a metric of one name.
@@ -350,7 +371,7 @@ def measure(
     metrics |= {f"real/{name}": value for name, value in judge_real(held.evaluators, test).items()}
     if bound and config.bound_times and (bits := _bound(fitted, test, config)) is not None:
         metrics["joint/bound_bits_per_dim"] = bits
-    return metrics, figures
+    return defined(metrics, note), figures
 
 
 def _bound(fitted: Fitted, test: Mapping[str, Tensor], config: EvaluationConfig) -> float | None:
@@ -388,7 +409,10 @@ def directions_of(modalities: Mapping[str, Modality], evaluators: Sequence[Evalu
         UserError: if a name is better higher for one of them and lower for another.
     """
     givers = [(f"the modality {name}", modality.metric_directions) for name, modality in modalities.items()]
-    givers += [(type(evaluator).__name__, evaluator.metric_directions) for evaluator in evaluators]
+    givers += [
+        (each.title if isinstance(each, BuiltEvaluator) else type(each).__name__, each.metric_directions)
+        for each in evaluators
+    ]
     found: dict[str, tuple[str, str]] = {}
     for giver, directions in givers:
         for name, direction in directions.items():

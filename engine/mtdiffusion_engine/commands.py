@@ -183,7 +183,7 @@ def _evaluate(run: Run) -> dict[str, Any]:
             if not console.is_terminal:
                 console.print(f"evaluating: {what}", markup=False, soft_wrap=True)
 
-        metrics = dict(evaluate_run(run, say))
+        metrics = dict(evaluate_run(run, say, lambda note: console.print(note, markup=False, soft_wrap=True)))
     ckpt.write_json(run.path / METRICS, metrics)
     return metrics
 
@@ -210,7 +210,7 @@ def gallery(args: Namespace) -> None:
 def _gallery(run: Run, out: Path, seed: int) -> Path:
     from mtdiffusion_engine.gallery import draw_gallery
 
-    return draw_gallery(run, out, seed)
+    return draw_gallery(run, out, seed, note=lambda note: _console().print(note, markup=False, soft_wrap=True))
 
 
 def demo(args: Namespace) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mtdiffusion import MultimodalDiffusion, sample
-from mtdiffusion_engine.evaluation import complete_samples
 from mtdiffusion_engine.pictures import Block, draw_blocks
+from mtdiffusion_engine.samples import Wish, draw_samples, held_out
 from mtdiffusion_engine.subsets import random_holes
 
 if TYPE_CHECKING:
@@ -22,24 +22,37 @@ def _render(model: MultimodalDiffusion, samples: Mapping[str, Tensor]) -> dict[s
     return {name: model.modality(name).render(samples[name]).cpu() for name in model.names}
 
 
-def draw_gallery(run: Run, path: Path, seed: int = 0, columns: int = 12) -> Path:
-    """Write the gallery of a run's model as a picture; what is given comes from its test split."""
-    model, settings = run.model, run.experiment.sampling
-    test = complete_samples(run.data("test"))
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randperm(len(next(iter(test.values()))), generator=generator)[:columns]
-    test = {name: x[rows] for name, x in test.items()}
-    n = len(rows)
+def draw_gallery(
+    run: Run, path: Path, seed: int = 0, columns: int = 12, note: Callable[[str], None] = lambda _: None
+) -> Path:
+    """Write the gallery of a run's model as a picture; what is given comes from its test split.
 
-    joint = sample(model, n, settings=settings, generator=generator)
+    Args:
+        seed: of the samples and of the draw of those given.
+        columns: samples in a block: of those given, fewer where fewer have what is given.
+        note: is told which blocks are left out, since no held-out sample has what they are given.
+
+    Raises:
+        UserError: if the test split is empty or cannot be read.
+    """
+    model, settings = run.model, run.experiment.sampling
+    names = model.names
+    generator = torch.Generator().manual_seed(seed)
+    drawn = draw_samples(held_out(run), [Wish([name], columns) for name in names], seed)
+    test = {name: samples.x[name] for name, samples in zip(names, drawn, strict=True) if len(samples)}
+    if absent := [name for name in names if name not in test]:
+        note(f"the gallery shows nothing given {' or '.join(absent)}: no held-out sample has it")
+
+    joint = sample(model, columns, settings=settings, generator=generator)
     blocks = [Block("everything generated together", _render(model, joint))]
-    for given in model.names if len(model.names) > 1 else []:
-        out = sample(model, n, observed={given: test[given]}, settings=settings, generator=generator)
+    for given in test if len(names) > 1 else []:
+        out = sample(model, len(test[given]), observed={given: test[given]}, settings=settings, generator=generator)
         blocks.append(Block(f"given {given} alone (held-out data)", _render(model, out), frozenset([given])))
     latent = model.layout.latent
     for name, spatial in zip(model.names, model.spatial, strict=True):
-        if not spatial:
+        if not spatial or name not in test:
             continue
+        n = len(test[name])
         share = torch.full((n,), run.experiment.evaluation.hidden_share)
         visible = random_holes(share, (latent.height, latent.width), generator)
         out = sample(

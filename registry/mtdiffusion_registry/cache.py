@@ -1,4 +1,4 @@
-"""Where what takes long to make is kept between runs: decoded pictures, embeddings, judges. It can all go.
+"""Where results that can be made again are kept between commands: decoded pictures, embeddings, judges.
 
 Whatever is kept is named by a key of all that it is made from, so that nothing stale is read, and written whole.
 """
@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,23 +23,35 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CACHE_VARIABLE = "MTDIFFUSION_CACHE"
+"""Environment variable that names the cache folder."""
 
 
 def cache_folder() -> Path:
-    """The folder, made if need be: what the environment variable ``MTDIFFUSION_CACHE`` says, or ``mtdiffusion`` in the
-    user's cache (``XDG_CACHE_HOME``, else ``~/.cache``); where that cannot be written, one in the folder of temporary
-    files."""
-    named = os.environ.get(CACHE_VARIABLE)
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = Path(named or Path(home) / "mtdiffusion").expanduser()
+    """The folder for what can be made again; it exists and can be written.
+
+    It is ``$MTDIFFUSION_CACHE``; if that is not set ``mtdiffusion`` in ``$XDG_CACHE_HOME`` or, if that is not set
+    either, in ``~/.cache`` (XDG Base Directory Specification). Where that cannot be made or written, it is a temporary
+    folder of this process, gone when the process ends: a cache saves time and is never a reason to fail.
+    """
     try:
+        folder = _wanted()
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=folder):  # permissions alone do not tell: a file system may be read-only
             return folder
-    except OSError:
-        fallback = Path(tempfile.gettempdir()) / f"mtdiffusion-cache-{os.getuid()}"
-        fallback.mkdir(parents=True, exist_ok=True)
-        return fallback
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
+        return Path(_temporary().name)
+
+
+def _wanted() -> Path:
+    if given := os.environ.get(CACHE_VARIABLE):
+        return Path(given).expanduser().absolute()
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))  # the specification has relative ones ignored
+    return (base if base.is_absolute() else Path.home() / ".cache") / "mtdiffusion"
+
+
+@cache
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="mtdiffusion-cache-", ignore_cleanup_errors=True)
 
 
 def cached(name: str) -> Path:

@@ -207,11 +207,32 @@ class EvaluatorConfig(Config):
 
     @abstractmethod
     def build(self, train: Mapping[str, Tensor]) -> Evaluator:
-        """The evaluator, fitted to the training split (tensors by modality name) where it needs to be.
+        """The evaluator, fitted to training samples where it needs to be.
+
+        Args:
+            train: ``[n, ...]`` by modality name, of samples that have all that it :meth:`needs`, and of other
+                modalities those that all of these samples have; n is at most :meth:`train_limit`.
 
         Raises:
             ValueError: if it is configured for modalities that are not there.
         """
+
+    def needs(self) -> tuple[str, ...]:
+        """Names of the modalities that it must have: it is refused, before anything is trained, where the model lacks
+        one, and is fitted to and shown samples that have them all.
+
+        By default (): none in particular. It is then fitted to and shown samples that have every modality.
+        """
+        return ()
+
+    def train_limit(self) -> int | None:
+        """How many training samples it wants at most; a random draw of as many is read. None, the default: all of the
+        training split. 0: none, and none is read; ``build`` is then given tensors of no samples."""
+        return None
+
+    def preparation(self) -> str:
+        """What ``build`` does that may take a while, for whoever waits for it; "", the default, if it takes none."""
+        return ""
 
 
 @frozen

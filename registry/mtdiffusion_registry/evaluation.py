@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 class Evaluator(ABC):
     """Judges samples given as a dict of tensors by modality name, each ``[B, ...]``.
 
-    Each method returns metrics by name, and nothing where it has nothing to say.
+    Each method returns metrics by name, the same names whatever the samples. A metric that it means to give but that is
+    undefined for these samples (a distance of a single sample, a mean over no class) is NaN; one that is absent is
+    never given. Whoever asks leaves NaN out of the results, says so, and takes a mean over draws over those where it is
+    defined.
 
     Attributes:
         metric_directions: "higher" or "lower", whichever is better, by metric. A metric without one is reported but

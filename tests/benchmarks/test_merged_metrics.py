@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -104,7 +105,7 @@ def test_the_benchmark_refuses_both(tmp_path: Path) -> None:
     x = held_out(problem, 4)
 
     def measured(query: Query, *evaluators: Evaluator) -> dict[str, float]:
-        return measure(Answers(), problem.experiment, problem.modalities, [query], Held(x, x, list(evaluators)))[0]
+        return measure(Answers(), problem.experiment, problem.modalities, [query], Held(x, list(evaluators)))[0]
 
     assert measured(Query(), First()) == {"joint/fid_x": 2.0, "joint/samples": 4, "real/fid_x": 3.0}
     with pytest.raises(UserError, match="of joint samples"):
@@ -117,6 +118,19 @@ def test_the_benchmark_refuses_both(tmp_path: Path) -> None:
         UserError, match=r"the predicted label and evaluators\[0\] \(OfLabels\) both give the metric nll of label"
     ):
         measured(read, OfLabels())
+
+
+class Undefined(First):
+    def joint(self, generated: Mapping[str, Tensor]) -> dict[str, float]:
+        return {"fid_x": math.nan, "kid_x": math.inf, "precision_x": 0.5}
+
+
+def test_a_cell_holds_numbers_alone(tmp_path: Path) -> None:
+    problem, told = digits(tmp_path / "run"), list[str]()
+    held = Held(held_out(problem, 4), [Undefined()])
+    metrics, _ = measure(Answers(), problem.experiment, problem.modalities, [Query()], held, note=told.append)
+    assert metrics == {"joint/precision_x": 0.5, "joint/samples": 4, "real/fid_x": 3.0}
+    assert told == ["left out, since they are undefined for these samples: joint/fid_x, joint/kid_x"]
 
 
 class Upward(First):

@@ -1,8 +1,13 @@
 """The judge reads real pictures well, says so, and its Fréchet distance is the closed form."""
 
+import json
+import math
+from pathlib import Path
+
 import pytest
 import torch
 
+from mtdiffusion_plugins.metrics.distances import TrainingFeatures
 from mtdiffusion_plugins.metrics.judge import JudgeConfig, frechet_distance
 from mtdiffusion_registry import Registry, UserError
 
@@ -48,6 +53,16 @@ def test_it_has_nothing_to_say_of_samples_without_what_it_looks_at(judged) -> No
     assert judge.joint({"label": test["label"]}) == {}
 
 
+def test_a_picture_that_is_there_with_each_of_many_sounds_is_one_picture(judged) -> None:
+    judge, train, test = judged
+    some = train["image"][:300]
+    single = TrainingFeatures(judge._features(some), "x", 3).metrics(judge._features(test["image"]))
+    often = judge._features(some.repeat(4, 1, 1, 1))  # each in other batches, too, where it rounds otherwise
+    repeated = TrainingFeatures(often, "x", 3).metrics(judge._features(test["image"]))
+    for metric in ("precision_x", "recall_x", "memorisation_x"):
+        assert repeated[metric] == pytest.approx(single[metric], abs=1e-4)
+
+
 def test_noise_and_collapse_are_far_from_the_data(judged) -> None:
     judge, _, test = judged
     real = judge.real(test)["fid_judge"]
@@ -75,7 +90,7 @@ def test_the_balanced_distance_sees_within_classes_alone(judged) -> None:
         "image": test["image"] + 0.3 * torch.randn(test["image"].shape, generator=torch.Generator().manual_seed(0))
     }
     assert judge.joint(worse)["fid_judge_balanced"] > 2 * real["fid_judge_balanced"]
-    assert "fid_judge_balanced" not in judge.joint({"image": test["image"][test["label"] == 3]})
+    assert math.isnan(judge.joint({"image": test["image"][test["label"] == 3]})["fid_judge_balanced"])
 
 
 def test_the_perceptual_distance_is_that_of_the_lpips_package_without_its_weights(judged) -> None:
@@ -141,9 +156,17 @@ def test_one_sample_is_judged_by_what_one_sample_shows(judged) -> None:
     judge, _, test = judged
     one = {name: x[:1] for name, x in test.items()}
     possible = {"precision_judge", "memorisation_judge"}
-    assert judge.conditional("image", one, one).keys() == {*possible, "judge_accuracy", "perceptual_judge"}
-    assert judge.joint(one).keys() == {*possible, "judge_agreement", "class_entropy"}
-    assert judge.real(one).keys() == {*possible, "judge_accuracy"}
+
+    def defined(metrics: dict[str, float], names: set[str]) -> bool:
+        return {name for name, value in metrics.items() if not math.isnan(value)} == names
+
+    conditional, joint, real = judge.conditional("image", one, one), judge.joint(one), judge.real(one)
+    assert defined(conditional, {*possible, "judge_accuracy", "perceptual_judge"})
+    assert defined(joint, {*possible, "judge_agreement", "class_entropy"})
+    assert defined(real, {*possible, "judge_accuracy"})
+    assert conditional.keys() == judge.conditional("image", test, test).keys()  # under the same names as ever
+    assert joint.keys() == judge.joint(test).keys()
+    assert real.keys() == judge.real(test).keys()
 
 
 def test_a_second_judge_reads_masks_under_a_name_of_its_own(judged) -> None:
@@ -160,10 +183,95 @@ def test_a_second_judge_reads_masks_under_a_name_of_its_own(judged) -> None:
     assert 0 <= second.joint(unknown)["mask_judge_class_entropy"] <= 1
 
 
-def test_it_is_the_same_every_time() -> None:
-    train = {name: x[:256] for name, x in digits("train").items()}
-    first, second = (JudgeConfig(epochs=2, width=8).build(train) for _ in range(2))
-    assert first.real(train) == second.real(train)
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MTDIFFUSION_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def few_digits() -> dict[str, torch.Tensor]:
+    return {name: x[:256] for name, x in digits("train").items()}
+
+
+QUICK = JudgeConfig(epochs=2, width=8)
+
+
+def test_it_is_the_same_every_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    train, found = few_digits(), []
+    for cache in ("a", "b", "b"):  # trained, trained again, and taken from where it was kept
+        monkeypatch.setenv("MTDIFFUSION_CACHE", str(tmp_path / cache))
+        torch.manual_seed(len(found))
+        found.append(QUICK.build(train).real(train))
+        after = torch.rand(())
+        torch.manual_seed(len(found) - 1)
+        assert after == torch.rand(())  # it draws nothing from the global generator
+    assert found[0] == found[1] == found[2]
+
+
+def test_it_is_trained_once_for_the_same_data_and_configuration(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mtdiffusion_plugins.metrics import classifiers
+
+    trained = []
+    train_classifier = classifiers.train_classifier
+    monkeypatch.setattr(
+        classifiers,
+        "train_classifier",
+        lambda *x, **options: trained.append(options) or train_classifier(*x, **options),
+    )
+    train = few_digits()
+    first = QUICK.build(train).real(train)
+    for same in (QUICK, JudgeConfig(epochs=2, width=8, neighbours=3, train_samples=300)):
+        assert same.build(train).real(train) == first
+    assert len(trained) == 1
+    other = {**train, "label": train["label"].roll(1)}
+    for config, data in ((JudgeConfig(epochs=2, width=8, seed=1), train), (JudgeConfig(epochs=1, width=8), train)):
+        assert config.build(data).real(train) != first
+    assert QUICK.build(other).real(train) != first
+    assert len(trained) == len(list((cache / "judges").iterdir())) == 4
+
+
+@pytest.mark.parametrize("harm", ["truncated", "flipped", "no json", "other json", "a file", "empty"])
+def test_a_damaged_entry_is_made_again(cache: Path, harm: str) -> None:
+    train = few_digits()
+    first = QUICK.build(train).real(train)
+    (entry,) = (cache / "judges").iterdir()
+    weights, about = entry / "classifier.safetensors", entry / "classifier.json"
+    whole = {path.name: path.read_bytes() for path in (weights, about)}
+    content = bytearray(whole[weights.name])
+    if harm == "truncated":
+        weights.write_bytes(content[:-10])
+    elif harm == "flipped":
+        content[-5] ^= 64  # a weight's exponent
+        weights.write_bytes(content)
+    elif harm == "no json":
+        about.write_text("{")
+    elif harm == "other json":
+        about.write_text(json.dumps({**json.loads(about.read_text()), "recipe": 0}))
+    else:
+        weights.unlink()
+        about.unlink()
+        if harm == "a file":
+            entry.rmdir()
+            entry.write_text("")
+    assert QUICK.build(train).real(train) == first
+    assert list((cache / "judges").iterdir()) == [entry]  # and nothing half-written beside it
+    assert {path.name: path.read_bytes() for path in entry.iterdir()} == whole
+
+
+def test_a_cache_that_cannot_be_written_only_costs_time(cache: Path) -> None:
+    cache.mkdir()
+    (cache / "judges").write_text("in the way")
+    train = few_digits()
+    assert QUICK.build(train).real(train)["judge_accuracy"] > 0.1
+    assert (cache / "judges").read_text() == "in the way"
+
+
+def test_it_says_what_it_needs() -> None:
+    config = JudgeConfig(input="photo", target="quality", train_samples=50)
+    assert config.needs() == ("photo", "quality")
+    assert config.train_limit() == 50
+    assert JudgeConfig().train_limit() == 10_000
+    assert "quality by photo" in config.preparation() and "40 epochs" in config.preparation()
 
 
 def test_a_modality_that_is_not_there_is_named() -> None:

@@ -121,16 +121,50 @@ def test_a_collapsed_generator_has_precision_and_no_recall() -> None:
     assert metrics["fid_x"] > 5 and metrics["kid_x"] > 0
 
 
-def test_what_too_few_samples_cannot_support_is_left_out() -> None:
+@pytest.mark.parametrize("jitter", [0.0, 1e-7])
+def test_repeated_training_samples_are_no_neighbours_of_one_another(jitter: float) -> None:
+    a, b = gaussian(300, dim=4), gaussian(80, 0.3, seed=1, dim=4)
+    once = TrainingFeatures(a, "x", 3).metrics(b)
+    repeated = a.repeat_interleave(5, 0)
+    repeated = repeated + jitter * gaussian(len(repeated), seed=2, dim=4)  # as of one picture in several batches
+    often = TrainingFeatures(repeated, "x", 3).metrics(b)
+    for metric in ("precision_x", "recall_x", "memorisation_x"):
+        assert often[metric] == pytest.approx(once[metric], rel=1e-5)
+    samples = TrainingFeatures(a, "x", 3).metrics(b.repeat(4, 1))  # each held-out sample four times
+    assert samples == pytest.approx(
+        {**samples, **{name: once[name] for name in once if name[:3] not in ("fid", "kid")}}
+    )
+
+
+def test_one_repeated_sample_among_others_has_the_radius_of_the_nearest_others() -> None:
+    train = TrainingFeatures(torch.tensor([[0.0], [0.0], [0.0], [1.0], [3.0], [10.0]]), "x", 1)  # 1, 1, 1, 1, 2, 7
+    metrics = train.metrics(torch.tensor([[-0.5], [-1.5], [-1.5], [20.0]]))  # 1, 1, 1, 20.5
+    assert metrics["precision_x"] == 1 / 4
+    assert metrics["recall_x"] == 1.0
+    assert metrics["memorisation_x"] == pytest.approx(1.5)  # of 0.5, 1.5, 1.5, 10, the lower of the middle two: 1.5
+
+
+def undefined(metrics: dict[str, float]) -> set[str]:
+    assert metrics.keys() == {f"{name}_x" for name in ("fid", "kid", "precision", "recall", "memorisation")}
+    return {name.removesuffix("_x") for name, value in metrics.items() if math.isnan(value)}
+
+
+def test_what_too_few_samples_cannot_support_is_undefined() -> None:
     train = TrainingFeatures(gaussian(100), "x", 3)
-    assert train.metrics(gaussian(1, seed=1)).keys() == {"precision_x", "memorisation_x"}
-    assert train.metrics(gaussian(3, seed=1)).keys() == {"fid_x", "kid_x", "precision_x", "memorisation_x"}
+    assert undefined(train.metrics(gaussian(1, seed=1))) == {"fid", "kid", "recall"}
+    assert undefined(train.metrics(gaussian(3, seed=1))) == {"recall"}
     everything = train.metrics(gaussian(4, seed=1))
-    assert everything.keys() == {"fid_x", "kid_x", "precision_x", "recall_x", "memorisation_x"}
+    assert undefined(everything) == set()
     assert all(math.isfinite(value) for value in everything.values())
-    assert TrainingFeatures(gaussian(3), "x", 3).metrics(gaussian(9)).keys() == {"fid_x", "kid_x", "memorisation_x"}
-    assert TrainingFeatures(gaussian(1), "x", 3).metrics(gaussian(9)) == {}
-    assert "memorisation_x" not in TrainingFeatures(torch.ones(9, 8), "x", 3).metrics(gaussian(9))  # all the same
+    assert undefined(TrainingFeatures(gaussian(3), "x", 3).metrics(gaussian(9))) == {"precision"}
+    assert undefined(TrainingFeatures(gaussian(1), "x", 3).metrics(gaussian(9))) == {
+        "fid",
+        "kid",
+        "precision",
+        "memorisation",
+    }
+    for same in (torch.ones(9, 8), 0.1 * torch.ones(9, 8) + 1e-8 * gaussian(9)):  # all the same
+        assert undefined(TrainingFeatures(same, "x", 3).metrics(gaussian(9))) == {"precision", "memorisation"}
 
 
 # Inception
@@ -169,8 +203,9 @@ def test_inception_s_features_are_torchmetrics_s(stand_in_inception: Path) -> No
     one = {"image": x[3:]}  # of one picture there is no FID in 2,048 dimensions to wait for
     metrics = evaluator.conditional("image", one, {})
     assert metrics["memorisation_inception"] == pytest.approx(expected, rel=1e-3)
-    assert metrics.keys() == {"precision_inception", "memorisation_inception"}
-    assert evaluator.joint(one) == evaluator.real(one) == metrics
+    defined = {name for name, value in metrics.items() if not math.isnan(value)}
+    assert defined == {"precision_inception", "memorisation_inception"}
+    assert evaluator.joint(one) == evaluator.real(one) == pytest.approx(metrics, nan_ok=True)
     assert evaluator.conditional("label", one, {}) == {}
     assert evaluator.joint({"image": x[:1]})["memorisation_inception"] == pytest.approx(0, abs=1e-3)
     metrics_of_more = {f"{metric}_inception" for metric in ("fid", "kid", "precision", "recall")}

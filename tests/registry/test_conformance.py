@@ -1010,10 +1010,13 @@ class Contrast(Evaluator):
 
     def joint(self, generated: Any) -> dict[str, float]:
         value = generated["image"].std().item()
+        if self.how == "absent" and len(generated["image"]) == 1:
+            return {}
         return {"contrast": value + torch.rand(()).item() if self.how == "random" else value}
 
     def real(self, test: Any) -> dict[str, float]:
-        return {"contrast": math.nan if self.how == "nan" else test["image"].std().item()}
+        undefined = {"nan": math.nan, "infinite": math.inf}
+        return {"contrast": undefined.get(self.how) or test["image"].std().item()}
 
 
 @frozen
@@ -1024,18 +1027,24 @@ class ContrastConfig(EvaluatorConfig):
     def build(self, train: Any) -> Evaluator:
         return Contrast(self.how)
 
+    def needs(self) -> tuple[str, ...]:
+        return "image" if self.how == "letters" else ("image",)  # type: ignore[return-value]
+
 
 @pytest.mark.parametrize(
     ("how", "check"),
     [
+        ("letters", "requirements"),
         ("tensor", "conditional"),
-        ("nan", "real"),
+        ("infinite", "real"),
+        ("absent", "names"),
         ("random", "determinism"),
         ("undirected", "directions"),
     ],
 )
 def test_a_broken_evaluator_fails_one_check_alone(how: str, check: str) -> None:
     check_evaluator(ContrastConfig())
+    check_evaluator(ContrastConfig("nan"))  # undefined, not wrong
     assert failed(ContrastConfig(how)) == [check]
 
 

@@ -6,10 +6,17 @@ two networks cannot be compared.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 _BLOCK = 1024  # rows of a pairwise matrix held at a time: 40 MB against 5,000 columns
+
+_SAME, _ROUNDING = 1e-5, 1e-6
+"""Features nearer to one another than these shares of the training features' spread (root mean square distance to their
+mean) or size (root mean square norm) are those of one sample that is there repeatedly: the first is well below what
+tells two pictures apart, the second what a network in float32 makes of one picture in two batches."""
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -40,21 +47,43 @@ def _mean_kernel_within(x: Tensor) -> float:
     return (_kernel_sum(x, x) - diagonal) / (len(x) * (len(x) - 1))
 
 
-def _nearest_distances(x: Tensor, count: int) -> Tensor:
-    """Distances of each sample of ``[n, D]`` to the ``count`` < n nearest others, ascending: ``[n, count]``."""
-    rows = []
-    for start in range(0, len(x), _BLOCK):
-        distances = torch.cdist(x[start : start + _BLOCK], x)
-        distances[torch.arange(len(distances)), torch.arange(start, start + len(distances))] = torch.inf  # itself
-        rows.append(distances.topk(count, largest=False).values)
-    return torch.cat(rows)
+def _nearest_distances(x: Tensor, count: int, tolerance: float) -> Tensor:
+    """Distances of each sample of ``[n, D]`` to the ``count`` nearest that differ from it, ascending: ``[n, count]``.
+
+    Samples within ``tolerance`` of one another are one sample, which is its own neighbour no more often than it would
+    be were it there once. ∞ where there are fewer others.
+    """
+    places = torch.arange(len(x))
+    nearest = _nearest_others(x, x, places, count)
+    if not bool((nearest[:, :1] <= tolerance).any()):  # nothing is repeated, as a rule
+        return nearest
+    own = torch.cat(
+        [
+            torch.where(torch.cdist(x[rows], x) <= tolerance, places, len(x)).amin(1).minimum(rows)
+            for rows in torch.split(places, _BLOCK)
+        ]
+    )  # [n]: the first sample that is the same
+    distinct, own = torch.unique(own[own], return_inverse=True)
+    return _nearest_others(x, x[distinct], own, count)
+
+
+def _nearest_others(x: Tensor, candidates: Tensor, own: Tensor, count: int) -> Tensor:
+    """Distances of ``x [n, D]`` to the ``count`` nearest of ``candidates [m, D]`` but those at ``own [n]``, ascending:
+    ``[n, count]``, ∞ where there are fewer."""
+    found = x.new_full((len(x), count), torch.inf)
+    some = min(count, len(candidates))
+    for rows in torch.split(torch.arange(len(x)), _BLOCK):
+        distances = torch.cdist(x[rows], candidates)
+        distances[torch.arange(len(rows)), own[rows]] = torch.inf
+        found[rows, :some] = distances.topk(some, largest=False).values
+    return found
 
 
 class TrainingFeatures:
     """The training split's features and what of the distances depends on them alone.
 
     Args:
-        features: ``[N, D]``.
+        features: ``[N, D]``, N ≥ 1.
         extractor: the network's name, as the metrics carry it.
         neighbours: k of precision and recall.
     """
@@ -63,13 +92,15 @@ class TrainingFeatures:
         self.features = features.double()
         self.extractor = extractor
         self.neighbours = neighbours
-        count = len(features)
-        self._mean_kernel = _mean_kernel_within(self.features) if count > 1 else None
+        self._mean_kernel = _mean_kernel_within(self.features) if len(features) > 1 else math.nan
         # Distances do not change when all features move together, and lose fewer digits near the origin.
         self._centre = self.features.mean(0)
-        nearest = _nearest_distances(self.features - self._centre, min(neighbours, count - 1))
-        self._radius = nearest[:, -1] if count > neighbours else None
-        self._typical_nearest = nearest[:, 0].median().item() if count > 1 else 0.0
+        centred = self.features - self._centre
+        spread, size = (x.square().sum(1).mean().sqrt().item() for x in (centred, self.features))
+        self._tolerance = max(_SAME * spread, _ROUNDING * size)
+        nearest = _nearest_distances(centred, neighbours, self._tolerance)
+        self._radius = nearest[:, -1]  # [N]: ∞ for all if there are no more than k that differ
+        self._typical_nearest = nearest[:, 0].median().item()
 
     @property
     def directions(self) -> dict[str, str]:
@@ -78,32 +109,39 @@ class TrainingFeatures:
         return {f"{metric}_{self.extractor}": direction for metric, direction in better.items()}
 
     def metrics(self, features: Tensor) -> dict[str, float]:
-        """Of samples' features ``[n, D]``, each under its name and the extractor's; what n cannot support is left out.
+        """Of samples' features ``[n, D]``, n ≥ 1, each under its name and the extractor's; NaN where undefined.
 
-        - ``fid``: :func:`frechet_distance`, n ≥ 2. Biased: it falls as n grows.
-        - ``kid``: the squared maximum mean discrepancy of the kernel (x·y / D + 1)³, unbiased (Bińkowski et al. 2018),
-          n ≥ 2. It is taken over all samples at once: averaging over subsets saves memory and adds variance, without
-          changing the expectation. It can be negative.
+        - ``fid``: :func:`frechet_distance`; undefined for n = 1 or N = 1. Biased: it falls as n grows.
+        - ``kid``: the squared maximum mean discrepancy of the kernel (x·y / D + 1)³, unbiased (Bińkowski et al. 2018);
+          undefined for n = 1 or N = 1. It is taken over all samples at once: averaging over subsets saves memory and
+          adds variance, without changing the expectation. It can be negative.
         - ``precision``: the share of samples within the k-nearest-neighbour ball of a training sample; ``recall``: the
-          share of training samples within that of a sample, n > k (Kynkäänniemi et al. 2019).
+          share of training samples within that of a sample (Kynkäänniemi et al. 2019, equation 2). Precision is
+          undefined where there are no k training samples beside one, recall for n ≤ k.
         - ``memorisation``: the median distance to the nearest training sample, over the median distance of training
           samples to the nearest other one. Independent samples of the same distribution have about 1, copies 0. The
-          network has seen the training samples: read it against that of held-out data.
+          network has seen the training samples: read it against that of held-out data. Undefined if all training
+          samples are the same.
+
+        A neighbour is a sample that differs: where one picture is there with each of many sounds, the nearest other
+        one is not the picture itself. Radii would be 0 else, and tell of the repetition instead of the pictures. The
+        balls of more than k samples of which at most k differ (a generator that has collapsed) have radius 0.
         """
         x = features.double()
         count, train = len(x), self.features
-        found: dict[str, float] = {}
-        if count > 1 and self._mean_kernel is not None:
+        found = dict.fromkeys(("fid", "kid", "precision", "recall", "memorisation"), math.nan)
+        if count > 1 and len(train) > 1:
             found["fid"] = frechet_distance(train, x)
             across = _kernel_sum(x, train) / (count * len(train))
             found["kid"] = self._mean_kernel + _mean_kernel_within(x) - 2 * across
         x = x - self._centre
         distances = torch.cdist(x, train - self._centre)  # [n, N]
-        if self._radius is not None:
-            found["precision"] = (distances <= self._radius).any(1).double().mean().item()
-            if count > self.neighbours:
-                radius = _nearest_distances(x, self.neighbours)[:, -1:]
-                found["recall"] = (distances <= radius).any(0).double().mean().item()
-        if self._typical_nearest > 0:
+        if math.isfinite(self._typical_nearest):
             found["memorisation"] = distances.amin(1).median().item() / self._typical_nearest
+        if bool(self._radius.isfinite().all()):
+            found["precision"] = (distances <= self._radius).any(1).double().mean().item()
+        if count > self.neighbours:
+            radius = _nearest_distances(x, self.neighbours, self._tolerance)[:, -1:]
+            radius = radius.where(radius.isfinite(), 0)
+            found["recall"] = (distances <= radius).any(0).double().mean().item()
         return {f"{metric}_{self.extractor}": value for metric, value in found.items()}

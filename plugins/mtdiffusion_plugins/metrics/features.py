@@ -91,6 +91,7 @@ class FeaturesConfig(EvaluatorConfig):
         extractor: the network. For the features of a classifier of one's own data there is the ``judge``.
         weights: a file of its weights; None: torch's cache, or a download.
         neighbours: k of precision and recall.
+        train_samples: training samples that distances are taken to, at most: a random draw of as many.
     """
 
     kind: ClassVar[str] = "features"
@@ -98,6 +99,16 @@ class FeaturesConfig(EvaluatorConfig):
     extractor: Literal["inception"] = field(default="inception", validator=in_(("inception",)))
     weights: str | None = None
     neighbours: int = field(default=3, validator=ge(1))
+    train_samples: int = field(default=10_000, validator=ge(1))
+
+    def needs(self) -> tuple[str, ...]:
+        return (self.input,)
+
+    def train_limit(self) -> int:
+        return self.train_samples
+
+    def preparation(self) -> str:
+        return f"{self.extractor}'s features of {self.input}"
 
     def build(self, train: Mapping[str, Tensor]) -> Evaluator:
         if self.input not in train or train[self.input].ndim != 4:

@@ -6,15 +6,17 @@ the training split are taken (never called FID without saying whose: the metric'
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from attrs import field, frozen
 from attrs.validators import ge, gt, matches_re
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from mtdiffusion_plugins.metrics.classifiers import kept_classifier
 from mtdiffusion_plugins.metrics.distances import TrainingFeatures, frechet_distance
 from mtdiffusion_registry.configs import EvaluatorConfig
 from mtdiffusion_registry.errors import UserError
@@ -25,69 +27,6 @@ MTDIFFUSION_API = 1
 
 REDRAWS = 20
 """Draws over which a distance with redrawn class counts is a mean."""
-
-
-class Classifier(nn.Module):
-    """A small convolutional classifier of pictures ``[B, channels, h, w]``."""
-
-    def __init__(self, channels: int, classes: int, width: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(channels, width, 3, padding=1),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(width, 2 * width, 3, padding=1),
-            nn.BatchNorm2d(2 * width),
-            nn.ReLU(),
-            nn.AdaptiveAvgPool2d(2),
-            nn.Flatten(),
-        )
-        self.head = nn.Linear(8 * width, classes)
-
-    def features(self, x: Tensor) -> Tensor:
-        """The last pooling layer's output ``[B, 8 · width]``, before the classifier: where Inception's FID is taken."""
-        return self.body(x)
-
-    def layers(self, x: Tensor) -> list[Tensor]:
-        """Feature maps after each ReLU, each ``[B, C_l, h_l, w_l]``: where LPIPS takes its differences."""
-        maps = []
-        for part in self.body:
-            x = part(x)
-            if isinstance(part, nn.ReLU):
-                maps.append(x)
-        return maps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(F.dropout(self.features(x), 0.3, self.training))
-
-
-def train_classifier(x: Tensor, y: Tensor, *, width: int, epochs: int, seed: int) -> Classifier:
-    """Fit to pictures ``[B, C, h, w]`` and classes ``[B]``, with shifts by a pixel and a little noise; seeded."""
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(seed)
-        model = Classifier(x.shape[1], int(y.max()) + 1, width)
-        steps_per_epoch = max(len(x) // 128, 1)
-        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=epochs * steps_per_epoch)
-        model.train()
-        for _ in range(epochs):
-            order = torch.randperm(len(x))
-            for step in range(steps_per_epoch):
-                rows = order[step * 128 : (step + 1) * 128]
-                shift = torch.randint(-1, 2, (2,)).tolist()
-                padded = F.pad(x[rows], (1, 1, 1, 1), mode="replicate")
-                height, width_ = x.shape[-2:]
-                moved = padded[..., 1 + shift[0] : 1 + shift[0] + height, 1 + shift[1] : 1 + shift[1] + width_]
-                loss = F.cross_entropy(model(moved + 0.1 * torch.randn_like(moved)), y[rows])
-                optimizer.zero_grad()
-                torch.autograd.backward(loss)
-                optimizer.step()
-                schedule.step()
-    return model.eval()
 
 
 class Judge(Evaluator):
@@ -103,7 +42,7 @@ class Judge(Evaluator):
             )
         # Masks are shown as one channel a class; a class that the training split lacks is no channel.
         self.mask_classes = torch.arange(int(x.max()) + 1) if x.ndim == 3 else None
-        self.classifier = train_classifier(
+        self.classifier = kept_classifier(
             self._pictures(x), y, width=config.width, epochs=config.epochs, seed=config.seed
         )
         self.reference = TrainingFeatures(self._features(x), self.name, config.neighbours)
@@ -162,9 +101,9 @@ class Judge(Evaluator):
         """``judge_agreement``: how often the judge reads the class that was generated with the picture;
         ``class_entropy``: of the classes it reads, as a share of the greatest possible (no direction: as real data's
         is best); the distances; and ``fid_judge_balanced``, the Fréchet distance with as many of each class, as the
-        judge reads them, as the training split's shares ask for (if it reads every class). That leaves out the scatter
-        of the class counts, and any bias of theirs, which is ``class_entropy``'s to tell, and keeps what is within
-        the classes."""
+        judge reads them, as the training split's shares ask for; undefined where it does not read a class of which
+        there are to be some. That leaves out the scatter of the class counts, and any bias of theirs, which is
+        ``class_entropy``'s to tell (undefined of a single class), and keeps what is within the classes."""
         if self.input not in generated:
             return {}
         features = self._features(generated[self.input])
@@ -176,8 +115,7 @@ class Judge(Evaluator):
         share = torch.bincount(read, minlength=classes).double() / len(read)
         entropy = -(share * share.clamp(min=1e-12).log()).sum()
         metrics[self.entropy_name] = (entropy / torch.tensor(float(classes)).log()).item()
-        if (balanced := self._balanced_distance(features, read)) is not None:
-            metrics[f"fid_{self.name}_balanced"] = balanced
+        metrics[f"fid_{self.name}_balanced"] = self._balanced_distance(features, read)
         return metrics
 
     def real(self, test: Mapping[str, Tensor]) -> dict[str, float]:
@@ -194,22 +132,22 @@ class Judge(Evaluator):
         metrics = {
             f"{self.name}_accuracy": (self._read(features) == y).double().mean().item(),
             **self.reference.metrics(features),
+            f"fid_{self.name}_iid": math.nan,
+            f"fid_{self.name}_balanced": self._balanced_distance(features, y),
         }
         if len(y) > 1:
             generator = torch.Generator().manual_seed(0)
             counts = [torch.bincount(y[torch.randint(len(y), (len(y),), generator=generator)]) for _ in range(REDRAWS)]
             metrics[f"fid_{self.name}_iid"] = self._redrawn_distance(features, y, counts)
-        if (balanced := self._balanced_distance(features, y)) is not None:
-            metrics[f"fid_{self.name}_balanced"] = balanced
         return metrics
 
-    def _balanced_distance(self, features: Tensor, y: Tensor) -> float | None:
-        """:meth:`_redrawn_distance` with the class counts of the training split's shares; None where that needs classes
-        of which there is none."""
+    def _balanced_distance(self, features: Tensor, y: Tensor) -> float:
+        """:meth:`_redrawn_distance` with the class counts of the training split's shares; NaN where that needs classes
+        of which there is none, and of a single sample."""
         counts = _apportioned(len(y), self.class_shares)
         there = torch.bincount(y, minlength=len(counts)) > 0
         if len(y) < 2 or not bool(there[: len(counts)][counts > 0].all()):
-            return None
+            return math.nan
         return self._redrawn_distance(features, y, [counts] * REDRAWS)
 
     def _redrawn_distance(self, features: Tensor, y: Tensor, counts: Sequence[Tensor]) -> float:
@@ -250,7 +188,10 @@ class JudgeConfig(EvaluatorConfig):
         target: the modality it reads off it.
         name: in its metrics' names, to tell several judges apart.
         neighbours: k of precision and recall.
-        epochs, width, seed: of its training.
+        epochs, width, seed: of its training. What it learned is kept in the cache folder
+            (:func:`mtdiffusion_registry.cache.cache_folder`) and serves again where all of this and the data are equal.
+        train_samples: training samples that it is trained on and distances are taken to, at most: a random draw of as
+            many.
     """
 
     kind: ClassVar[str] = "judge"
@@ -261,6 +202,16 @@ class JudgeConfig(EvaluatorConfig):
     epochs: int = field(default=40, validator=ge(1))
     width: int = field(default=32, validator=gt(0))
     seed: int = field(default=0, validator=ge(0))
+    train_samples: int = field(default=10_000, validator=ge(1))
+
+    def needs(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((self.input, self.target)))
+
+    def train_limit(self) -> int:
+        return self.train_samples
+
+    def preparation(self) -> str:
+        return f"a judge of {self.target} by {self.input}, trained for {self.epochs} epochs unless kept from before"
 
     def build(self, train: Mapping[str, Tensor]) -> Evaluator:
         for role in (self.input, self.target):

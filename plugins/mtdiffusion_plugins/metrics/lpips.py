@@ -114,6 +114,12 @@ class LpipsConfig(EvaluatorConfig):
     net: Literal["alex", "vgg", "squeeze"] = field(default="alex", validator=in_(("alex", "vgg", "squeeze")))
     weights: str | None = None
 
+    def needs(self) -> tuple[str, ...]:
+        return (self.input,)
+
+    def train_limit(self) -> int:
+        return 0  # nothing of it is fitted
+
     def build(self, train: Mapping[str, Tensor]) -> Evaluator:
         if self.input not in train or train[self.input].ndim != 4:
             pictures = ", ".join(name for name, x in train.items() if x.ndim == 4)

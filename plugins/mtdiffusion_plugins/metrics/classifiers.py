@@ -1,0 +1,155 @@
+"""The judges' classifiers: trained once for the same data and configuration, then kept in the cache folder.
+
+::
+
+    CACHE/judges/KEY/classifier.safetensors     weights and statistics
+    CACHE/judges/KEY/classifier.json            what they were trained as, and the digest of the file beside
+
+An entry is written under another name and renamed, so it is there whole or not at all. One that is damaged or cannot be
+read is made again, without a word: nothing but time depends on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mtdiffusion_registry.cache import cache_folder
+
+RECIPE = 1
+"""Counts the changes of :class:`Classifier` and :func:`train_classifier`: what was trained otherwise does not serve."""
+
+_WEIGHTS, _ABOUT = "classifier.safetensors", "classifier.json"
+
+
+class Classifier(nn.Module):
+    """A small convolutional classifier of pictures ``[B, channels, h, w]``."""
+
+    def __init__(self, channels: int, classes: int, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, width, 3, padding=1),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(width, 2 * width, 3, padding=1),
+            nn.BatchNorm2d(2 * width),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+        )
+        self.head = nn.Linear(8 * width, classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """The last pooling layer's output ``[B, 8 · width]``, before the classifier: where Inception's FID is taken."""
+        return self.body(x)
+
+    def layers(self, x: Tensor) -> list[Tensor]:
+        """Feature maps after each ReLU, each ``[B, C_l, h_l, w_l]``: where LPIPS takes its differences."""
+        maps = []
+        for part in self.body:
+            x = part(x)
+            if isinstance(part, nn.ReLU):
+                maps.append(x)
+        return maps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.dropout(self.features(x), 0.3, self.training))
+
+
+def train_classifier(x: Tensor, y: Tensor, *, width: int, epochs: int, seed: int) -> Classifier:
+    """Fit to pictures ``[B, C, h, w]`` and classes ``[B]``, with shifts by a pixel and a little noise; seeded."""
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(seed)
+        model = Classifier(x.shape[1], int(y.max()) + 1, width)
+        steps_per_epoch = max(len(x) // 128, 1)
+        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=epochs * steps_per_epoch)
+        model.train()
+        for _ in range(epochs):
+            order = torch.randperm(len(x))
+            for step in range(steps_per_epoch):
+                rows = order[step * 128 : (step + 1) * 128]
+                shift = torch.randint(-1, 2, (2,)).tolist()
+                padded = F.pad(x[rows], (1, 1, 1, 1), mode="replicate")
+                height, width_ = x.shape[-2:]
+                moved = padded[..., 1 + shift[0] : 1 + shift[0] + height, 1 + shift[1] : 1 + shift[1] + width_]
+                loss = F.cross_entropy(model(moved + 0.1 * torch.randn_like(moved)), y[rows])
+                optimizer.zero_grad()
+                torch.autograd.backward(loss)
+                optimizer.step()
+                schedule.step()
+    return model.eval()
+
+
+def kept_classifier(x: Tensor, y: Tensor, *, width: int, epochs: int, seed: int) -> Classifier:
+    """:func:`train_classifier`, or what it gave for equal arguments before, from the cache folder."""
+    about = {"recipe": RECIPE, "width": width, "epochs": epochs, "seed": seed, "x": _digest(x), "y": _digest(y)}
+    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+    entry = cache_folder() / "judges" / key
+    with torch.random.fork_rng(devices=[]):  # its first weights are drawn, and forgotten
+        model = Classifier(x.shape[1], int(y.max()) + 1, width)
+    if not _load(model, entry, about):
+        model = train_classifier(x, y, width=width, epochs=epochs, seed=seed)
+        _keep(model, entry, about)
+    return model.eval()
+
+
+def _digest(x: Tensor) -> str:
+    """Of values, shape and dtype."""
+    x = x.cpu().contiguous()
+    digest = hashlib.sha256(f"{list(x.shape)} {x.dtype} ".encode())
+    digest.update(x.numpy().data)
+    return digest.hexdigest()
+
+
+def _load(model: Classifier, entry: Path, about: dict[str, Any]) -> bool:
+    """Give the model the entry's weights; False if they are not there, or damaged."""
+    try:
+        weights = (entry / _WEIGHTS).read_bytes()
+        stored = json.loads((entry / _ABOUT).read_text(encoding="utf-8"))
+        if stored != {**about, "sha256": hashlib.sha256(weights).hexdigest()}:
+            return False
+        model.load_state_dict(load(weights))
+    except (OSError, ValueError, RuntimeError, SafetensorError):
+        return False
+    return True
+
+
+def _keep(model: Classifier, entry: Path, about: dict[str, Any]) -> None:
+    """Write the entry, whole or not at all; where that cannot be done, the model is trained again the next time."""
+    weights = save({name: tensor.contiguous() for name, tensor in model.state_dict().items()})
+    stored = {**about, "sha256": hashlib.sha256(weights).hexdigest()}
+    partial: Path | None = None
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", dir=entry.parent))
+        (partial / _WEIGHTS).write_bytes(weights)
+        (partial / _ABOUT).write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        _remove(entry)  # what is damaged
+        partial.replace(entry)
+    except OSError:
+        pass
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove(entry: Path) -> None:
+    if entry.is_dir():
+        shutil.rmtree(entry, ignore_errors=True)
+    else:
+        entry.unlink(missing_ok=True)
