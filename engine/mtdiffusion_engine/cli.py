@@ -13,7 +13,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mtdiffusion_engine.interrupt import STATUS, Terminated, terminable
+from mtdiffusion_engine.interrupt import STATUS, Terminated, held, terminable
 
 if TYPE_CHECKING:
     from mtdiffusion_registry import PluginInfo, Registry
@@ -339,7 +339,8 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     elif handler := getattr(args, "handler", None):
         return handler(args) or 0
     else:
-        from mtdiffusion_engine import commands
+        with held():
+            from mtdiffusion_engine import commands
 
         getattr(commands, args.command)(args)
     return 0

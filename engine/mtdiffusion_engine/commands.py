@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mtdiffusion_engine import checkpoint as ckpt
 from mtdiffusion_engine.experiment import Experiment, load_experiment, require_resumable
+from mtdiffusion_engine.interrupt import held
 from mtdiffusion_engine.monitor import Monitor
 from mtdiffusion_engine.pictures import read_visibility, sample_sheet
 from mtdiffusion_engine.run import Run, load_run
@@ -47,7 +48,8 @@ def train(args: Namespace) -> None:
         )
     registry = Registry.discover()
     config = args.out / "config.toml" if args.config is None else args.config
-    experiment = load_experiment(config, args.set, registry)
+    with held():  # it imports plugins
+        experiment = load_experiment(config, args.set, registry)
     _train(experiment, args.out, registry, args.resume and begun, args.device, args.init_from)
 
 
@@ -71,7 +73,9 @@ def _train(
     try:
         for line in _introduction(trainer, resume):
             say(line)
-        with Monitor(trainer, console) as monitor:
+        with held():
+            monitor = Monitor(trainer, console)
+        with monitor:
             trainer.train(monitor.progress, monitor.samples)
     except KeyboardInterrupt as interrupt:
         raise type(interrupt)(_parting(trainer)) from None

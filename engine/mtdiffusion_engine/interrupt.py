@@ -83,5 +83,20 @@ def deferred_interrupt() -> Iterator[Callable[[], type[KeyboardInterrupt] | None
         restore()
 
 
+@contextmanager
+def held() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until what is inside is done: some imports go astray where an exception hits them.
+
+    A second signal acts at once.
+
+    Raises:
+        KeyboardInterrupt: at the end, if there was one; a :class:`Terminated` for SIGTERM.
+    """
+    with deferred_interrupt() as interrupted:
+        yield
+    if reason := interrupted():
+        raise reason
+
+
 def _main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
