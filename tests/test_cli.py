@@ -183,9 +183,78 @@ def test_train_shows_its_progress(cli: Cli, tiny_config: Path, tmp_path: Path) -
     assert (experiment.training.warmup, experiment.process.curve) == (1, "linear")
 
 
+def test_train_says_what_it_is_about_to_do(cli: Cli, tiny_config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = ("--device", "cpu", "--set", "training.steps=1", "training.accumulate=2")
+    lines = cli("train", tiny_config, "--out", run, *options).err.splitlines()
+    parameters = sum(p.numel() for p in load_run(run).model.parameters()) / 1e6
+    assert lines[:3] == [
+        f"1,437 training samples; {parameters:.3g} million parameters",
+        "on cpu, 1 process: 1 step of 16 samples (8 samples × 2 micro-batches)",
+        f"the run is written to {run}",
+    ]
+
+
+def test_a_job_script_starts_and_resumes_with_one_command(cli: Cli, tiny_config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    command = ("train", tiny_config, "--out", run, "--resume", "--device", "cpu", "--set", "training.steps=2")
+    first = cli(*command)
+    assert first.code == 0, first.err
+    assert "resuming" not in first.err
+    again = cli(*command)
+    assert again.code == 0
+    assert "all 2 steps are trained already" in again.err
+    assert f"mtdiffusion train --resume --out {run} --set training.steps=4" in again.err
+    longer = cli("train", "--resume", "--out", run, "--device", "cpu", "--set", "training.steps=4")
+    assert "changed since the last session: training.steps from 2 to 4" in longer.err
+    assert "resuming at step 2 of 4" in longer.err
+    assert ckpt.require_run(run).name == "step-00000004"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious").touch()
+    error = cli("train", tiny_config, "--out", tmp_path / "mine", "--resume", "--device", "cpu").error
+    assert "already exists; nothing was written" in error
+
+
+def test_train_starts_from_another_run(cli: Cli, tiny_config: Path, tiny_run: Path, tmp_path: Path) -> None:
+    options = ("--init-from", tiny_run, "--device", "cpu", "--set", "training.steps=1", "training.learning_rate=1e-9")
+    error = cli("train", tiny_config, "--out", tmp_path / "run", *options, "backbone.vector=8").error
+    assert "these weights do not fit this configuration (" in error
+    assert list(tmp_path.iterdir()) == []
+    assert cli("train", tiny_config, "--out", tmp_path / "run", *options).code == 0
+    before, after = (load_file(ckpt.require_run(run) / "ema.safetensors") for run in (tiny_run, tmp_path / "run"))
+    assert all(torch.allclose(x, after[key], atol=1e-6) for key, x in before.items())
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_sigterm_before_the_first_step_leaves_nothing_new(
+    cli: Cli, tiny_config: Path, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    monkeypatch.setattr(Monitor, "__enter__", lambda _: signal.raise_signal(signal.SIGTERM))
+    run = copy if begun else tmp_path / "run"
+    command = ("train", "--resume") if begun else ("train", tiny_config)
+    result = cli(*command, "--out", run, "--device", "cpu")
+    assert result.code == 143
+    assert "Traceback" not in result.err
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if begun:
+        assert "the checkpoint of step 10 is saved" in result.err
+        assert ckpt.require_run(run).name == "step-00000010"
+    else:
+        assert f"stopped before the first step; nothing is left in {run}" in result.err
+        assert not run.exists()
+
+
 @pytest.mark.usefixtures("ctrl_c")
-def test_ctrl_c_saves_and_says_how_to_go_on(
-    cli: Cli, tiny_config: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(
+    cli: Cli,
+    tiny_config: Path,
+    tiny_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    status: int,
 ) -> None:
     run = tmp_path / "run"
     shown = Monitor.progress
@@ -193,12 +262,12 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     def interrupt(self: Monitor, progress: Progress) -> None:
         shown(self, progress)
         if progress.step == 6:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
 
     with monkeypatch.context() as patch:
         patch.setattr(Monitor, "progress", interrupt)
         result = cli("train", tiny_config, "--out", run, "--device", "cpu")
-    assert result.code == 130
+    assert result.code == status
     assert "Traceback" not in result.err
     assert "stopped; the checkpoint of step 6 is saved" in result.err
     assert f"Continue with: mtdiffusion train --resume --out {run}" in result.err
@@ -424,6 +493,26 @@ def test_sample_generates_only_what_is_asked_for(cli: Cli, tiny_run: Path, tmp_p
     result = cli("sample", tiny_run, "-n", 1, "--observe", "label=3", "--generate", "mask", "--out", out)
     assert result.code == 0
     assert sorted(path.name for path in out.iterdir()) == ["label", "mask", "request.json", "samples.png"]
+
+
+@pytest.mark.parametrize("command", [("sample", "-n", 1, "--out", "out"), ("evaluate",), ("gallery",)])
+def test_a_run_is_used_with_other_data_and_settings_but_not_with_another_model(
+    cli: Cli, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name, *options = command
+    before = contents(copy)
+    error = cli(name, copy, *options, "--device", "cpu", "--set", "training.seed=1", "data.seed=3").error
+    assert "(training.seed is 0, asked for 1)" in error and "data.seed" not in error
+    assert contents(copy) == before and not (tmp_path / "out").exists()
+    asked = ("data.seed=3", "sampling.steps=2", "evaluation.samples=4", "evaluation.steps=1")
+    result = cli(name, copy, *options, "--device", "cpu", "--set", *asked)
+    assert result.code == 0, result.err
+    assert (copy / "config.toml").read_bytes() == before[str(copy / "config.toml")]
+    if name == "sample":
+        assert json.loads((tmp_path / "out" / "request.json").read_text())["settings"]["steps"] == 2
+    if name == "evaluate":
+        assert json.loads((copy / "metrics.json").read_text())["label|image/samples"] == 4
 
 
 def test_an_output_folder_that_exists_stays_as_it_is(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,9 @@ from torch import Tensor
 from mtdiffusion_registry import UserError
 
 PREFIX = "step-"
+ASIDE = "-diverged"
+"""What is added to the name of a checkpoint from which training cannot go on."""
+_PARTIAL = re.compile(r"\.step-[0-9]{8,}\.[0-9]+")
 FORMAT = 2
 """Of what a checkpoint's weights mean: 2 since a network is shown each modality's clock (version 0.2)."""
 
@@ -73,11 +78,15 @@ def save_checkpoint(
     state: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write a checkpoint under a temporary name, then rename it; only then are older ones removed."""
+    """Write a checkpoint under a temporary name, then rename it; only then are older ones removed.
+
+    What else lies beside checkpoints is its owner's, and stays.
+    """
     folder = run / "checkpoints"
-    for stale in folder.glob(f".{PREFIX}*"):  # of a process that was killed as it wrote
-        shutil.rmtree(stale, ignore_errors=True)
-    final = folder / f"{PREFIX}{step:08d}"
+    for stale in folder.glob(f".{PREFIX}*"):
+        if _PARTIAL.fullmatch(stale.name):  # of a process that was killed as it wrote
+            shutil.rmtree(stale, ignore_errors=True)
+    final = folder / name_of(step)
     partial = folder / f".{final.name}.{os.getpid()}"
     partial.mkdir(parents=True)
     save_file(_storable(model), partial / "model.safetensors")
@@ -92,13 +101,41 @@ def save_checkpoint(
     shutil.rmtree(final, ignore_errors=True)
     partial.replace(final)
     for old in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+        if not old.is_symlink():  # which we never make
+            shutil.rmtree(old)
     return final
+
+
+def name_of(step: int) -> str:
+    """The name of a step's checkpoint."""
+    return f"{PREFIX}{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """The step of a checkpoint by its name; None if that is no checkpoint's, but say a copy's that someone keeps."""
+    digits = checkpoint.name.removeprefix(PREFIX)
+    step = int(digits) if digits.isascii() and digits.isdigit() else -1
+    return step if step >= 0 and checkpoint.name == name_of(step) else None
 
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted((run / "checkpoints").glob(f"{PREFIX}[0-9]*"))
+    found = {step_of(path): path for path in (run / "checkpoints").glob(f"{PREFIX}*") if path.is_dir()}
+    return [found[step] for step in sorted(step for step in found if step is not None)]
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a checkpoint so that it is none any more; its new path."""
+    aside = checkpoint.with_name(checkpoint.name + ASIDE)
+    shutil.rmtree(aside, ignore_errors=True)
+    return checkpoint.rename(aside)
+
+
+def resume_command(run: Path, *overrides: str) -> str:
+    """What to type to go on with a run, its configuration changed by ``KEY=VALUE`` arguments."""
+    return shlex.join(
+        ["mtdiffusion", "train", "--resume", "--out", str(run), *(["--set", *overrides] if overrides else [])]
+    )
 
 
 def require_run(run: Path) -> Path:
@@ -113,7 +150,7 @@ def require_run(run: Path) -> Path:
         raise UserError(f"{run}: not the folder of a run (it has no config.toml); `mtdiffusion train --out` makes one")
     checkpoints = list_checkpoints(run)
     if not checkpoints:
-        raise UserError(f"{run}: this run has no checkpoint yet; train it with `mtdiffusion train --resume`")
+        raise UserError(f"{run}: this run has no checkpoint yet; train it: {resume_command(run)}")
     load_state(checkpoints[-1])
     return checkpoints[-1]
 
@@ -143,13 +180,25 @@ def load_weights(module: torch.nn.Module, path: Path) -> None:
         UserError: if they are missing, damaged, or not this module's.
     """
     tensors = load_tensors(path)
+    if misfit := misfits(module, tensors):
+        raise UserError(f"{path}: these weights belong to another model than config.toml describes ({misfit})")
     try:
         module.load_state_dict(tensors)
-    except RuntimeError as error:
+    except RuntimeError as error:  # of a module that reads them in a way of its own
         detail = " ".join(str(error).split())[:400]
-        raise UserError(
-            f"{path}: these weights belong to another model than config.toml describes ({detail})"
-        ) from None
+        raise UserError(f"{path}: these weights cannot be loaded ({detail})") from None
+
+
+def misfits(module: torch.nn.Module, tensors: dict[str, Tensor], most: int = 3) -> str:
+    """What keeps tensors from being a module's: the first few that differ by name; empty if they fit."""
+    found, expected = ({key: list(x.shape) for key, x in each.items()} for each in (tensors, module.state_dict()))
+    differ = [
+        f"{key} is {found.get(key, 'missing')}, expected {expected.get(key, 'none of that name')}"
+        for key in [*expected, *sorted(found.keys() - expected.keys())]
+        if found.get(key) != expected.get(key)
+    ]
+    more = f"; and {len(differ) - most} more" if len(differ) > most else ""
+    return "; ".join(differ[:most]) + more
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:

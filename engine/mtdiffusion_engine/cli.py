@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mtdiffusion_engine.interrupt import STATUS, Terminated, held, terminable
 from mtdiffusion_registry.installed import EntryPoint, entry_points, version
 
 if TYPE_CHECKING:
@@ -91,13 +92,26 @@ def _parser() -> argparse.ArgumentParser:
     def on_device(command: argparse.ArgumentParser) -> None:
         command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
 
+    def setting(command: argparse.ArgumentParser, description: str) -> None:
+        command.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help=description)
+
+    of_a_run = "change the run's data, evaluation or sampling for this once, such as data.root=FOLDER"
+
     train = command("train", "train a configuration")
     train.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="TOML file (to resume: the run's own)")
     train.add_argument("--out", required=True, type=Path, metavar="RUN", help="the run's folder; must not exist yet")
+    setting(train, "change the configuration")
     train.add_argument(
-        "--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="change the configuration"
+        "--resume",
+        action="store_true",
+        help="continue the run in RUN from its newest checkpoint; with CONFIG, start it if there is none yet",
     )
-    train.add_argument("--resume", action="store_true", help="continue the run in RUN from its newest checkpoint")
+    train.add_argument(
+        "--init-from",
+        type=Path,
+        metavar="OTHER",
+        help="start a new run from the averaged weights of the run in OTHER",
+    )
     on_device(train)
 
     sample = command("sample", "sample from a run: observe any subset, generate the rest")
@@ -141,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
         help="draw from the final distributions instead of taking their modes",
     )
     sample.add_argument("--seed", type=_natural, default=0)
+    setting(sample, of_a_run)
     on_device(sample)
 
     evaluate = command("evaluate", "measure a run on held-out data")
@@ -148,18 +163,20 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--samples", type=_positive, help="held-out samples (default: as the run says)")
     evaluate.add_argument("--steps", type=_positive, help="solver steps of the conditionals")
     evaluate.add_argument("--seed", type=_natural)
+    setting(evaluate, of_a_run)
     on_device(evaluate)
 
     gallery = command("gallery", "draw samples and every conditional of a run")
     gallery.add_argument("run", type=Path, metavar="RUN")
     gallery.add_argument("--out", type=Path, metavar="PNG", help="default: RUN/gallery.png")
     gallery.add_argument("--seed", type=_natural, default=0)
+    setting(gallery, of_a_run)
     on_device(gallery)
 
     demo = command("demo", "train on handwritten digits, evaluate and draw the gallery; what is done is kept")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="RUN", help="default: %(default)s")
     demo.add_argument("--config", type=Path, default=Path("configs/digits-demo.toml"), help="default: %(default)s")
-    demo.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help=argparse.SUPPRESS)
+    setting(demo, argparse.SUPPRESS)
     on_device(demo)
 
     plugins = command("plugins", "what is installed")
@@ -331,7 +348,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit status: 0, 1 if a plugin fails a check, 2 for what the user can mend, 130 after Ctrl-C.
+        The exit status: 0, 1 if a plugin fails a check, 2 for what the user can mend, 130 after Ctrl-C, 143 after
+        SIGTERM.
     """
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):  # not every stream that takes their place has it
@@ -339,13 +357,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     # torch would import the devices that other distributions add, and fails if the metadata of any are damaged; ours
     # are the CPU and CUDA.
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    with terminable():
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     try:
         return _run(parser, args)
     except KeyboardInterrupt as interrupt:
-        print(f"mtdiffusion: {interrupt or 'interrupted'}", file=sys.stderr)
-        return 130
+        said = str(interrupt) or ("terminated" if isinstance(interrupt, Terminated) else "interrupted")
+        print(f"mtdiffusion: {said}", file=sys.stderr)
+        return STATUS[type(interrupt)]
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -377,7 +401,8 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     elif handler := getattr(args, "handler", None):
         return handler(args) or 0
     else:
-        from mtdiffusion_engine import commands
+        with held():
+            from mtdiffusion_engine import commands
 
         getattr(commands, args.command)(args)
     return 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shlex
 import shutil
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +19,8 @@ from rich.table import Table
 from torch import Tensor
 
 from mtdiffusion_engine import checkpoint as ckpt
-from mtdiffusion_engine.experiment import Experiment, load_experiment, require_same
+from mtdiffusion_engine.experiment import Experiment, load_experiment, require_resumable
+from mtdiffusion_engine.interrupt import held
 from mtdiffusion_engine.monitor import Monitor
 from mtdiffusion_engine.pictures import read_visibility, sample_sheet
 from mtdiffusion_engine.run import Run, load_run
@@ -34,43 +37,92 @@ def _console() -> Console:
 
 
 def train(args: Namespace) -> None:
-    """Train a configuration into a run folder, or resume the run there."""
+    """Train a configuration into a run folder, or resume the run there: with --resume, whichever is possible."""
     if args.config is None and not args.resume:
         raise UserError("train: which configuration? Give CONFIG (only --resume can do without)")
-    if args.config is None and not (args.out / "config.toml").is_file():
-        raise UserError(f"{args.out}: nothing to resume here (it has no config.toml)")
+    begun = (args.out / "config.toml").is_file()
+    if args.config is None and not begun:
+        raise UserError(
+            f"{args.out}: nothing to resume here (it has no config.toml). To start a run, give its configuration: "
+            f"{shlex.join(['mtdiffusion', 'train', 'CONFIG', '--out', str(args.out)])}"
+        )
     registry = Registry.discover()
     config = args.out / "config.toml" if args.config is None else args.config
-    _train(load_experiment(config, args.set, registry), args.out, registry, args.resume, args.device)
+    with held():  # it imports plugins
+        experiment = load_experiment(config, args.set, registry)
+    _train(experiment, args.out, registry, args.resume and begun, args.device, args.init_from)
 
 
-def _train(experiment: Experiment, out: Path, registry: Registry, resume: bool, device: str | None) -> None:
+def _train(
+    experiment: Experiment,
+    out: Path,
+    registry: Registry,
+    resume: bool,
+    device: str | None,
+    init_from: Path | None = None,
+) -> None:
     console = _console()
 
     def say(message: str) -> None:
         console.print(message, markup=False, soft_wrap=True)
 
-    trainer = Trainer(experiment, out, registry, resume=resume, device=device, on_message=say)
+    trainer = Trainer(experiment, out, registry, resume=resume, init_from=init_from, device=device, on_message=say)
     if not trainer.main:
         trainer.train()
         return
-    if trainer.step:
-        say(f"resuming at step {trainer.step} of {trainer.config.steps}")
     try:
-        with Monitor(trainer, console) as monitor:
+        for line in _introduction(trainer, resume):
+            say(line)
+        with held():
+            monitor = Monitor(trainer, console)
+        with monitor:
             trainer.train(monitor.progress, monitor.samples)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"stopped; the checkpoint of step {_trained_steps(out)} is saved. Continue with: "
-            f"mtdiffusion train --resume --out {out}"
-        ) from None
+    except KeyboardInterrupt as interrupt:
+        raise type(interrupt)(_parting(trainer)) from None
     print(f"trained: {out}")
+
+
+def _introduction(trainer: Trainer, resume: bool) -> Iterator[str]:
+    """What is trained on what, and where it goes."""
+    config, processes = trainer.config, trainer.accelerator.num_processes
+    parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
+    yield f"{_count(len(trainer.data), 'training sample')}; {parameters:.3g} million parameters"
+    parts = {"samples": config.batch_size, "micro-batches": config.accumulate, "processes": processes}
+    batch = _count(math.prod(parts.values()), "sample")
+    if max(config.accumulate, processes) > 1:
+        batch += f" ({' × '.join(f'{count} {name}' for name, count in parts.items() if count > 1)})"
+    device = trainer.accelerator.device.type
+    yield f"on {device}, {_count(processes, 'process')}: {_count(config.steps, 'step')} of {batch}"
+    yield f"the run is written to {trainer.run}"
+    if trainer.step == config.steps:
+        more = ckpt.resume_command(trainer.run, f"training.steps={2 * config.steps}")
+        yield f"all {config.steps} steps are trained already; to train longer: {more}"
+    elif trainer.step:
+        yield f"resuming at step {trainer.step} of {config.steps}"
+    elif resume:
+        yield "resuming a run that has no checkpoint: it starts again from the beginning"
+
+
+def _count(number: int, what: str) -> str:
+    plural = f"{what}es" if what.endswith("s") else f"{what}s"
+    return f"{number:,} {what if number == 1 else plural}"
+
+
+def _parting(trainer: Trainer) -> str:
+    """What to say of a training that was told to stop."""
+    checkpoints = ckpt.list_checkpoints(trainer.run)
+    if trainer.discard():
+        return f"stopped before the first step; nothing is left in {trainer.run}"
+    again = ckpt.resume_command(trainer.run)
+    if not checkpoints:
+        return f"stopped before the first checkpoint. Start again with: {again}"
+    return f"stopped; the checkpoint of step {ckpt.step_of(checkpoints[-1])} is saved. Continue with: {again}"
 
 
 def sample(args: Namespace) -> None:
     """Sample from a run, given any subset, into a new folder."""
     ckpt.require_free(args.out)
-    run = load_run(args.run, device=args.device)
+    run = load_run(args.run, device=args.device, overrides=args.set)
     observed = {name: _parse(run, name, text) for name, text in _pairs("--observe", args.observe).items()}
     visible = {name: read_visibility(Path(text)) for name, text in _pairs("--visible", args.visible).items()}
     strength = {name: _share("--strength", name, text) for name, text in _pairs("--strength", args.strength).items()}
@@ -165,7 +217,7 @@ def _write_samples(
 
 def evaluate(args: Namespace) -> None:
     """Measure a run on its held-out data; writes metrics.json and prints a table."""
-    run = load_run(args.run, device=args.device)
+    run = load_run(args.run, device=args.device, overrides=args.set)
     changes = {name: getattr(args, name) for name in ("samples", "steps", "seed") if getattr(args, name) is not None}
     evaluation = evolve(run.experiment.evaluation, **changes)
     print_metrics(_evaluate(evolve(run, experiment=evolve(run.experiment, evaluation=evaluation))))
@@ -203,7 +255,7 @@ def print_metrics(metrics: Mapping[str, Any]) -> None:
 
 def gallery(args: Namespace) -> None:
     """Draw the gallery of a run."""
-    run = load_run(args.run, device=args.device)
+    run = load_run(args.run, device=args.device, overrides=args.set)
     print(f"gallery: {_gallery(run, args.out or run.path / GALLERY, args.seed)}")
 
 
@@ -221,16 +273,15 @@ def demo(args: Namespace) -> None:
     experiment = load_experiment(args.config, args.set, registry)
     out: Path = args.out
     begun = (out / "config.toml").is_file()
-    if begun:
-        _trained_steps(out)  # says so if another version made it
-        require_same(experiment, out, registry)
-    if _trained_steps(out) < experiment.training.steps:
+    steps = _trained_steps(out)  # says so if another version made it
+    changed = require_resumable(experiment, out, registry) if begun else {}
+    if changed or steps < experiment.training.steps:
         _train(experiment, out, registry, begun, args.device)
     run = load_run(out, device=args.device)
     metrics, picture = out / METRICS, out / GALLERY
-    if _is_older(metrics, run.checkpoint):
+    if _is_older(metrics, run):
         _evaluate(run)
-    if _is_older(picture, run.checkpoint):
+    if _is_older(picture, run):
         _gallery(run, picture, seed=0)
     print_metrics(ckpt.read_json(metrics))
     print(f"metrics: {metrics}")
@@ -242,5 +293,7 @@ def _trained_steps(run: Path) -> int:
     return int(ckpt.load_state(checkpoints[-1])["step"]) if checkpoints else 0
 
 
-def _is_older(path: Path, checkpoint: Path) -> bool:
-    return not path.exists() or path.stat().st_mtime < (checkpoint / "state.json").stat().st_mtime
+def _is_older(path: Path, run: Run) -> bool:
+    """Whether something was made before the run was trained or configured as it is."""
+    made_of = (run.checkpoint / "state.json", run.path / "config.toml")
+    return not path.exists() or any(path.stat().st_mtime < source.stat().st_mtime for source in made_of)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, Literal
+from pathlib import Path, PurePath
+from typing import Any, Literal, TypeVar
 
 import attrs
 import torch
@@ -44,6 +45,8 @@ from mtdiffusion_registry.config import apply_overrides, load_toml, structure, u
 
 PLUGINS_FILE = "plugins.json"
 """Beside a run's config.toml: the distribution, version and module of each kind in it."""
+
+T = TypeVar("T")
 
 _share = and_(ge(0.0), le(1.0))
 
@@ -219,7 +222,7 @@ class Experiment:
 
 
 def load_experiment(path: Path, overrides: list[str], registry: Registry) -> Experiment:
-    """Read a configuration file.
+    """Read a configuration file; relative paths in it are relative to the working directory.
 
     Args:
         path: the file; if it is a run's, its neighbour ``plugins.json`` says where a kind that is missing came from.
@@ -233,7 +236,7 @@ def load_experiment(path: Path, overrides: list[str], registry: Registry) -> Exp
     recorded = path.with_name(PLUGINS_FILE)
     if recorded.is_file():
         registry = registry.with_origins(read_json(recorded))
-    return structure_experiment(tables, registry, str(path))
+    return with_absolute_paths(structure_experiment(tables, registry, str(path)))
 
 
 def structure_experiment(tables: Mapping[str, Any], registry: Registry, source: str) -> Experiment:
@@ -282,13 +285,34 @@ def resolved(experiment: Experiment, registry: Registry) -> dict[str, Any]:
     return unstructure(registry, experiment)
 
 
-_FREE = (
-    "plugins.",
-    "sampling.",
-    "evaluation.",
-    *(f"training.{key}." for key in ("workers", "log_every", "checkpoint_every", "sample_every", "keep")),
-)
-"""What may change when a run is resumed: nothing that its weights depend on."""
+_SESSION = tuple(f"training.{key}." for key in ("workers", "log_every", "checkpoint_every", "sample_every", "keep"))
+_NO_WEIGHTS = ("plugins.", "sampling.", "evaluation.", *_SESSION)
+"""What a run's weights do not depend on."""
+_FIXED = tuple(f"training.{key}." for key in ("seed", "batch_size", "accumulate"))
+"""What decides, with the step, which samples and which noise come next: of a resumed run it may not change."""
+_RESUMABLE = ("plugins.", "sampling.", "evaluation.", "loss.", "training.")
+_TRAINED = ("data.", "sampling.", "evaluation.")
+"""What may change of a run that is only used: its model does not depend on it."""
+
+Changes = dict[str, tuple[Any, Any]]
+"""Old and new value by key; "not set" for a key that is not there."""
+
+
+def changes(stored: Experiment, asked: Experiment, registry: Registry) -> Changes:
+    """What differs between two experiments, by key."""
+    old, new = (
+        _flat(resolved(each, registry)) | {"the order of modalities": list(each.modalities)} for each in (stored, asked)
+    )
+    return {
+        key: (old.get(key, "not set"), new.get(key, "not set"))
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    }
+
+
+def describe_changes(changed: Changes) -> str:
+    """``KEY is OLD, asked for NEW; ...``"""
+    return "; ".join(f"{key} is {old}, asked for {new}" for key, (old, new) in changed.items())
 
 
 def require_same(experiment: Experiment, run: Path, registry: Registry) -> None:
@@ -297,26 +321,121 @@ def require_same(experiment: Experiment, run: Path, registry: Registry) -> None:
     Raises:
         UserError: if it holds another one; the message says what differs.
     """
-    stored, asked = (
-        _flat(resolved(each, registry)) | {"the order of modalities": list(each.modalities)}
-        for each in (load_experiment(run / "config.toml", [], registry), experiment)
-    )
-    differ = [
-        f"{key} is {stored.get(key, 'not set')}, asked for {asked.get(key, 'not set')}"
-        for key in sorted(stored.keys() | asked.keys())
-        if stored.get(key) != asked.get(key) and not f"{key}.".startswith(_FREE)
-    ]
-    if differ:
+    stored = load_experiment(run / "config.toml", [], registry)
+    if differ := _but_for(_NO_WEIGHTS, stored, experiment, registry):
         raise UserError(
-            f"{run}: holds another experiment ({'; '.join(differ)}). Give another folder, or the same configuration"
+            f"{run}: holds another experiment ({describe_changes(differ)}). Give another folder, or the same "
+            "configuration"
         )
 
 
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def require_resumable(experiment: Experiment, run: Path, registry: Registry) -> Changes:
+    """What this experiment changes of the run in a folder, all of it such that the run can go on with it.
+
+    Raises:
+        UserError: if it changes something else; the message says what, and what to do.
+    """
+    stored = load_experiment(run / "config.toml", [], registry)
+    differ = _but_for(_RESUMABLE, stored, experiment, registry, but=_FIXED)
+    if differ:
+        keys = "that" if len(differ) == 1 else "those"
+        new = shlex.join(["mtdiffusion", "train", "CONFIG", "--out", "NEW", "--init-from", str(run)])
+        raise UserError(
+            f"{run}: holds another experiment ({describe_changes(differ)}). A run cannot be resumed with {keys} "
+            f"changed. Leave {keys} as it was, or start a new run, from its weights if they fit: {new}"
+        )
+    return changes(stored, experiment, registry)
+
+
+def require_trained(experiment: Experiment, run: Path, registry: Registry) -> None:
+    """Check that an experiment is the one in a run's folder, up to what its trained model does not depend on.
+
+    Raises:
+        UserError: if it is another one; the message says what differs.
+    """
+    stored = load_experiment(run / "config.toml", [], registry)
+    if differ := _but_for(_TRAINED, stored, experiment, registry):
+        raise UserError(
+            f"{run}: was trained with another configuration ({describe_changes(differ)}). Of a trained run only data, "
+            "evaluation and sampling can be set; for the rest train a run of its own: mtdiffusion train CONFIG --out "
+            "NEW"
+        )
+
+
+def _but_for(
+    free: tuple[str, ...], stored: Experiment, asked: Experiment, registry: Registry, but: tuple[str, ...] = ()
+) -> Changes:
+    """What differs but for the keys that begin so, and for paths: those say where something is, not what it is."""
+    paths = path_keys(stored) | path_keys(asked)
+    return {
+        key: values
+        for key, values in changes(stored, asked, registry).items()
+        if f"{key}.".startswith(but) or not (f"{key}.".startswith(free) or key in paths)
+    }
+
+
+def _flat(table: Any, key: str = "") -> dict[str, Any]:
+    """Values by key: ``table.key``, and ``array[0].key`` where an array holds tables."""
+    if isinstance(table, list) and any(isinstance(item, Mapping) for item in table):
+        items = {f"{key}[{i}]": item for i, item in enumerate(table)}
+    elif isinstance(table, Mapping) and (table or not key):
+        items = {f"{key}.{name}" if key else name: item for name, item in table.items()}
+    else:
+        return {key: table}
     flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    for name, item in items.items():
+        flat |= _flat(item, name)
     return flat
+
+
+def path_keys(value: Any, key: str = "") -> set[str]:
+    """The keys of a config, at any depth, that hold paths; as ``table.key``, ``table.name`` and ``array[0].key``."""
+    if isinstance(value, PurePath):
+        return {key}
+    if isinstance(value, list | tuple):
+        if value and all(isinstance(item, PurePath) for item in value):
+            return {key}
+        items = {f"{key}[{i}]": item for i, item in enumerate(value)}
+    else:
+        items = {f"{key}.{name}" if key else name: item for name, item in _parts(value).items()}
+    found: set[str] = set()
+    for name, item in items.items():
+        found |= path_keys(item, name)
+    return found
+
+
+def _parts(value: Any) -> dict[str, Any]:
+    """What a config or a table of configs is made of, by name."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if attrs.has(type(value)):
+        return {attribute.name: getattr(value, attribute.name) for attribute in attrs.fields(type(value))}
+    return {}
+
+
+def with_absolute_paths(value: T) -> T:
+    """The same config, at any depth, with each path made absolute against the working directory, and ``~`` expanded.
+
+    Raises:
+        UserError: for a home that is not known.
+    """
+    return _absolute(value)
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, Path):
+        try:
+            return value.expanduser().absolute()
+        except RuntimeError as error:
+            raise UserError(f"{value}: {error}; write the whole path") from None
+    if isinstance(value, list | tuple) and type(value) in (list, tuple):
+        return type(value)(_absolute(item) for item in value)
+    if type(value) is dict:
+        return {name: _absolute(item) for name, item in value.items()}
+    if not path_keys(value):
+        return value
+    made = {a.alias: _absolute(getattr(value, a.name)) for a in attrs.fields(type(value)) if a.init}
+    return attrs.evolve(value, **made)
 
 
 def choose_device(name: str | None) -> torch.device:

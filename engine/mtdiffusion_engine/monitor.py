@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -28,7 +29,7 @@ class Monitor:
     """
 
     def __init__(self, trainer: Trainer, console: Console, every: float = 10.0, grid: int = 16) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
+        from torch.utils import tensorboard  # slow to import
 
         self._trainer = trainer
         self._console = console
@@ -37,7 +38,7 @@ class Monitor:
         self._start = trainer.step
         self._last_line = time.monotonic()
         # What an interrupted run logged after its last checkpoint happens again: drop it.
-        self._writer = SummaryWriter(trainer.run / "tensorboard", purge_step=trainer.step + 1)
+        self._open = partial(tensorboard.SummaryWriter, trainer.run / "tensorboard", purge_step=trainer.step + 1)
         self._bar = Bar(
             TextColumn("training"),
             BarColumn(None),
@@ -51,6 +52,7 @@ class Monitor:
         self._task = self._bar.add_task("", total=trainer.config.steps, completed=trainer.step, rate="-", loss="")
 
     def __enter__(self) -> Self:
+        self._writer = self._open()
         self._bar.start()
         return self
 

@@ -13,7 +13,13 @@ from torch import Tensor
 from mtdiffusion import Modality, MultimodalDiffusion, SamplerSettings, sample
 from mtdiffusion_engine import checkpoint as ckpt
 from mtdiffusion_engine.data import ModalityData, load_data
-from mtdiffusion_engine.experiment import Experiment, build_model, choose_device, load_experiment
+from mtdiffusion_engine.experiment import (
+    Experiment,
+    build_model,
+    choose_device,
+    load_experiment,
+    require_trained,
+)
 from mtdiffusion_registry import Registry, UserError
 from mtdiffusion_registry.errors import did_you_mean
 
@@ -182,6 +188,7 @@ def load_run(
     device: str | None = None,
     registry: Registry | None = None,
     checkpoint: int | None = None,
+    overrides: Sequence[str] = (),
 ) -> Run:
     """Rebuild a run's model from its folder.
 
@@ -190,18 +197,23 @@ def load_run(
         device: "cpu" or "cuda"; None: CUDA if there is one.
         registry: where kinds are looked up; None: what is installed.
         checkpoint: the step of the checkpoint to load; None: the newest.
+        overrides: ``KEY=VALUE`` arguments that change what the model does not depend on: data, evaluation, sampling,
+            and where something is. The folder stays as it is.
 
     Raises:
-        UserError: if the folder is no run, or something in it is missing or damaged.
+        UserError: if the folder is no run, or something in it is missing or damaged, or for other overrides.
     """
     path = Path(path)
     folder = ckpt.require_run(path)
     if checkpoint is not None:
-        known = {int(other.name.removeprefix(ckpt.PREFIX)): other for other in ckpt.list_checkpoints(path)}
+        known = {ckpt.step_of(other): other for other in ckpt.list_checkpoints(path)}
         if checkpoint not in known:
             raise UserError(f"{path}: no checkpoint of step {checkpoint} (there is {', '.join(map(str, known))})")
         folder = known[checkpoint]
-    experiment = load_experiment(path / "config.toml", [], registry or Registry.discover())
+    registry = registry or Registry.discover()
+    experiment = load_experiment(path / "config.toml", list(overrides), registry)
+    if overrides:
+        require_trained(experiment, path, registry)
     model = build_model(experiment)
     ckpt.load_weights(model, folder / "ema.safetensors")
     return Run(path, experiment, model.to(choose_device(device)).eval(), folder)

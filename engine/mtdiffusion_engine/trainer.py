@@ -6,11 +6,11 @@ All randomness of a step is a function of the seed, the step and the rank, so th
 from __future__ import annotations
 
 import math
-import signal
-import threading
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -23,18 +23,22 @@ from mtdiffusion import LossTerms, LossWeights, MultimodalDiffusion, composite_l
 from mtdiffusion.process import terminal_warning
 from mtdiffusion_engine import checkpoint as ckpt
 from mtdiffusion_engine.data import Batch, StepSampler, derive_seed, load_data, training_batches
+from mtdiffusion_engine.environment import ignored_variables, without_training_variables
 from mtdiffusion_engine.experiment import (
     PLUGINS_FILE,
+    Changes,
     Experiment,
     TrainingConfig,
     build_model,
     choose_device,
     origins,
-    require_same,
+    require_resumable,
     resolved,
+    with_absolute_paths,
 )
+from mtdiffusion_engine.interrupt import Terminated, deferred_interrupt
 from mtdiffusion_registry import Registry, UserError
-from mtdiffusion_registry.config import dump_toml
+from mtdiffusion_registry.config import dump_toml, load_toml
 
 
 class Diverged(UserError):
@@ -100,11 +104,14 @@ class Trainer:
 
     Args:
         run: the folder; made if need be.
-        resume: continue the run in the folder from its newest checkpoint.
+        resume: continue the run in the folder from its newest checkpoint, with what the configuration changes of it as
+            far as a run can be resumed so (:func:`require_resumable`).
+        init_from: a run whose averaged weights, of its newest checkpoint, a new run starts from.
+        on_message: told what a person should know, a sentence at a time (main process only).
 
     Raises:
-        UserError: if the folder exists and is not to be resumed, or holds another experiment, or if the data do not fit
-            the model. Nothing is written then.
+        UserError: if the folder exists and is not to be resumed, or holds another experiment, or if the data or the
+            weights to start from do not fit the model. Nothing is written then.
     """
 
     def __init__(
@@ -114,31 +121,37 @@ class Trainer:
         registry: Registry,
         *,
         resume: bool = False,
+        init_from: Path | None = None,
         device: str | None = None,
         on_message: Callable[[str], None] = print,
     ) -> None:
         # The gradients of a network that knows its data by heart are full of denormals, with which the CPU computes
         # many times as slowly. Threads inherit the setting, so it comes before the first tensor.
         torch.set_flush_denormal(True)
+        experiment = with_absolute_paths(experiment)  # so that the run can be used from anywhere
         self.experiment = experiment
         self.config = experiment.training
         self.run = run
-        self.accelerator = Accelerator(cpu=choose_device(device).type == "cpu")
+        with without_training_variables():
+            self.accelerator = Accelerator(cpu=choose_device(device).type == "cpu", mixed_precision="no")
+        changed: Changes = {}
         if resume:
             if not (run / "config.toml").is_file():
                 raise UserError(f"{run}: nothing to resume here (it has no config.toml)")
             for newest in ckpt.list_checkpoints(run)[-1:]:
                 ckpt.load_state(newest)  # says so if another version made it
-            require_same(experiment, run, registry)
+            changed = require_resumable(experiment, run, registry)
         elif self.main:
             ckpt.require_free(run)
         self.model = build_model(experiment)
+        self._origin = None if resume or init_from is None else self._initialise(init_from)
         self.data = load_data(experiment, self.model, "train")
         self.data.batch(range(min(len(self.data), self.config.batch_size)))  # what does not fit is said before we write
         self.step = 0
         self._saved = -1
-        if self.main and (warning := terminal_warning(self.model.process)):
-            on_message(f"warning: {warning}")
+        messages = [f"warning: {said}" for said in ignored_variables(self.config, os.environ)]
+        if warning := terminal_warning(self.model.process):
+            messages.append(f"warning: {warning}")
         self.model.to(self.accelerator.device)
         self.ema = averaged(self.model, self.config.ema).eval()
         self.optimizer = torch.optim.AdamW(
@@ -149,20 +162,86 @@ class Trainer:
             fused=True,
         )
         if resume and (checkpoints := ckpt.list_checkpoints(run)):
-            self._resume(checkpoints[-1])
+            messages += self._resume(checkpoints[-1])
+        if changed:
+            keys = (f"{key} from {old} to {new}" for key, (old, new) in changed.items())
+            messages.append(f"changed since the last session: {'; '.join(keys)}")
         self.resolved = resolved(experiment, registry)
+        with without_training_variables():
+            self.objective = self.accelerator.prepare_model(Objective(self.model, experiment.loss))
+        self._made = None if resume or not self.main else not run.exists()
         if self.main:
-            ckpt.write_json(run / PLUGINS_FILE, origins(experiment, registry))
-            dump_toml(self.resolved, run / "config.toml")
-        self.objective = self.accelerator.prepare_model(Objective(self.model, experiment.loss))
+            for message in messages:
+                on_message(message)
+            self._write_configuration(registry)
 
-    def _resume(self, folder: Path) -> None:
+    def _write_configuration(self, registry: Registry) -> None:
+        try:
+            ckpt.write_json(self.run / PLUGINS_FILE, origins(self.experiment, registry))
+            dump_toml(self.resolved, self.run / "config.toml")
+            if self._origin:
+                self.save()  # otherwise a run resumed before its first checkpoint would start from other weights
+        except BaseException:
+            self.discard()
+            raise
+
+    def discard(self) -> bool:
+        """Undo a new run that has not made a step yet: its folder is as it was before. Says whether there was one."""
+        if self._made is None or self.step:
+            return False
+        for name in ("config.toml", PLUGINS_FILE):
+            (self.run / name).unlink(missing_ok=True)
+        for name in ("checkpoints", "tensorboard"):
+            shutil.rmtree(self.run / name, ignore_errors=True)
+        if self._made:
+            with suppress(OSError):  # someone has put something there
+                self.run.rmdir()
+        return True
+
+    def _initialise(self, source: Path) -> dict[str, str]:
+        """Load another run's averaged weights; what to remember of where they come from."""
+        folder = ckpt.require_run(source)
+        found = {name: table["kind"] for name, table in load_toml(source / "config.toml")["modalities"].items()}
+        expected = {name: config.kind for name, config in self.experiment.modalities.items()}
+        if list(found.items()) != list(expected.items()):  # their order is that of the channels
+            shown = (", ".join(f"{name} ({kind})" for name, kind in each.items()) for each in (found, expected))
+            raise UserError(
+                f"{source}: its weights do not fit this configuration: its modalities are {next(shown)}, expected "
+                f"{next(shown)}. Start from a run with the same modalities, or without --init-from"
+            )
+        tensors = ckpt.load_tensors(folder / "ema.safetensors")
+        if misfit := ckpt.misfits(self.model, tensors):
+            raise UserError(
+                f"{folder}: these weights do not fit this configuration ({misfit}). Start from a run with the same "
+                "modalities, latent and backbone, or without --init-from"
+            )
+        ckpt.load_weights(self.model, folder / "ema.safetensors")
+        return {"run": str(source.absolute()), "checkpoint": folder.name}
+
+    def _resume(self, folder: Path) -> list[str]:
+        """Load a checkpoint; what to tell of it."""
         ckpt.load_weights(self.model, folder / "model.safetensors")
         ckpt.load_weights(self.ema.module, folder / "ema.safetensors")
         ckpt.load_optimizer(self.optimizer, folder / "optimizer.safetensors")
         state = ckpt.load_state(folder)
         self.step = self._saved = int(state["step"])
+        if self.config.steps < self.step:
+            raise UserError(
+                f"training.steps = {self.config.steps}: {self.run} has {self.step} steps already; give that number or "
+                "more"
+            )
         self.ema.n_averaged.fill_(int(state["ema_updates"]))
+        self._origin = state.get("init_from")
+        said = []
+        now = {"processes": self.accelerator.num_processes, "samples": len(self.data)}
+        what = {"processes": "number of processes", "samples": "number of training samples"}
+        for key, count in now.items():
+            if state.get(key, count) != count:
+                said.append(
+                    f"the {what[key]} is {count}, at the last checkpoint it was {state[key]}: from here on other "
+                    "samples come next than if it had stayed"
+                )
+        return said
 
     @property
     def main(self) -> bool:
@@ -188,7 +267,10 @@ class Trainer:
             state={
                 "ema_updates": int(self.ema.n_averaged),
                 "seed": self.config.seed,
+                "processes": self.accelerator.num_processes,
+                "samples": len(self.data),
                 "experiment": self.resolved,
+                **({"init_from": self._origin} if self._origin else {}),
             },
             keep=self.config.keep,
         )
@@ -207,8 +289,9 @@ class Trainer:
             on_sample: called with the step every ``training.sample_every`` steps, to show what the model does by then.
 
         Raises:
-            Diverged: if the loss is no longer finite; the last checkpoint stays.
-            KeyboardInterrupt: after Ctrl-C, once the step under way is done and a checkpoint is written.
+            Diverged: if the loss is no longer finite; the last checkpoint from which one can go on stays.
+            KeyboardInterrupt: after Ctrl-C, once the step under way is done and a checkpoint is written; after SIGTERM
+                it is a :class:`Terminated`.
         """
         stop = min(self.config.steps, stop_at or self.config.steps)
         started = time.monotonic()
@@ -217,19 +300,34 @@ class Trainer:
         self.model.train()
         with deferred_interrupt() as interrupted:
             while self.step < stop:
-                rate, norm = self.advance(batches, told)
+                try:
+                    rate, norm = self.advance(batches, told)
+                except RuntimeError:
+                    if not (reason := interrupted()):
+                        raise
+                    # A signal to the whole group ended the workers: without them this step cannot be, the last one can.
+                    self.save()
+                    raise reason from None
                 if self.step % self.config.log_every == 0 or self.step == stop:
                     means = told.take()
                     if on_progress and self.main:
                         on_progress(Progress(self.step, means, rate, norm, time.monotonic() - started))
                 if on_sample and self.main and _due(self.step, self.config.sample_every):
                     on_sample(self.step)
-                if interrupted():
+                reason = self._agree(interrupted())
+                if reason or self.step == stop or _due(self.step, self.config.checkpoint_every):
                     self.save()
-                    raise KeyboardInterrupt
-                if _due(self.step, self.config.checkpoint_every):
-                    self.save()
-        self.save()
+                if reason:
+                    raise reason
+
+    def _agree(self, reason: type[KeyboardInterrupt] | None) -> type[KeyboardInterrupt] | None:
+        """Why to stop after this step, if any process is to: one that stopped alone would leave the others waiting."""
+        if self.accelerator.num_processes == 1:
+            return reason
+        kinds = (Terminated, KeyboardInterrupt)
+        votes = torch.tensor([float(reason is kind) for kind in kinds], device=self.accelerator.device)
+        votes = self.accelerator.reduce(votes, "sum")
+        return next((kind for kind, vote in zip(kinds, votes.tolist(), strict=True) if vote), None)
 
     def batches(self, stop: int) -> Iterator[Batch]:
         """This process's micro-batches from the present step up to another, in their order."""
@@ -272,7 +370,7 @@ class Trainer:
                 loss = terms.total.mean() / micro
                 self._require_finite("loss", loss.item())
                 self.accelerator.backward(loss)
-        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip))
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip))
         self._require_finite("norm of its gradient", norm)
         self.optimizer.step()
         self.step += 1
@@ -280,11 +378,26 @@ class Trainer:
         return rate, norm
 
     def _require_finite(self, what: str, value: float) -> None:
-        if not math.isfinite(value):
+        if math.isfinite(value):
+            return
+        message = f"training diverged: the {what} is {value} at step {self.step + 1}. "
+        if self.step and self._saved == self.step:
+            # The next step's samples and noise follow from the seed and the step: it would fail like this each time.
+            if self.main:
+                ckpt.set_aside(self.run / "checkpoints" / ckpt.name_of(self.step))
+            message += f"Its checkpoint of step {self.step} leads nowhere else and is none any more (*{ckpt.ASIDE}). "
+        elif self.step == 0 and self._origin:
             raise Diverged(
-                f"training diverged: the {what} is {value} at step {self.step + 1}. Its last checkpoint stays in "
-                f"{self.run}. Lower training.learning_rate or training.clip, or check the data."
+                f"{message}It started from {self._origin['run']}, whose weights do not suit these data: check the "
+                "data, or start a new run without --init-from."
             )
+        kept = ckpt.list_checkpoints(self.run)
+        message += f"There is a checkpoint of step {ckpt.step_of(kept[-1])}. " if kept else "There is no checkpoint. "
+        lower = ckpt.resume_command(self.run, f"training.learning_rate={self.config.learning_rate / 10:g}")
+        raise Diverged(
+            f"{message}Go {'on from it' if kept else 'back to the start'} with a lower learning rate: {lower} (or a "
+            "lower training.clip); if that does not help, check the data."
+        )
 
     def _generator(self, part: int) -> torch.Generator:
         seed = derive_seed(self.config.seed, self.step, part, self.accelerator.process_index)
@@ -320,27 +433,3 @@ class Means:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-@contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C as a question to ask between steps, so that a checkpoint never holds half a step. The second acts at once.
-
-    Where Ctrl-C is ignored, or another handler is set, that stays.
-    """
-    caught = False
-
-    def note(_signal: int, _frame: object) -> None:
-        nonlocal caught
-        caught = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield lambda: False
-        return
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: caught
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -54,6 +54,26 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch
     assert names(tmp_path) == ["step-00000003"]  # what was half written is gone, too
 
 
+def test_what_someone_keeps_beside_checkpoints_is_none_and_stays(tmp_path: Path) -> None:
+    first = save(tmp_path, 5)
+    (tmp_path / "config.toml").touch()
+    others = ["step-00000005-best", "step-00000005 copy", "step-5", "step-000000005", "step-٠٠٠٠٠٠٠٥", "keep-me"]
+    others += [".step-00000005", ".step-backup", ".step-00000005.old"]
+    for name in others:
+        shutil.copytree(first, first.with_name(name))
+    (first.parent / "step-00000009").write_text("a file")
+    assert ckpt.list_checkpoints(tmp_path) == [first]
+    for step in (10, 99999999, 100000000):
+        save(tmp_path, step, keep=2)
+    assert [ckpt.step_of(path) for path in ckpt.list_checkpoints(tmp_path)] == [99999999, 100000000]
+    assert ckpt.require_run(tmp_path).name == "step-100000000"
+    assert names(tmp_path) == sorted([*others, "step-00000009", "step-99999999", "step-100000000"])
+    linked = first.with_name("step-00000050")
+    linked.symlink_to(first.with_name("keep-me"), target_is_directory=True)
+    save(tmp_path, 100000001, keep=1)
+    assert linked.exists() and ckpt.list_checkpoints(tmp_path)[0] == linked
+
+
 def test_a_half_written_checkpoint_is_none(tmp_path: Path) -> None:
     old = save(tmp_path, 1)
     (tmp_path / "config.toml").touch()

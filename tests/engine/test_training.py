@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,10 @@ from torch import Tensor, nn
 from mtdiffusion import LossTerms
 from mtdiffusion_engine import checkpoint as ckpt
 from mtdiffusion_engine import trainer as trainer_module
+from mtdiffusion_engine.data import Batch
 from mtdiffusion_engine.experiment import Experiment, build_model, choose_device, load_experiment
-from mtdiffusion_engine.trainer import Progress, Trainer, averaged, deferred_interrupt, learning_rate
+from mtdiffusion_engine.interrupt import ECHO, Terminated, deferred_interrupt, held, raise_terminated, terminable
+from mtdiffusion_engine.trainer import Means, Progress, Trainer, averaged, learning_rate
 from mtdiffusion_registry import ConfigError, UserError
 from tests.engine.tiny import REGISTRY, toy
 
@@ -113,13 +116,18 @@ def test_a_run_that_crashed_before_its_first_checkpoint_starts_again(uninterrupt
 
 
 @pytest.mark.usefixtures("ctrl_c")
-def test_ctrl_c_ends_the_step_under_way_and_saves_it(uninterrupted: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+def test_ctrl_c_and_sigterm_end_the_step_under_way_and_save_it(
+    uninterrupted: Path, tmp_path: Path, number: signal.Signals, raised: type[KeyboardInterrupt]
+) -> None:
     run = tmp_path / "run"
+    before = signal.getsignal(number)
     trainer = Trainer(toy(), run, REGISTRY, device="cpu")
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train(stop_with(lambda: signal.raise_signal(signal.SIGINT), 3))
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        trainer.train(stop_with(lambda: signal.raise_signal(number), 3))
+    assert stopped.type is raised
     assert ckpt.list_checkpoints(run)[-1].name == "step-00000003"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(number) is before
     train(toy(), run, resume=True)
     assert_same(run, uninterrupted)
 
@@ -132,6 +140,48 @@ def test_the_second_ctrl_c_acts_at_once() -> None:
         assert interrupted()
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_second_sigterm_acts_at_once_unless_it_is_an_echo_of_the_first() -> None:
+    with terminable():
+        with pytest.raises(Terminated), deferred_interrupt() as interrupted:
+            for _ in range(2):  # as `timeout` sends it
+                signal.raise_signal(signal.SIGTERM)
+                assert interrupted() is Terminated
+            time.sleep(1.5 * ECHO)
+            signal.raise_signal(signal.SIGTERM)
+            raise AssertionError("it did not act")
+        assert signal.getsignal(signal.SIGTERM) is raise_terminated
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_what_is_held_is_done_before_a_signal_is_raised() -> None:
+    done = []
+    with terminable(), pytest.raises(Terminated), held():
+        signal.raise_signal(signal.SIGTERM)
+        done.append(True)
+    assert done == [True]
+
+
+def test_workers_that_the_signal_ended_do_not_keep_the_last_step_from_being_saved(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    trainer = Trainer(toy(), run, REGISTRY, device="cpu")
+    advance = trainer.advance
+
+    def lose_workers(batches: Iterator[Batch], told: Means) -> tuple[float, float]:
+        if trainer.step == 3:
+            signal.raise_signal(signal.SIGTERM)
+            raise RuntimeError("DataLoader worker exited unexpectedly")
+        return advance(batches, told)
+
+    trainer.advance = lose_workers  # type: ignore[method-assign]
+    with pytest.raises(Terminated):
+        trainer.train()
+    assert ckpt.require_run(run).name == "step-00000003"
+    train(toy(), run, resume=True)
+    assert_same(run, uninterrupted)
 
 
 def test_where_ctrl_c_is_ignored_it_stays_ignored(ctrl_c: None) -> None:
@@ -152,7 +202,7 @@ def test_training_in_a_thread_leaves_signals_alone() -> None:
     thread = threading.Thread(target=body)
     thread.start()
     thread.join()
-    assert seen == [False]
+    assert seen == [None]
 
 
 def test_worker_processes_and_the_cadence_of_logs_change_nothing(uninterrupted: Path, tmp_path: Path) -> None:
@@ -193,8 +243,8 @@ def test_resuming_a_finished_run_changes_no_file(uninterrupted: Path) -> None:
 
 
 def test_another_experiment_does_not_resume_a_run(uninterrupted: Path) -> None:
-    with pytest.raises(UserError, match=r"training\.learning_rate is 0\.002, asked for 0\.1"):
-        Trainer(toy("training.learning_rate=0.1"), uninterrupted, REGISTRY, resume=True)
+    with pytest.raises(UserError, match=r"training\.seed is 0, asked for 1"):
+        Trainer(toy("training.seed=1"), uninterrupted, REGISTRY, resume=True)
     with pytest.raises(UserError, match=r"modalities\.extra\.classes is not set, asked for 3"):
         Trainer(toy('modalities.extra={kind="label", classes=3}'), uninterrupted, REGISTRY, resume=True)
 

@@ -24,7 +24,8 @@ from mtdiffusion_benchmarks.interfaces import Cost, Curve, Diverged, Problem
 from mtdiffusion_engine import checkpoint as ckpt
 from mtdiffusion_engine.data import Batch, StepSampler, derive_seed, training_batches
 from mtdiffusion_engine.experiment import TrainingConfig, require_same, resolved
-from mtdiffusion_engine.trainer import averaged, deferred_interrupt, learning_rate
+from mtdiffusion_engine.interrupt import deferred_interrupt
+from mtdiffusion_engine.trainer import averaged, learning_rate
 from mtdiffusion_registry import MethodConfig, UserError
 from mtdiffusion_registry.config import dump_toml
 
@@ -96,7 +97,7 @@ def fit_module(
     Raises:
         UserError: if the folder holds another training, or a damaged one.
         Diverged: if the loss or its gradient is not finite; the last checkpoint stays.
-        KeyboardInterrupt: after Ctrl-C, once the step under way is done and a checkpoint is written.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, once the step under way is done and a checkpoint is written.
     """
     config, folder = problem.experiment.training, problem.folder
     device = torch.device(problem.device)
@@ -155,7 +156,7 @@ def _train(problem: Problem, method: Mapping[str, Any], module: M, loss: Loss[M]
             if last or stop or state.step % every == 0:
                 state.save(folder, config.keep, method)
             if stop:
-                raise KeyboardInterrupt
+                raise stop
 
 
 def _gradient(problem: Problem, module: M, loss: Loss[M], batches: Iterator[Batch], step: int) -> Mapping[str, Tensor]:

@@ -17,7 +17,7 @@ from mtdiffusion_benchmarks.interfaces import Cost, Curve, Fitted, Problem
 from mtdiffusion_benchmarks.profile import said_of
 from mtdiffusion_engine.checkpoint import read_json, write_json
 from mtdiffusion_engine.data import ModalityData
-from mtdiffusion_engine.experiment import Experiment, build_model
+from mtdiffusion_engine.experiment import Experiment, build_model, require_same
 from mtdiffusion_engine.run import load_run
 from mtdiffusion_engine.trainer import Progress, Trainer
 from mtdiffusion_registry import MethodConfig, Query, UserError, hookimpl
@@ -121,6 +121,8 @@ def train(problem: Problem, experiment: Experiment, asked: Query | None = None) 
     folder = problem.folder
     curve_file = folder.with_name(folder.name + ".curve.json")
     resume = (folder / "config.toml").is_file()
+    if resume:
+        require_same(experiment, folder, problem.registry)  # a run may be resumed with changes, a measurement not
     trainer = Trainer(
         experiment, folder, problem.registry, resume=resume, device=problem.device, on_message=problem.say
     )
