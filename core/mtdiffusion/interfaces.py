@@ -311,6 +311,6 @@ class Dataset(ABC):
     @abstractmethod
     def __getitem__(self, index: int) -> dict[str, Tensor | str]: ...
 
-    def describe(self, index: int) -> str:
-        """What an error calls a sample, so that a person finds it: its stem, or its file."""
+    def describe(self, index: int, field: str | None = None) -> str:
+        """What an error calls a sample, or a field of it, so that a person finds it: its stem, or its file."""
         return f"sample {index}"

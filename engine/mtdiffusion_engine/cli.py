@@ -125,6 +125,12 @@ def _parser() -> argparse.ArgumentParser:
         help="what is given, a value or a file; repeatable",
     )
     sample.add_argument(
+        "--resize",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="scale and crop pictures that are given to the size of the data (default), or refuse those of another",
+    )
+    sample.add_argument(
         "--visible",
         action="append",
         default=[],
@@ -178,6 +184,18 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--config", type=Path, default=Path("configs/digits-demo.toml"), help="default: %(default)s")
     setting(demo, argparse.SUPPRESS)
     on_device(demo)
+
+    config = command("config", "look at a configuration")
+    actions = config.add_subparsers(dest="action", metavar="ACTION", required=True)
+    look = actions.add_parser(
+        "check",
+        help="build what it describes and look through its data, without training",
+        description="Build what a configuration describes and look through its data, without training.",
+        allow_abbrev=False,
+    )
+    look.add_argument("config", type=Path, metavar="CONFIG", help="TOML file")
+    setting(look, "change the configuration")
+    look.set_defaults(handler=_check_config)
 
     plugins = command("plugins", "what is installed")
     actions = plugins.add_subparsers(dest="action", metavar="ACTION", required=True)
@@ -260,6 +278,14 @@ def _is_handled(parser: argparse.ArgumentParser) -> bool:
     actions = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     nested = [sub for action in actions for sub in action.choices.values()]
     return callable(parser.get_default("handler")) or (bool(nested) and all(map(_is_handled, nested)))
+
+
+def _check_config(args: argparse.Namespace) -> None:
+    with held():
+        from mtdiffusion_engine import commands
+
+    commands.show_log()
+    commands.check_config(args)
 
 
 def _list_plugins(args: argparse.Namespace) -> None:
@@ -404,6 +430,7 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         with held():
             from mtdiffusion_engine import commands
 
+        commands.show_log()
         getattr(commands, args.command)(args)
     return 0
 

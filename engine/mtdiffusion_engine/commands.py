@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shlex
@@ -9,7 +10,6 @@ import shutil
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,17 @@ from rich.table import Table
 from torch import Tensor
 
 from mtdiffusion_engine import checkpoint as ckpt
-from mtdiffusion_engine.experiment import Experiment, load_experiment, require_resumable
+from mtdiffusion_engine.checks import check_held_out
+from mtdiffusion_engine.data import load_data
+from mtdiffusion_engine.experiment import Experiment, build_model, load_experiment, require_resumable
 from mtdiffusion_engine.interrupt import held
 from mtdiffusion_engine.monitor import Monitor
 from mtdiffusion_engine.pictures import read_visibility, sample_sheet
 from mtdiffusion_engine.run import Run, load_run
 from mtdiffusion_engine.trainer import Trainer
 from mtdiffusion_registry import Registry, UserError
+from mtdiffusion_registry.installed import version
+from mtdiffusion_registry.pace import LOGGER
 
 METRICS = "metrics.json"
 GALLERY = "gallery.png"
@@ -34,6 +38,43 @@ GALLERY = "gallery.png"
 def _console() -> Console:
     """Where progress and messages go; results go to the standard output."""
     return Console(stderr=True, highlight=False)
+
+
+class _Log(logging.Handler):
+    """Shows on the console what the libraries below tell of long work."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _console().print(record.getMessage(), markup=False, soft_wrap=True)
+
+
+def show_log() -> None:
+    """Show what long work below tells of itself; of several processes, the first one's."""
+    logger = logging.getLogger(LOGGER)
+    if not logger.handlers and os.environ.get("RANK", "0") == "0":
+        logger.addHandler(_Log())
+        logger.setLevel(logging.INFO)
+
+
+def check_config(args: Namespace) -> None:
+    """Build everything that a configuration describes and look through its data, without training."""
+    registry = Registry.discover()
+    with held():
+        experiment = load_experiment(args.config, args.set, registry)
+    model = build_model(experiment)
+    train = load_data(experiment, model, "train")
+    train.verify()
+    warnings = check_held_out(experiment, model)
+    latent = model.layout.latent
+    print(f"{args.config}: {experiment.data.kind}, {_count(len(train), 'training sample')}")
+    for name, modality in zip(model.names, map(model.modality, model.names), strict=True):
+        code = modality.encoder.latent
+        shape = " × ".join(map(str, modality.placeholder(1).shape[1:])) or "one value"
+        print(f"  {name} ({experiment.modalities[name].kind}): {shape}, as a code of {code.channels} channels")
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"latent: {latent.channels} × {latent.height} × {latent.width}; {parameters / 1e6:.3g} million parameters")
+    for warning in warnings:
+        print(f"warning: {warning}")
+    print(f"ready: mtdiffusion train {args.config} --out runs/{args.config.stem}")
 
 
 def train(args: Namespace) -> None:
@@ -123,6 +164,8 @@ def sample(args: Namespace) -> None:
     """Sample from a run, given any subset, into a new folder."""
     ckpt.require_free(args.out)
     run = load_run(args.run, device=args.device, overrides=args.set)
+    for modality in run.model.modalities.values():
+        modality.resize = args.resize
     observed = {name: _parse(run, name, text) for name, text in _pairs("--observe", args.observe).items()}
     visible = {name: read_visibility(Path(text)) for name, text in _pairs("--visible", args.visible).items()}
     strength = {name: _share("--strength", name, text) for name, text in _pairs("--strength", args.strength).items()}

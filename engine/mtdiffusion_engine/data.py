@@ -114,8 +114,10 @@ class ModalityData:
 
     Args:
         keys: what identifies each modality's configuration and code; without one, nothing that depends on it is kept.
+        partial: whether modalities that no sample has are let pass, if there are others.
 
     Raises:
+        EmptySplit: if there are no samples.
         UserError: if no sample has the field a modality reads.
     """
 
@@ -125,6 +127,8 @@ class ModalityData:
         modalities: Mapping[str, Modality],
         what: str = "data",
         keys: Mapping[str, str] | None = None,
+        *,
+        partial: bool = False,
     ) -> None:
         if len(dataset) == 0:
             raise EmptySplit(f"{what}: the data set is empty")
@@ -135,10 +139,14 @@ class ModalityData:
         self._keys = dict(keys or {})
         fields = {name: modality.field or name for name, modality in modalities.items()}
         self.source = Source(dataset, fields, {}, what)
-        self._check_fields()
+        self._check_fields(partial)
         for name, modality in modalities.items():
             if modality.derived:
                 self.source.derived[name] = self._derived(name)
+
+    def has(self, name: str) -> bool:
+        """Whether any sample has a modality."""
+        return name in self._found
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -156,17 +164,19 @@ class ModalityData:
             raise self._wrong(index, name, error) from error
 
     def _wrong(self, index: int, name: str, error: Exception) -> UserError:
-        return UserError(f"{self.what}: {self.dataset.describe(index)}: modality {name!r}: {error}")
+        where = self.dataset.describe(index, self.source.fields[name])
+        return UserError(f"{self.what}: {where}: modality {name!r}: {error}")
 
-    def _check_fields(self) -> None:
+    def _check_fields(self, partial: bool) -> None:
         found: set[str] = set()
         fields = self.source.fields
         for index in range(len(self)):  # as a rule the first has them all
             found |= set(self.source.raw(index))
             if found >= set(fields.values()):
-                return
+                break
+        self._found = {name for name, field in fields.items() if field in found}
         for name, field in fields.items():
-            if field not in found:
+            if field not in found and not (partial and found & set(fields.values())):
                 raise UserError(
                     f"{self.what}: no sample has the field {field!r} that modality {name!r} reads; its fields are "
                     f"{', '.join(sorted(found))} (let modalities.{name} read one of them, or remove it)"
@@ -280,7 +290,7 @@ class ModalityData:
 
 
 def load_data(experiment: Experiment, model: MultimodalDiffusion, split: Literal["train", "test"]) -> ModalityData:
-    """A split of an experiment's data set, seen through a model's modalities.
+    """A split of an experiment's data set, seen through a model's modalities, some of which the test split may lack.
 
     Raises:
         EmptySplit: if there are no samples in it.
@@ -297,7 +307,7 @@ def load_data(experiment: Experiment, model: MultimodalDiffusion, split: Literal
     if dataset.fingerprint is None and config.reproducible:
         dataset.fingerprint = f"{split} of {config_key(config)}"
     keys = {name: config_key(experiment.modalities[name]) for name in modalities}
-    return ModalityData(dataset, modalities, f"data ({split})", keys)
+    return ModalityData(dataset, modalities, f"data ({split})", keys, partial=split == "test")
 
 
 class StepSampler(Sampler[list[int]]):

@@ -9,9 +9,8 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from mtdiffusion import Dataset, Modality
 from mtdiffusion_engine.data import ModalityData
-from mtdiffusion_registry import UserError
+from mtdiffusion_registry import EmptySplit, UserError
 
 if TYPE_CHECKING:
     from mtdiffusion_engine.run import Run
@@ -116,36 +115,15 @@ def draw_samples(data: ModalityData, wishes: Sequence[Wish], seed: int = 0) -> l
 
 
 def held_out(run: Run) -> ModalityData:
-    """A run's test split, through those of its modalities that any of its samples has.
+    """A run's test split; some of its modalities may be in none of its samples.
 
     Raises:
-        UserError: if it is empty, has none of them, or cannot be read.
+        UserError: if it is empty, has none of the modalities, or cannot be read.
     """
     try:
         return run.data("test")
-    except UserError as error:
-        # It refuses a modality that no sample has; here the others serve. Anything else stays the error that it is.
-        try:
-            dataset = run.experiment.data.build("test")
-            modalities = _present(dataset, {name: run.model.modality(name) for name in run.model.names})
-        except Exception:
-            raise error from None
-        if len(dataset) == 0:
-            raise UserError(
-                "data (test): the test split is empty, so there is nothing to measure on. Let the data set hold some "
-                "samples out (of kind folder: set data.test_fraction above 0, or lay a folder test beside train)"
-            ) from error
-        if len(modalities) in (0, len(run.model.names)):
-            raise
-        return ModalityData(dataset, modalities, "data (test)")
-
-
-def _present(dataset: Dataset, modalities: Mapping[str, Modality]) -> dict[str, Modality]:
-    """Those whose field any sample has."""
-    fields = {name: modality.field or name for name, modality in modalities.items()}
-    found: set[str] = set()
-    for index in range(len(dataset)):
-        found |= set(dataset[index])
-        if found >= set(fields.values()):
-            break
-    return {name: modality for name, modality in modalities.items() if fields[name] in found}
+    except EmptySplit as error:
+        raise UserError(
+            f"{error}. There is nothing to measure on: let the data set hold some samples out (of kind folder: set "
+            "data.test_fraction above 0, or lay a folder test beside train)"
+        ) from error

@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 from mtdiffusion import LossTerms, LossWeights, MultimodalDiffusion, composite_loss
 from mtdiffusion.process import terminal_warning
 from mtdiffusion_engine import checkpoint as ckpt
+from mtdiffusion_engine.checks import check_held_out
 from mtdiffusion_engine.data import Batch, StepSampler, derive_seed, load_data, training_batches
 from mtdiffusion_engine.environment import ignored_variables, without_training_variables
 from mtdiffusion_engine.experiment import (
@@ -146,10 +147,11 @@ class Trainer:
         self.model = build_model(experiment)
         self._origin = None if resume or init_from is None else self._initialise(init_from)
         self.data = load_data(experiment, self.model, "train")
-        self.data.batch(range(min(len(self.data), self.config.batch_size)))  # what does not fit is said before we write
+        self.data.verify()  # what does not fit is said before anything is written
         self.step = 0
         self._saved = -1
-        messages = [f"warning: {said}" for said in ignored_variables(self.config, os.environ)]
+        warnings = [*check_held_out(experiment, self.model), *ignored_variables(self.config, os.environ)]
+        messages = [f"warning: {said}" for said in warnings]
         if warning := terminal_warning(self.model.process):
             messages.append(f"warning: {warning}")
         self.model.to(self.accelerator.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from mtdiffusion_plugins.sizes import Size, sides
 from mtdiffusion_registry.errors import UserError
+from mtdiffusion_registry.pace import LOGGER
 from mtdiffusion_registry.pictures import fit, open_picture, require_lossless, to_colour, to_indices
 
 __all__ = ["open_picture", "read_image", "read_json_value", "read_mask", "read_text", "read_vector", "write_image"]
@@ -92,6 +94,9 @@ def _of_size(
         raise UserError(
             f"{path}: expected {size[1]} × {size[0]} pixels, found {picture.width} × {picture.height}; resize it"
         )
+    logging.getLogger(LOGGER).info(
+        "%s: %d × %d pixels, scaled and cropped centrally to %d × %d", path, *picture.size, size[1], size[0]
+    )
     return fit(picture, size, nearest=nearest)
 
 

@@ -160,11 +160,16 @@ def check_channels(kind: str, latent: LatentSpec, needed: int) -> None:
         )
 
 
-def check_batch(what: str, x: Tensor, shape: tuple[int, ...], *, floating: bool) -> None:
+SIZE_HINT = "; set size of the modality to the data's, or size of the data set to scale and crop them"
+
+
+def check_batch(what: str, x: Tensor, shape: tuple[int, ...], *, floating: bool, hint: str = "") -> None:
     """Raise ``ValueError`` unless x is ``[B, *shape]``, floating and finite or else int64, as asked."""
     kind = "a floating-point dtype" if floating else "int64"
     if tuple(x.shape[1:]) != shape or x.ndim != len(shape) + 1:
-        raise ValueError(f"{what}: expected shape [batch{''.join(f', {n}' for n in shape)}], found {list(x.shape)}")
+        raise ValueError(
+            f"{what}: expected shape [batch{''.join(f', {n}' for n in shape)}], found {list(x.shape)}{hint}"
+        )
     if x.is_floating_point() != floating or (not floating and x.dtype != torch.int64):
         raise ValueError(f"{what}: expected {kind}, found {x.dtype}")
     if floating and not bool(x.isfinite().all()):

@@ -18,6 +18,7 @@ from mtdiffusion import Decoder, Encoder, Features, FeatureSpec, LatentSpec, Mod
 from mtdiffusion.loss import low_before_high
 from mtdiffusion_plugins.files import read_image, write_image
 from mtdiffusion_plugins.heads import (
+    SIZE_HINT,
     MapHead,
     ScaleHead,
     check_batch,
@@ -120,7 +121,7 @@ class ImageModality(Modality):
         self.snr_clamp = config.snr_clamp
 
     def check(self, x: Tensor) -> None:
-        check_batch("image", x, self.shape, floating=True)
+        check_batch("image", x, self.shape, floating=True, hint=SIZE_HINT)
         check_range("image", x, -1.001, 1.001)
 
     def placeholder(self, batch: int) -> Tensor:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from mtdiffusion import Decoder, Encoder, Features, FeatureSpec, LatentSpec, Modality, Params
 from mtdiffusion.loss import low_before_high
 from mtdiffusion_plugins.files import VOID_COLOUR, colour_of_class, read_mask, write_mask
-from mtdiffusion_plugins.heads import MapHead, check_batch, check_channels, patch_channels, picture_size
+from mtdiffusion_plugins.heads import SIZE_HINT, MapHead, check_batch, check_channels, patch_channels, picture_size
 from mtdiffusion_plugins.metrics.calibration import expected_calibration_error
 from mtdiffusion_plugins.sizes import Size, positive_size
 from mtdiffusion_registry.configs import ModalityConfig
@@ -139,7 +139,7 @@ class MaskModality(Modality):
         self.snr_clamp = config.snr_clamp
 
     def check(self, x: Tensor) -> None:
-        check_batch("mask", x, self.sizes, floating=False)
+        check_batch("mask", x, self.sizes, floating=False, hint=SIZE_HINT)
         known = x if self.ignore is None else x[x != self.ignore]
         if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < self.classes:
             odd = torch.unique(known)

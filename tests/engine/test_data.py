@@ -116,7 +116,7 @@ class Altered(ToyData):
             sample |= self.changes  # type: ignore[arg-type]
         return sample
 
-    def describe(self, index: int) -> str:
+    def describe(self, index: int, field: str | None = None) -> str:
         return f"the toy {index}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import ClassVar, Literal
 
@@ -25,6 +26,7 @@ from mtdiffusion_registry.configs import DatasetConfig, FieldConfig
 from mtdiffusion_registry.errors import EmptySplit, UserError
 from mtdiffusion_registry.hookspecs import hookimpl
 from mtdiffusion_registry.pictures import SUFFIXES as PICTURES
+from mtdiffusion_registry.pictures import open_picture as _open
 from mtdiffusion_registry.registry import Registry
 
 MTDIFFUSION_API = 1
@@ -103,9 +105,10 @@ class FolderDataset(Dataset):
         stem = self.stems[index]
         return {name: column[stem] for name, column in self._columns.items() if stem in column}
 
-    def describe(self, index: int) -> str:
+    def describe(self, index: int, field: str | None = None) -> str:
         stem = self.stems[index]
-        files = dict.fromkeys(str(column.where(stem)) for column in self._columns.values() if stem in column)
+        columns = [self._columns[field]] if field in self._columns else self._columns.values()
+        files = dict.fromkeys(str(column.where(stem)) for column in columns if stem in column)
         return f"{stem} ({', '.join(files)})"
 
 
@@ -184,7 +187,9 @@ class FolderConfig(DatasetConfig):
     def build(self, split: Literal["train", "test"]) -> FolderDataset:
         base, by_hash = self._base(split)
         fields = {name: _resolved(each) for name, each in self.fields.items()}
-        sources = _sources(base, fields)
+        # A field that samples may lack may be missing from all that are held out; from training, it would be a slip.
+        optional = self.allow_missing if split == "test" else ()
+        sources = _sources(base, fields, optional)
         stems = self._matched(base, sources)
         if by_hash:
             stems = [stem for stem in stems if (_fraction(stem) < self.test_fraction) == (split == "test")]
@@ -261,16 +266,16 @@ def _list(names: Iterable[object], most: int = 5) -> str:
 # --- where values are -------------------------------------------------------------------------------------------------
 
 
-def _sources(base: Path, fields: Mapping[str, FieldConfig]) -> dict[str, _Source]:
-    """Each field's files or contents, under stems that agree between them."""
+def _sources(base: Path, fields: Mapping[str, FieldConfig], optional: Collection[str]) -> dict[str, _Source]:
+    """Each field's files or contents, under stems that agree between them; of the optional ones, if there are any."""
     metadata = _metadata(base)
     found = {name: _find(base, name, each, metadata) for name, each in fields.items() if each.folder_of is None}
     if metadata is not None:
         _place_file_names(base, found, fields, metadata)
-    missing = [name for name, source in found.items() if source is None]
+    missing = [name for name, source in found.items() if source is None and name not in optional]
     if missing:
         raise UserError(_nowhere(base, missing[0], fields[missing[0]], metadata))
-    sources = {name: source for name, source in found.items() if source is not None}
+    sources = {name: source or _Source(base, None, {}) for name, source in found.items()}
     for name, each in fields.items():
         if each.folder_of is not None:
             sources[name] = _folders(name, each.folder_of, sources)
@@ -350,15 +355,19 @@ def _files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     """Files of these suffixes by stem, those of inner folders too; hidden ones are no data."""
     found = []
     strange = []
+    hint = ""
     for path in sorted(folder.rglob("*")):
         inner = path.relative_to(folder)
         if any(part.startswith(".") or part.lower() in _NO_DATA for part in inner.parts) or path.is_dir():
             continue
         if path.suffix.lower() not in suffixes:
             strange.append(str(inner))
+            with suppress(UserError):
+                if set(suffixes) & set(PICTURES) and not hint and _open(path):
+                    hint = f" ({inner} can be read as a picture: give it the suffix that its format has)"
         found.append((inner.with_suffix("").as_posix(), path))
     if strange:
-        raise UserError(f"{folder} holds files of another type than {', '.join(suffixes)}: {_list(strange)}")
+        raise UserError(f"{folder} holds files of another type than {', '.join(suffixes)}: {_list(strange)}{hint}")
     return _normal(found, folder)  # type: ignore[return-value]
 
 

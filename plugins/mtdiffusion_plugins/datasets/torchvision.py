@@ -70,8 +70,9 @@ class TorchvisionDataset(Dataset):
             image = from_levels(image)
         return {"image": image, self._name: second if self.to_classes is None else self.to_classes[second]}
 
-    def describe(self, index: int) -> str:
-        return str(self._images.paths[index]) if isinstance(self._images, Decoded) else f"sample {index}"
+    def describe(self, index: int, field: str | None = None) -> str:
+        part = self._second if field == self._name and isinstance(self._second, Decoded) else self._images
+        return str(part.paths[index]) if isinstance(part, Decoded) else f"sample {index}"
 
 
 def _image_folder(root: Path, split: str, size: tuple[int, int]) -> TorchvisionDataset:

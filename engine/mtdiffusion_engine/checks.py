@@ -1,0 +1,32 @@
+"""What evaluation and the gallery would refuse, said before a training instead of after it."""
+
+from __future__ import annotations
+
+from mtdiffusion import MultimodalDiffusion
+from mtdiffusion_engine.data import load_data
+from mtdiffusion_engine.evaluation import check_evaluators
+from mtdiffusion_engine.experiment import Experiment
+from mtdiffusion_registry import EmptySplit
+
+
+def check_held_out(experiment: Experiment, model: MultimodalDiffusion) -> list[str]:
+    """Look through the test split, and at what the evaluators need.
+
+    Returns:
+        What a person should know that does not keep a training from being evaluated altogether.
+
+    Raises:
+        UserError: if a held-out sample is damaged or does not fit its modality, or an evaluator needs a modality that
+            is not there.
+    """
+    check_evaluators(experiment.evaluation.evaluators, list(experiment.modalities))
+    try:
+        data = load_data(experiment, model, "test")
+    except EmptySplit as error:
+        return [f"{error}. Without held-out samples the run can be sampled from, but not evaluated, and has no gallery"]
+    data.verify()
+    there = [name for name in data.modalities if data.has(name)]
+    lacking = [name for name in data.modalities if name not in there]
+    if lacking:
+        return [f"no held-out sample has {', '.join(lacking)}: what is asked of it, or given it, cannot be evaluated"]
+    return []
