@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from attrs import field, frozen
@@ -156,6 +156,9 @@ class Modality(nn.Module, ABC):
         loss_weight: λ_i, the scale of this modality's part of L2.
         snr_clamp: its weight over t is clamp(SNR_t, low, high): (1, 1) is uniform, (0, γ) min-SNR-γ (Hang et al. 2023).
         field: the data set's field that x comes from; None means the instance's own name.
+        moves: how x is to be moved when the sample it belongs to is mirrored or cropped: as an "image" (values may be
+            blended) or a "mask" (they may not); None: it does not show where things are.
+        coloured: whether x is a picture in [−1, 1] whose colours may be varied.
         resize: whether :meth:`parse` scales and crops a picture of another size than the data's, or refuses it.
         metric_directions: "higher" or "lower", whichever is better, by name of a metric of :meth:`metrics` or
             :meth:`predictive_metrics`. A metric without one is reported but never ranked.
@@ -165,6 +168,8 @@ class Modality(nn.Module, ABC):
     loss_weight: float = 1.0
     snr_clamp: tuple[float, float] = (1.0, 1.0)
     field: str | None = None
+    moves: Literal["image", "mask"] | None = None
+    coloured: bool = False
     resize: bool = True
     derived: bool = False
     """Whether x is computed from another field by :meth:`derive` (an embedding of an image, say)."""

@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from mtdiffusion import Dataset, Modality, MultimodalDiffusion
+from mtdiffusion_engine.augmentation import Augmentation
 from mtdiffusion_engine.experiment import Experiment
 from mtdiffusion_registry import EmptySplit, UserError
 from mtdiffusion_registry.cache import cached, config_key, load_kept, save_kept
@@ -21,6 +22,9 @@ from mtdiffusion_registry.pace import Pace
 
 PATIENCE = 30.0
 """Seconds that looking through a data set takes at most at every start, where what was seen cannot be remembered."""
+
+
+_AUGMENTATION = 1  # tells its seeds from those of the order, of which each epoch has one
 
 
 def derive_seed(*key: int) -> int:
@@ -66,12 +70,16 @@ class Source:
         fields: the field that each modality reads.
         derived: values that were computed once, by sample, of the modalities that have such.
         what: what errors call the data set.
+        augmentation: how samples are varied when their turn is known.
+        seed: of the augmentation.
     """
 
     dataset: Dataset
     fields: Mapping[str, str]
     derived: dict[str, dict[int, Tensor]]
     what: str
+    augmentation: Augmentation | None = None
+    seed: int = 0
 
     def raw(self, index: int) -> dict[str, Tensor | str]:
         """A sample of the data set.
@@ -93,9 +101,17 @@ class Source:
             if field in raw
         }
 
-    def gather(self, indices: Sequence[int]) -> Gathered:
-        """Several samples, stacked where they can be."""
+    def gather(self, indices: Sequence[int], first: int | None = None) -> Gathered:
+        """Several samples, stacked where they can be.
+
+        Args:
+            first: the turn of the first of them in training, each of which is augmented in its own way; None: as they
+                are.
+        """
         samples = [self.sample(index) for index in indices]
+        if self.augmentation is not None and first is not None:
+            for place, sample in enumerate(samples):
+                samples[place] = self.augmentation(sample, derive_seed(self.seed, _AUGMENTATION, first + place))
         values: dict[str, tuple[list[int], Tensor | list[Tensor | str]]] = {}
         for name in self.fields:
             rows = [row for row, sample in enumerate(samples) if name in sample]
@@ -310,16 +326,28 @@ def load_data(experiment: Experiment, model: MultimodalDiffusion, split: Literal
     return ModalityData(dataset, modalities, f"data ({split})", keys, partial=split == "test")
 
 
-class StepSampler(Sampler[list[int]]):
-    """Index lists, one a micro-batch, from a given step on; a function of the seed and the step alone, so resuming at a
-    step continues exactly. Each epoch is a new permutation; ranks take turns in it.
+class Turn(NamedTuple):
+    """Samples whose turn it is.
+
+    Attributes:
+        first: how many samples had theirs before the first of these, in all processes.
+        indices: which they are.
+    """
+
+    first: int
+    indices: list[int]
+
+
+class StepSampler(Sampler[Turn]):
+    """The turns of samples, one a micro-batch, from a given step on; a function of the seed and the step alone, so
+    resuming at a step continues exactly. Each epoch is a new permutation; ranks take turns in it.
     """
 
     def __init__(self, size: int, batch: int, seed: int, start: int, stop: int, rank: int = 0, world: int = 1) -> None:
         self.size, self.batch, self.seed = size, batch, seed
         self.start, self.stop, self.rank, self.world = start, stop, rank, world
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Turn]:
         epoch, order = -1, torch.empty(0, dtype=torch.long)
         for micro in range(self.start, self.stop):
             first = (micro * self.world + self.rank) * self.batch
@@ -330,7 +358,7 @@ class StepSampler(Sampler[list[int]]):
                     generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
                     order = torch.randperm(self.size, generator=generator)
                 indices.append(int(order[position % self.size]))
-            yield indices
+            yield Turn(first, indices)
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -345,21 +373,26 @@ class _Batches:
     def __init__(self, source: Source) -> None:
         self.source = source
 
-    def __getitem__(self, indices: list[int]) -> Gathered | UserError:
+    def __getitem__(self, turn: Turn) -> Gathered | UserError:
         try:
-            return self.source.gather(indices)
+            return self.source.gather(turn.indices, turn.first)
         except UserError as error:
             return error
 
 
-def training_batches(data: ModalityData, sampler: StepSampler, workers: int) -> Iterator[Batch]:
+def training_batches(
+    data: ModalityData, sampler: StepSampler, workers: int, augmentation: Augmentation | None = None
+) -> Iterator[Batch]:
     """Batches in the sampler's order.
+
+    Args:
+        augmentation: of the samples; what it draws follows from the sampler's seed and the sample's turn.
 
     Raises:
         UserError: as :meth:`ModalityData.batch`.
     """
     loader: DataLoader[Gathered | UserError] = DataLoader(
-        _Batches(data.source),  # type: ignore[arg-type]
+        _Batches(evolve(data.source, augmentation=augmentation, seed=sampler.seed)),  # type: ignore[arg-type]
         sampler=sampler,
         batch_size=None,  # the sampler's items are whole batches
         collate_fn=_as_it_is,  # type: ignore[arg-type]

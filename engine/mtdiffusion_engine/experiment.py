@@ -27,6 +27,7 @@ from mtdiffusion import (
     SNRMatched,
 )
 from mtdiffusion.retention import CURVES, RETENTIONS
+from mtdiffusion_engine.augmentation import AugmentationConfig
 from mtdiffusion_engine.checkpoint import read_json
 from mtdiffusion_engine.subsets import ConditioningConfig
 from mtdiffusion_registry import (
@@ -187,6 +188,7 @@ class Experiment:
     modalities: dict[str, ModalityConfig] = field(validator=min_len(1))
     latent: LatentConfig
     backbone: BackboneConfig
+    augmentation: AugmentationConfig = Factory(AugmentationConfig)
     process: ProcessConfig = Factory(ProcessConfig)
     clocks: ClockLawConfig | None = None
     model: ModelConfig = Factory(ModelConfig)

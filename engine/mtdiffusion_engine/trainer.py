@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 from mtdiffusion import LossTerms, LossWeights, MultimodalDiffusion, composite_loss
 from mtdiffusion.process import terminal_warning
 from mtdiffusion_engine import checkpoint as ckpt
+from mtdiffusion_engine.augmentation import Augmentation
 from mtdiffusion_engine.checks import check_held_out
 from mtdiffusion_engine.data import Batch, StepSampler, derive_seed, load_data, training_batches
 from mtdiffusion_engine.environment import ignored_variables, without_training_variables
@@ -147,6 +148,7 @@ class Trainer:
         self.model = build_model(experiment)
         self._origin = None if resume or init_from is None else self._initialise(init_from)
         self.data = load_data(experiment, self.model, "train")
+        self.augmentation = Augmentation.of(experiment.augmentation, self.data.modalities)
         self.data.verify()  # what does not fit is said before anything is written
         self.step = 0
         self._saved = -1
@@ -343,7 +345,7 @@ class Trainer:
             accelerator.process_index,
             accelerator.num_processes,
         )
-        return training_batches(self.data, sampler, self.config.workers)
+        return training_batches(self.data, sampler, self.config.workers, self.augmentation)
 
     def advance(self, batches: Iterator[Batch], told: Means) -> tuple[float, float]:
         """One optimizer step; its loss terms go to ``told``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import colorsys
 import json
 import logging
 from pathlib import Path
@@ -32,20 +33,15 @@ PALETTE = (
     (255, 255, 255),
 )
 VOID_COLOUR = (128, 128, 128)
-# Beyond nine classes: the same hues lighter and darker, none of them black again.
-_SHADES = (1.0, 0.6, 1.4, 0.35, 1.7)
 
 
 def colour_of_class(index: int) -> tuple[int, int, int]:
-    """RGB in 0..255 of a class index: the palette, then its eight colours in other shades."""
+    """RGB in 0..255 of a class index: the palette, then hues a golden ratio apart, in light and dark by turns."""
     if index < len(PALETTE):
         return PALETTE[index]
-    turn, place = divmod(index - 1, len(PALETTE) - 1)
-    shade = _SHADES[turn % len(_SHADES)]
-    red, green, blue = (
-        round(value * shade) if shade <= 1 else round(255 - (255 - value) * (2 - shade)) for value in PALETTE[1 + place]
-    )
-    return (red, green, blue)
+    lightness = (0.35, 0.6, 0.8)[index % 3]
+    red, green, blue = colorsys.hls_to_rgb(index * 0.618034 % 1, lightness, 0.75)
+    return (round(255 * red), round(255 * green), round(255 * blue))
 
 
 def read_image(path: Path, channels: int, size: Size, *, resize: bool = True) -> Tensor:

@@ -113,6 +113,9 @@ class ImageModality(Modality):
         {"mse": "lower", "psnr": "higher", "ssim": "higher", "readout_mse": "lower"}
     )
 
+    moves = "image"
+    coloured = True
+
     def __init__(self, encoder: Encoder, decoder: Decoder, config: ImageConfig, shape: tuple[int, int, int]) -> None:
         super().__init__(encoder, decoder)
         self.shape = shape

@@ -127,6 +127,8 @@ class MaskModality(Modality):
         }
     )
 
+    moves = "mask"
+
     def __init__(self, encoder: Encoder, decoder: Decoder, config: MaskConfig, sizes: tuple[int, int]) -> None:
         super().__init__(encoder, decoder)
         self.sizes = sizes
@@ -242,9 +244,7 @@ class MaskConfig(ModalityConfig):
         if len(set(self.names)) < len(self.names):
             raise ValueError("names: expected different names, found one twice")
         if self.ignore is not None and 0 <= self.ignore < self.classes:
-            raise ValueError(
-                f"ignore: expected a value that is no class (0 to {self.classes - 1}), found {self.ignore}"
-            )
+            raise ValueError(f"ignore: expected a value that is no class, 0 to {self.classes - 1}, found {self.ignore}")
 
     def latent_channels(self, height: int, width: int) -> int:
         return (self.classes - 1) * patch_channels(self.size, height, width)

@@ -27,7 +27,9 @@ def test_every_sample_comes_once_an_epoch(world: int) -> None:
     size, batch, micros = 10, 4, 15
     ranks = [list(StepSampler(size, batch, 0, 0, micros, rank, world)) for rank in range(world)]
     # Ranks take turns, so what all of them saw by a given step is a whole stretch of the epochs.
-    order = [index for turn in zip(*ranks, strict=True) for indices in turn for index in indices]
+    turns = [turn for both in zip(*ranks, strict=True) for turn in both]
+    order = [index for turn in turns for index in turn.indices]
+    assert [turn.first for turn in turns] == list(range(0, len(order), batch))
     epochs = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
     assert len(epochs) == batch * micros * world // size
     assert all(sorted(epoch) == list(range(size)) for epoch in epochs)

@@ -36,6 +36,7 @@ MODALITIES = {
     "image conv": (build("modality", "image", size=16, encoder="conv", code_channels=6), pictures(3, 16)),
     "mask binary": (build("modality", "mask", size=8), classes(2, 8, 8)),
     "mask of 6 classes in patches": (build("modality", "mask", size=16, classes=6), classes(6, 16, 16)),
+    "mask with void pixels": (build("modality", "mask", size=8, classes=3, ignore=255), classes(3, 8, 8)),
     "label": (build("modality", "label", classes=10), classes(10)),
     "label of more classes than directions": (
         build("modality", "label", classes=100, code_channels=1),

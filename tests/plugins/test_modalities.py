@@ -3,12 +3,27 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
-from mtdiffusion import Features, FeatureSpec, LatentSpec
+from mtdiffusion import (
+    DiffusionProcess,
+    Features,
+    FeatureSpec,
+    LatentSpec,
+    LossWeights,
+    MultimodalDiffusion,
+    OwnLayout,
+    Retention,
+    SNRMatched,
+    composite_loss,
+)
+from mtdiffusion_plugins.backbones.unet import UNetConfig
 from mtdiffusion_plugins.clip import ClipConfig
+from mtdiffusion_plugins.files import colour_of_class
 from mtdiffusion_plugins.heads import VectorEncoder, discretised_gaussian_nll, gaussian_objective
 from mtdiffusion_plugins.image import ConvEncoder, ImageConfig
 from mtdiffusion_plugins.label import LabelConfig
@@ -216,3 +231,148 @@ def test_an_embedding_of_a_picture_is_that_of_the_shipped_model(tmp_path: Path) 
     embedded = modality.parse(str(path))
     torch.testing.assert_close(embedded, modality.derive(picture[None])[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(modality.parse(str(modality.write(embedded, tmp_path, "0001"))), embedded)
+
+
+# --- void pixels ------------------------------------------------------------------------------------------------------
+
+VOID = MaskConfig(size=16, classes=3, ignore=255, names=("sky", "road", "car"))
+
+
+def masks(void: bool) -> torch.Tensor:
+    """Four masks; void: with their upper third unlabelled."""
+    x = torch.randint(3, (4, 16, 16), generator=torch.Generator().manual_seed(0))
+    if void:
+        x[:, :5] = 255
+    return x
+
+
+def test_void_pixels_count_in_no_loss_and_no_metric() -> None:
+    modality = VOID.build(LatentSpec(8, 8, 8), FEATURES)
+    plain = MaskConfig(size=16, classes=3).build(LatentSpec(8, 8, 8), FEATURES)
+    plain.load_state_dict(modality.state_dict())
+    x, whole = masks(void=True), masks(void=False)
+    modality.check(x)
+    params = modality.decoder(features())
+    counted = F.cross_entropy(params["logits"][:, :, 5:], x[:, 5:], reduction="none").flatten(1)
+    torch.testing.assert_close(modality.decoder.nll(params, x), counted.sum(1))
+    torch.testing.assert_close(modality.decoder.objective(params, x), counted.mean(1))
+    torch.testing.assert_close(modality.decoder.objective(params, whole), plain.decoder.objective(params, whole))
+    generated = modality.decoder.mode(params)
+    found, below = modality.metrics(generated, x), plain.metrics(generated[:, 5:], x[:, 5:])
+    assert all(found[name] == pytest.approx(below[name]) for name in below)
+    assert sum(found[f"iou_{name}"] for name in VOID.names) / 3 == pytest.approx(found["miou"])
+    nothing = torch.full_like(x, 255)
+    assert modality.decoder.objective(params, nothing).tolist() == [0] * 4
+    assert all(math.isnan(value) for value in modality.predictive_metrics(params, nothing).values())
+    assert generated.max() < 3  # void is never generated
+
+
+def test_the_code_of_void_is_the_middle_and_no_term_of_the_loss_asks_for_it() -> None:
+    modality = VOID.build(LatentSpec(9, 8, 8), FEATURES)  # one channel to spare
+    x = masks(void=True)
+    code, known = modality.encoder(x), modality.encoder.known(x)
+    assert known is not None and known.shape == code.shape and known.dtype == torch.bool
+    assert (code[~known] == 0).all() and known[:, 8].all()
+    # A place of the latent holds 2 × 2 pixels: of rows 4 and 5, one is void.
+    assert not known[:, :8, :2].any() and known[:, :8, 3:].all() and known[:, :8, 2].float().mean() == 0.5
+    process = DiffusionProcess.build(Retention.from_curve("cosine", 20, 1), SNRMatched(), OwnLayout({"mask": 9}, 8, 8))
+    channels, vector = process.layout.inputs(0)
+    backbone = UNetConfig(channels=8, multipliers=(1,), heads=0, vector=32).build(channels, 8, 8, vector)
+    model = MultimodalDiffusion({"mask": VOID.build(LatentSpec(9, 8, 8), backbone.features)}, backbone, process)
+    for l1_time in ("snr", "elbo"):
+        losses = []
+        for other in (0, 1):
+            # Whatever the head says of void pixels alone, no term changes.
+            bias = torch.zeros(4, 3, 16, 16)
+            bias[:, 0, :4] = 9.0 * other
+            decoder = model.modality("mask").decoder
+            handle = decoder.register_forward_hook(lambda _, __, out, b=bias: {"logits": out["logits"] + b})
+            weights = LossWeights(l0=1, l1=1, l2=1, l3=1, l1_time=l1_time)
+            loss = composite_loss(model, {"mask": x}, weights, generator=torch.Generator().manual_seed(1))
+            losses.append(loss.total)
+            handle.remove()
+        torch.testing.assert_close(losses[0], losses[1])
+
+
+def test_class_weights_weigh_the_objective_and_not_the_likelihood() -> None:
+    modality = MaskConfig(size=8, classes=3, class_weights=(0.0, 1.0, 4.0)).build(LatentSpec(2, 8, 8), FEATURES)
+    params = modality.decoder(features())
+    for index, weight in enumerate((0.0, 1.0, 4.0)):
+        x = torch.full((4, 8, 8), index)
+        nll = modality.decoder.nll(params, x)
+        torch.testing.assert_close(modality.decoder.objective(params, x), weight * nll / 64)
+
+
+def test_masks_are_drawn_with_a_legend_and_void_in_grey() -> None:
+    modality = VOID.build(LatentSpec(8, 8, 8), FEATURES)
+    x = masks(void=True)
+    picture = (modality.render(x) * 255).round().long()
+    colours = dict(modality.legend)
+    assert list(colours) == ["sky", "road", "car", "void"] and len(set(colours.values())) == 4
+    for index, name in ((0, "sky"), (2, "car"), (255, "void")):
+        row, column = (x[0] == index).nonzero()[0].tolist()
+        assert tuple(picture[0, :, row, column].tolist()) == colours[name]
+    assert len({colour_of_class(index) for index in range(200)}) == 200  # none is another's
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"ignore": 1}, "ignore: expected a value that is no class, 0 to 2, found 1"),
+        ({"names": ("a", "b")}, "names: expected one for each of 3 classes, found 2"),
+        ({"names": ("a", "b", "a")}, "names: expected different names"),
+        ({"class_weights": (1.0,)}, "class_weights: expected one for each of 3 classes, found 1"),
+    ],
+)
+def test_mask_options_that_contradict_one_another_are_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MaskConfig(size=8, classes=3, **values)  # type: ignore[arg-type]
+
+
+def test_values_that_are_no_class_are_named_with_what_to_do() -> None:
+    modality = MaskConfig(size=16, classes=3).build(LatentSpec(8, 8, 8), FEATURES)
+    with pytest.raises(ValueError, match=r"found \[255\]. Void pixels are left out with ignore = 255; .*values of"):
+        modality.check(masks(void=True))
+
+
+# --- shapes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "latent", "shape"),
+    [(32, (8, 12), (32, 48)), ((32, 48), (8, 12), (32, 48)), ((48, 16), (24, 8), (48, 16)), (16, (16, 16), (16, 16))],
+)
+def test_pictures_and_masks_need_not_be_square(
+    size: int | tuple[int, int], latent: tuple[int, int], shape: tuple[int, int]
+) -> None:
+    spec = FeatureSpec(16, *latent, 32)
+    shown = Features(torch.randn(2, 16, *latent), torch.randn(2, 32))
+    image, mask = ImageConfig(size=size), MaskConfig(size=size, classes=3)
+    for config, lead in ((image, (3,)), (mask, ())):
+        modality = config.build(LatentSpec(config.latent_channels(*latent), *latent), spec)
+        x = modality.decoder.mode(modality.decoder(shown))
+        assert x.shape == (2, *lead, *shape) == modality.placeholder(2).shape
+        modality.check(x)
+        assert modality.encoder(x).shape[-2:] == latent
+        assert modality.render(x).shape == (2, 3, *shape)
+        assert modality.metrics(x, x)[{"image": "ssim", "mask": "miou"}[config.kind]] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (32, 49), (33, 48), 30])
+def test_sizes_that_no_patch_fills_are_refused(size: int | tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=r"does not fit a latent of 8 × 12 \(height × width\)"):
+        ImageConfig(size=size).build(LatentSpec(48, 8, 12), FeatureSpec(16, 8, 12, 32))
+
+
+def test_a_picture_that_is_given_is_scaled_and_cropped_or_refused(tmp_path: Path) -> None:
+    pixels = np.zeros((40, 80, 3), np.uint8)
+    pixels[:, 40:] = 255
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    Image.fromarray(pixels[..., 0] // 255).save(tmp_path / "mask.png")
+    image = ImageConfig(size=8).build(LatentSpec(3, 8, 8), FEATURES)
+    mask = MaskConfig(size=8).build(LatentSpec(1, 8, 8), FEATURES)
+    assert torch.equal(image.parse(str(tmp_path / "photo.png"))[0] > 0, mask.parse(str(tmp_path / "mask.png")) > 0)
+    for modality, name in ((image, "photo.png"), (mask, "mask.png")):
+        modality.resize = False
+        with pytest.raises(UserError, match=rf"{name}: expected 8 × 8 pixels, found 80 × 40"):
+            modality.parse(str(tmp_path / name))
