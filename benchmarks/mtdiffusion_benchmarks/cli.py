@@ -45,6 +45,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     perf.add_argument("--rounds", type=int, default=15, metavar="N", help="turns of each (default: %(default)s)")
     perf.add_argument("--threads", type=int, default=1, metavar="N", help="default: %(default)s")
 
+    data = actions.add_parser(
+        "data",
+        help="how long the first step takes on many pictures, and how much memory",
+        description="Time from the command to the first step, and the memory it takes, on many small pictures.",
+    )
+    data.add_argument("--out", type=Path, metavar="FILE.json", help="write what was measured here, too")
+    data.add_argument("--pictures", type=int, default=50000, metavar="N", help="default: %(default)s")
+
     listing = actions.add_parser("list", help="list profiles, or a profile's cells")
     listing.add_argument("profile", nargs="?", metavar="PROFILE|FILE.toml")
     listing.add_argument("--out", type=Path, metavar="DIR", help="say which cells are done there")
@@ -62,8 +70,8 @@ def run(args: argparse.Namespace) -> None:
         for path in build_report(args.out):
             print(path)
         return
-    if args.action == "perf":
-        _perf(args)
+    if args.action in ("perf", "data"):
+        (_perf if args.action == "perf" else _data)(args)
         return
     from mtdiffusion_benchmarks.profile import load_profile, plan, shipped
     from mtdiffusion_registry import Registry
@@ -106,6 +114,16 @@ def _perf(args: argparse.Namespace) -> None:
         raise UserError(f"{missing[0]}: no such file; run this from a clone of the repository")
     result = perf.measure(args.rounds, args.threads, Registry.discover(), say=lambda text: print(text, flush=True))
     print(perf.table(result), perf.flops_table(result), sep="\n\n")
+    if args.out is not None:
+        write_json(args.out, result, sort_keys=False)
+
+
+def _data(args: argparse.Namespace) -> None:
+    from mtdiffusion_benchmarks import startup
+    from mtdiffusion_engine.checkpoint import write_json
+
+    result = startup.measure(args.pictures, say=lambda text: print(text, flush=True))
+    print(startup.table(result))
     if args.out is not None:
         write_json(args.out, result, sort_keys=False)
 

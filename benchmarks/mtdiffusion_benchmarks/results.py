@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from mtdiffusion_benchmarks import perf
+from mtdiffusion_benchmarks import perf, startup
 from mtdiffusion_benchmarks.report import variants
 from mtdiffusion_benchmarks.report.markdown import code, variants_table
 from mtdiffusion_benchmarks.report.tables import Results, read_results
@@ -95,6 +95,8 @@ def blocks(results: Path) -> dict[str, str]:
     for path in sorted(results.glob("*/perf.json")):
         measured = json.loads(path.read_text(encoding="utf-8"))
         made["perf"], made["perf: work"] = perf.table(measured), perf.flops_table(measured)
+    for path in sorted(results.glob("*/data.json")):
+        made["data"] = startup.table(json.loads(path.read_text(encoding="utf-8")))
     for path in sorted(results.glob("*/table.md")):
         made[path.parent.name] = path.read_text(encoding="utf-8").strip()
     for path in sorted(results.glob("*/profile.json")):

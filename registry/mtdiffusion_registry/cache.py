@@ -5,13 +5,13 @@ Whatever is kept is named by a key of all that it is made from, so that nothing 
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import os
 import tempfile
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,21 +86,30 @@ def save_kept(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def config_key(config: Config) -> str:
-    """What identifies a config and the code behind it: its kind and values, the files they name, its module's file and
-    its distribution's version. Of a class without a file (made in a notebook), nothing lasting: this process."""
+    """What identifies a config and the code behind it: its kind and values, the files they name, and its package's
+    files. Of a class without a file (made in a notebook), nothing lasting: this process."""
     values = attrs.asdict(config)
     files = [_stat(value) for value in _texts(values)]
     return json.dumps([config.group, config.kind, values, files, code_key(type(config))], default=str, sort_keys=True)
 
 
 def code_key(cls: type) -> str:
-    """What identifies a class's code: the size and time of its module's file, and its distribution's version."""
+    """What identifies a class's code: the size and time of the files of its package, or of its module alone."""
     try:
-        written = _stat(inspect.getfile(cls))
-    except (OSError, TypeError):
-        written = [os.getpid(), id(cls)]
-    owners = packages_distributions().get(cls.__module__.partition(".")[0], [])
-    return f"{cls.__module__}.{cls.__qualname__} {written} {[version(owner) for owner in owners]}"
+        file = Path(inspect.getfile(cls))
+    except (OSError, TypeError):  # made in a notebook
+        return f"{cls.__qualname__} of process {os.getpid()} {id(cls)}"
+    package = cls.__module__.partition(".")[0]
+    whole = next((folder for folder in file.parents if folder.name == package), None)
+    return f"{cls.__module__}.{cls.__qualname__} {_written(file if whole is None else whole)}"
+
+
+@cache
+def _written(path: Path) -> str:
+    """Size and time of a file, or of the Python files in a folder, shortened."""
+    files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    stats = [(str(file.relative_to(path)), *_stat(str(file))) for file in files]
+    return hashlib.sha256(str(stats).encode()).hexdigest()[:16]
 
 
 def _texts(value: Any) -> list[str]:

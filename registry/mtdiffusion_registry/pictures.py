@@ -58,7 +58,7 @@ def open_picture(path: Path, at_least: tuple[int, int] | None = None) -> Image.I
             height, width = reversed(at_least) if turned in _SWAPS_SIDES else at_least
             picture.draft(None, (2 * width, 2 * height))  # twice as large: what is left to scale is filtered properly
         picture.load()
-        return picture.transpose(_TURNED[turned]) if turned in _TURNED else picture.copy()
+        return picture.transpose(_TURNED[turned]) if turned in _TURNED else picture
 
 
 def to_colour(picture: Image.Image, path: Path) -> Image.Image:
@@ -82,7 +82,7 @@ def to_colour(picture: Image.Image, path: Path) -> Image.Image:
         page = Image.new("RGBA", picture.size, "white")
         page.alpha_composite(picture)
         picture = page
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def to_indices(picture: Image.Image, path: Path) -> Image.Image:

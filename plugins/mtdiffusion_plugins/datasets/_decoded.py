@@ -41,7 +41,7 @@ class Decoded:
     """
 
     field: FieldConfig
-    paths: Sequence[Path]
+    paths: Sequence[str]
     size: tuple[int, int] | None
     key: str
     array: np.ndarray | None
@@ -51,7 +51,7 @@ class Decoded:
 
     def __getitem__(self, place: int) -> Tensor:
         if self.array is not None:
-            return self.field.value(torch.from_numpy(np.array(self.array[place])))
+            return self.field.value(torch.from_numpy(self.array[place].copy()))
         stored = _read(self.field, self.paths[place], self.size)
         assert isinstance(stored, Tensor)  # seen when it was decoded first
         return self.field.value(stored)
@@ -65,14 +65,15 @@ class Decoded:
         mapped = state.pop("mapped")
         for name, value in state.items():
             object.__setattr__(self, name, value)
-        object.__setattr__(self, "array", np.load(_place(self.key), mmap_mode="r") if mapped else None)
+        object.__setattr__(self, "array", _mapped(self.key) if mapped else None)
 
 
-def decode(name: str, field: FieldConfig, paths: Sequence[Path], size: tuple[int, int] | None) -> Decoded | list[str]:
+def decode(name: str, field: FieldConfig, paths: Sequence[str], size: tuple[int, int] | None) -> Decoded | list[str]:
     """The values of a field's files: all of them read, this time or before.
 
     Args:
         name: of the field, for errors.
+        paths: absolute.
         size: of spatial fields.
 
     Returns:
@@ -85,20 +86,20 @@ def decode(name: str, field: FieldConfig, paths: Sequence[Path], size: tuple[int
     kept = _place(key)
     if kept.is_file():
         try:
-            return Decoded(field, paths, size, key, np.load(kept, mmap_mode="r"))
+            return Decoded(field, paths, size, key, _mapped(key))
         except (OSError, ValueError):  # cut short, by a full disk say
             kept.unlink(missing_ok=True)
     if stamped(key):
         return Decoded(field, paths, size, key, None)
     try:
-        field.check_files(paths)
+        field.check_files([Path(path) for path in paths])
     except ValueError as error:
         raise UserError(f"field {name!r}: {error}") from error
     return _decode(name, field, paths, size, key)
 
 
 def _decode(
-    name: str, field: FieldConfig, paths: Sequence[Path], size: tuple[int, int] | None, key: str
+    name: str, field: FieldConfig, paths: Sequence[str], size: tuple[int, int] | None, key: str
 ) -> Decoded | list[str]:
     texts: list[str] = []
     array: np.ndarray | None = None
@@ -127,9 +128,14 @@ def _decode(
             return Decoded(field, paths, size, key, None)
         array.flush()  # type: ignore[attr-defined]
         partial.replace(_place(key))
-        return Decoded(field, paths, size, key, np.load(_place(key), mmap_mode="r"))
+        return Decoded(field, paths, size, key, _mapped(key))
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _mapped(key: str) -> np.ndarray:
+    """What is kept under a key, mapped; as a plain array, whose items are made faster than a memmap's."""
+    return np.load(_place(key), mmap_mode="r").view(np.ndarray)
 
 
 def _room(path: Path, count: int, stored: Tensor) -> np.ndarray | None:
@@ -149,7 +155,7 @@ def _widened(path: Path, array: np.ndarray, done: int, stored: Tensor) -> np.nda
     return wider
 
 
-def _all(name: str, field: FieldConfig, paths: Sequence[Path], size: tuple[int, int] | None) -> Iterator[Tensor | str]:
+def _all(name: str, field: FieldConfig, paths: Sequence[str], size: tuple[int, int] | None) -> Iterator[Tensor | str]:
     """What the files hold, in order.
 
     Raises:
@@ -158,7 +164,7 @@ def _all(name: str, field: FieldConfig, paths: Sequence[Path], size: tuple[int, 
     wrong: list[str] = []
     pace = Pace(f"reading {name}", len(paths))
 
-    def read(path: Path) -> Tensor | str | UserError:
+    def read(path: str) -> Tensor | str | UserError:
         try:
             return _read(field, path, size)
         except UserError as error:
@@ -178,9 +184,9 @@ def _all(name: str, field: FieldConfig, paths: Sequence[Path], size: tuple[int, 
         raise UserError(count + "\n".join(wrong[:_SHOWN]) + more)
 
 
-def _read(field: FieldConfig, path: Path, size: tuple[int, int] | None) -> Tensor | str:
+def _read(field: FieldConfig, path: str, size: tuple[int, int] | None) -> Tensor | str:
     try:
-        stored = field.read(path, size)
+        stored = field.read(Path(path), size)
     except UserError:
         raise
     except (ValueError, OSError) as error:
@@ -188,9 +194,7 @@ def _read(field: FieldConfig, path: Path, size: tuple[int, int] | None) -> Tenso
     return stored if isinstance(stored, str) else stored.contiguous()
 
 
-def _different(
-    name: str, field: FieldConfig, first: Path, one: Sequence[int], second: Path, other: Sequence[int]
-) -> str:
+def _different(name: str, field: FieldConfig, first: str, one: Sequence[int], second: str, other: Sequence[int]) -> str:
     if field.spatial:
         return (
             f"field {name!r} has pictures of different sizes: {first} is {one[-1]}×{one[-2]}, {second} is "
@@ -199,14 +203,14 @@ def _different(
     return f"field {name!r} has values of different shapes: {first} is {list(one)}, {second} is {list(other)}"
 
 
-def _key(field: FieldConfig, paths: Sequence[Path], size: tuple[int, int] | None) -> str:
+def _key(field: FieldConfig, paths: Sequence[str], size: tuple[int, int] | None) -> str:
     digest = hashlib.sha256(f"{_FORMAT} {config_key(field)} {size}".encode())
     for path in paths:
         try:
-            found = path.stat()
+            found = os.stat(path)  # noqa: PTH116  # many times as fast as by way of a Path, and there are many
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-        digest.update(f"\0{path.absolute()}\0{found.st_size}\0{found.st_mtime_ns}".encode(errors="surrogateescape"))
+        digest.update(f"\0{path}\0{found.st_size}\0{found.st_mtime_ns}".encode(errors="surrogateescape"))
     return digest.hexdigest()[:32]
 
 

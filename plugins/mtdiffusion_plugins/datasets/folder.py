@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -46,7 +47,7 @@ class _Source:
     """Where a field's data were found, and by stem its files, or what its cells or arrays hold."""
 
     where: Path
-    files: Mapping[str, Path] | None
+    files: Mapping[str, str] | None
     contents: Mapping[str, object]
 
     @property
@@ -65,7 +66,7 @@ class _Column:
 
     rows: Mapping[str, int]
     values: Tensor | list[Value] | Decoded
-    files: Sequence[Path]
+    files: Sequence[str]
 
     def __contains__(self, stem: object) -> bool:
         return stem in self.rows
@@ -74,7 +75,7 @@ class _Column:
         return self.values[self.rows[stem]]
 
     def where(self, stem: str) -> Path:
-        return self.files[self.rows[stem] if len(self.files) > 1 else 0]
+        return Path(self.files[self.rows[stem] if len(self.files) > 1 else 0])
 
     def fingerprint(self) -> str:
         if isinstance(self.values, Decoded):
@@ -212,7 +213,7 @@ class FolderConfig(DatasetConfig):
 
     def _base(self, split: str) -> tuple[Path, bool]:
         """The folder to look in, and whether the split is still to be made (by hash)."""
-        root = self.root.expanduser()
+        root = self.root.expanduser().absolute()
         if not root.is_dir():
             raise UserError(f"data folder {root} does not exist (option root)")
         there = [name for name in ("train", *HELD_OUT) if (root / name).is_dir() and name not in self.fields]
@@ -347,28 +348,35 @@ def _place_file_names(
                 raise UserError(f"{metadata.path}: {file!r} leads out of {base}")
             if not path.is_file():
                 raise UserError(f"{metadata.path}: names {file}, and there is no such file in {base}")
-            files.append((str(PurePosixPath(key).with_suffix("")), path))
+            files.append((str(PurePosixPath(key).with_suffix("")), str(path)))
         found[name] = _Source(base, _normal(files, metadata.path), {})  # type: ignore[arg-type]
 
 
-def _files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+def _files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, str]:
     """Files of these suffixes by stem, those of inner folders too; hidden ones are no data."""
     found = []
     strange = []
     hint = ""
-    for path in sorted(folder.rglob("*")):
-        inner = path.relative_to(folder)
-        if any(part.startswith(".") or part.lower() in _NO_DATA for part in inner.parts) or path.is_dir():
-            continue
-        if path.suffix.lower() not in suffixes:
-            strange.append(str(inner))
-            with suppress(UserError):
-                if set(suffixes) & set(PICTURES) and not hint and _open(path):
-                    hint = f" ({inner} can be read as a picture: give it the suffix that its format has)"
-        found.append((inner.with_suffix("").as_posix(), path))
+    for where, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(filter(_is_data, folders))
+        inner = PurePosixPath(Path(where).relative_to(folder)).as_posix()
+        prefix = "" if inner == "." else f"{inner}/"
+        for name in sorted(filter(_is_data, names)):
+            stem, suffix = os.path.splitext(name)  # noqa: PTH122  # Paths take long to make, and there are many
+            path = f"{where}/{name}"
+            if suffix.lower() not in suffixes:
+                strange.append(prefix + name)
+                with suppress(UserError):
+                    if set(suffixes) & set(PICTURES) and not hint and _open(Path(path)):
+                        hint = f" ({name} can be read as a picture: give it the suffix that its format has)"
+            found.append((prefix + stem, path))
     if strange:
         raise UserError(f"{folder} holds files of another type than {', '.join(suffixes)}: {_list(strange)}{hint}")
     return _normal(found, folder)  # type: ignore[return-value]
+
+
+def _is_data(name: str) -> bool:
+    return not name.startswith(".") and name.lower() not in _NO_DATA
 
 
 def _normal(items: Iterable[tuple[str, object]], where: Path) -> dict[str, object]:
@@ -453,7 +461,9 @@ def _column(
                 raise UserError(f"{source.where}: {name} of {stem!r}: {error}") from error
             if value is not None:
                 found[stem] = value
-    return _Column({stem: row for row, stem in enumerate(found)}, _together(name, source.where, found), [source.where])
+    return _Column(
+        {stem: row for row, stem in enumerate(found)}, _together(name, source.where, found), [str(source.where)]
+    )
 
 
 def _together(name: str, where: Path, found: Mapping[str, Value]) -> Tensor | list[Value]:

@@ -72,7 +72,7 @@ class TorchvisionDataset(Dataset):
 
     def describe(self, index: int, field: str | None = None) -> str:
         part = self._second if field == self._name and isinstance(self._second, Decoded) else self._images
-        return str(part.paths[index]) if isinstance(part, Decoded) else f"sample {index}"
+        return part.paths[index] if isinstance(part, Decoded) else f"sample {index}"
 
 
 def _image_folder(root: Path, split: str, size: tuple[int, int]) -> TorchvisionDataset:
@@ -95,7 +95,7 @@ def _image_folder(root: Path, split: str, size: tuple[int, int]) -> TorchvisionD
             return classes, {name: index for index, name in enumerate(classes)}
 
     source = Folder(str(folder_of(split)), allow_empty=True, is_valid_file=_is_data)
-    paths = [Path(path) for path, _ in source.samples]
+    paths = [path for path, _ in source.samples]
     label = torch.tensor([index for _, index in source.samples], dtype=torch.int64)
     return TorchvisionDataset(source, _decoded(paths, size), ("label", label))
 
@@ -112,7 +112,7 @@ def _is_data(path: str) -> bool:
     return Path(path).suffix.lower() in ImageField.suffixes and not Path(path).name.startswith(".")
 
 
-def _decoded(paths: Sequence[Path], size: tuple[int, int]) -> Decoded:
+def _decoded(paths: Sequence[str], size: tuple[int, int]) -> Decoded:
     if not paths:
         raise EmptySplit("there are no pictures")
     found = decode("image", ImageField(), paths, size)
@@ -120,7 +120,7 @@ def _decoded(paths: Sequence[Path], size: tuple[int, int]) -> Decoded:
     return found
 
 
-def _masks(paths: Sequence[Path], size: tuple[int, int]) -> Decoded:
+def _masks(paths: Sequence[str], size: tuple[int, int]) -> Decoded:
     found = decode("mask", MaskField(), paths, size)
     assert isinstance(found, Decoded)
     return found
@@ -143,8 +143,8 @@ def _voc(root: Path, split: str, size: tuple[int, int]) -> TorchvisionDataset:
     from torchvision.datasets import VOCSegmentation
 
     source = VOCSegmentation(str(root), year="2012", image_set="train" if split == "train" else "val")
-    images = _decoded([Path(path) for path in source.images], size)
-    return TorchvisionDataset(source, images, ("mask", _masks([Path(path) for path in source.masks], size)))
+    images = _decoded([str(path) for path in source.images], size)
+    return TorchvisionDataset(source, images, ("mask", _masks([str(path) for path in source.masks], size)))
 
 
 def _cityscapes(root: Path, split: str, size: tuple[int, int]) -> TorchvisionDataset:
@@ -157,8 +157,8 @@ def _cityscapes(root: Path, split: str, size: tuple[int, int]) -> TorchvisionDat
             to_classes[each.id] = each.train_id
     names = "train" if split == "train" else "val"
     source = Cityscapes(str(root), split=names, mode="fine", target_type="semantic")
-    images = _decoded([Path(path) for path in source.images], size)
-    masks = _masks([Path(paths[0]) for paths in source.targets], size)
+    images = _decoded([str(path) for path in source.images], size)
+    masks = _masks([str(paths[0]) for paths in source.targets], size)
     return TorchvisionDataset(source, images, ("mask", masks), to_classes)
 
 
@@ -193,7 +193,7 @@ class TorchvisionConfig(DatasetConfig):
     def build(self, split: Literal["train", "test"]) -> TorchvisionDataset:
         expected = f"Expected {_LAYOUT[self.name]}; it is not downloaded for you."
         try:
-            return _READERS[self.name](self.root.expanduser(), split, sides(self.size))
+            return _READERS[self.name](self.root.expanduser().absolute(), split, sides(self.size))
         except EmptySplit as error:
             raise EmptySplit(f"data.root {self.root}: {self.name} ({split}) is empty: {error}. {expected}") from error
         except UserError:
