@@ -7,16 +7,20 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from mtdiffusion import Modality
+from mtdiffusion_engine.pictures import tile, tile_size
 from mtdiffusion_registry import Query
 
 SIDE = 32
-"""Pictures smaller than this are enlarged by whole pixels, larger ones are made smaller."""
+"""The longer side of a tile: smaller pictures are enlarged by whole pixels, larger ones are made smaller."""
+
+SCENE = 64
+"""The longer side, at most, of tiles that show places: larger pictures of scenes would not be recognised."""
+
+Tiles = list[Image.Image]
 
 NEIGHBOURS = 3
 """How many held-out samples are shown beside what a person cannot see, such as an embedding."""
@@ -36,10 +40,10 @@ def figures_of(
     picture in another modality of the task.
     """
 
-    def render(name: str, x: Tensor) -> Tensor:
-        return modalities[name].render(x[:shown].cpu())
+    def render(name: str, x: Tensor, visible: Tensor | None = None) -> Tiles:
+        return _tiles(modalities[name], x[:shown].cpu(), visible)
 
-    def nearest(name: str) -> dict[str, Tensor]:
+    def nearest(name: str) -> dict[str, Tiles]:
         return _nearest(name, generated[name][:shown].cpu(), test, modalities)
 
     if query.joint:
@@ -51,9 +55,7 @@ def figures_of(
     for target, x in generated.items():
         rows = {f"given {name}": render(name, test[name]) for name in query.observed if name in modalities}
         if visible is not None:
-            picture = render(target, test[target])
-            seen = F.interpolate(visible[:shown, None], picture.shape[-2:], mode="nearest")
-            rows[f"given {target}"] = picture * seen + 0.5 * (1 - seen)
+            rows[f"given {target}"] = render(target, test[target], visible)
         rows[f"true {target}"] = render(target, test[target])
         rows[f"generated {target}"] = render(target, x)
         rows |= nearest(target)
@@ -61,8 +63,8 @@ def figures_of(
     return figures
 
 
-def _nearest(name: str, x: Tensor, test: Mapping[str, Tensor], modalities: Mapping[str, Modality]) -> dict[str, Tensor]:
-    """A row for each of the samples nearest to x, ``[n, 3, h, w]``: none if x can be seen, or nothing beside it can."""
+def _nearest(name: str, x: Tensor, test: Mapping[str, Tensor], modalities: Mapping[str, Modality]) -> dict[str, Tiles]:
+    """A row for each of the samples nearest to x: none if x can be seen, or nothing beside it can."""
     similarity = modalities[name].similarity(x, test[name].cpu())
     if similarity is None:
         return {}
@@ -73,7 +75,7 @@ def _nearest(name: str, x: Tensor, test: Mapping[str, Tensor], modalities: Mappi
     seen = next((other for other in visible if (modalities[other].field or other) == field), visible[0])
     order = similarity.argsort(dim=1, descending=True)[:, :NEIGHBOURS]  # [n, NEIGHBOURS]
     return {
-        f"{seen} by nearest {name}, {rank}": modalities[seen].render(test[seen].cpu()[of])
+        f"{seen} by nearest {name}, {rank}": _tiles(modalities[seen], test[seen].cpu()[of])
         for rank, of in enumerate(order.unbind(1), 1)
     }
 
@@ -83,13 +85,17 @@ def _visible(modality: Modality) -> bool:
     return modality.similarity(one, one) is None
 
 
-def _figure(name: str, title: str, kind: str, rows: Mapping[str, Tensor]) -> dict[str, Any]:
-    tiles = torch.stack([_squares(pictures) for pictures in rows.values()])  # [rows, n, 3, SIDE, SIDE]
-    padded = F.pad(tiles, (1, 1, 1, 1), value=1.0)
-    r, n, _, h, w = padded.shape
-    sheet = padded.permute(0, 3, 1, 4, 2).reshape(r * h, n * w, 3)
+def _figure(name: str, title: str, kind: str, rows: Mapping[str, Tiles]) -> dict[str, Any]:
+    """A sheet of cells of one size, since the report's names stand beside rows of one height."""
+    every = [picture for tiles in rows.values() for picture in tiles]
+    width, height = (max(sizes) + 2 for sizes in zip(*(picture.size for picture in every), strict=True))
+    sheet = Image.new("RGB", (max(map(len, rows.values())) * width, len(rows) * height), "white")
+    for row, tiles in enumerate(rows.values()):
+        for column, picture in enumerate(tiles):
+            left, top = (width - picture.width) // 2, (height - picture.height) // 2
+            sheet.paste(picture, (column * width + left, row * height + top))
     buffer = io.BytesIO()
-    Image.fromarray((sheet * 255).round().to(torch.uint8).numpy()).save(buffer, format="PNG", optimize=True)
+    sheet.save(buffer, format="PNG", optimize=True)
     return {
         "name": name,
         "title": title,
@@ -99,13 +105,9 @@ def _figure(name: str, title: str, kind: str, rows: Mapping[str, Tensor]) -> dic
     }
 
 
-def _squares(pictures: Tensor) -> Tensor:
-    """``[n, 3, h, w]`` in [0, 1] on squares of SIDE pixels."""
-    side = max(pictures.shape[-2:])
-    factor = max(SIDE // side, 1)
-    large = pictures.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
-    if side > SIDE:
-        large = F.interpolate(pictures, scale_factor=SIDE / side, mode="area")
-    height, width = large.shape[-2:]
-    top, left = (SIDE - height) // 2, (SIDE - width) // 2
-    return F.pad(large, (left, SIDE - width - left, top, SIDE - height - top), value=1.0).clamp(0, 1)
+def _tiles(modality: Modality, x: Tensor, visible: Tensor | None = None) -> Tiles:
+    """Pictures of x ``[n, ...]`` in their own shape; ``visible [≥ n, H, W]``: hatched where it is 0."""
+    pictures = modality.render(x).float()
+    most = SCENE if modality.encoder.spatial else SIDE
+    size = tile_size(pictures.shape[-2], pictures.shape[-1], SIDE, most)
+    return [tile(picture, size, None if visible is None else visible[i]) for i, picture in enumerate(pictures)]

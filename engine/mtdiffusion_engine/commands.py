@@ -8,7 +8,7 @@ import os
 import shlex
 import shutil
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -194,7 +194,7 @@ def sample(args: Namespace) -> None:
         "seed": args.seed,
     }
     with _new_folder(args.out) as folder:
-        _write_samples(run, samples, observed.keys() - strength.keys(), strength, folder)
+        _write_samples(run, samples, observed, visible, strength, request["observed"], folder)
         ckpt.write_json(folder / "request.json", request)
     print(f"{args.n} samples of {', '.join(samples)}: {args.out} (at a glance: {args.out / 'samples.png'})")
 
@@ -248,13 +248,30 @@ def _new_folder(out: Path) -> Iterator[Path]:
 
 
 def _write_samples(
-    run: Run, samples: Mapping[str, Tensor], given: Iterable[str], start: Iterable[str], folder: Path
+    run: Run,
+    samples: Mapping[str, Tensor],
+    observed: Mapping[str, Tensor],
+    visible: Mapping[str, Tensor],
+    strength: Mapping[str, float],
+    values: Mapping[str, str],
+    folder: Path,
 ) -> None:
+    """A folder for each modality, a file a sample, and all at a glance; ``values``: those observed as asked for."""
     for name, x in samples.items():
         (folder / name).mkdir()
         for i, one in enumerate(x):
             run.modality(name).write(one, folder / name, f"{i:04d}")
-    sheet = sample_sheet(run.model, samples, frozenset(given), f"Samples of {run.path.name}", frozenset(start))
+    # Not Path.is_file, which raises for a caption too long to be a file's name.
+    values = {name: Path(text).name if os.path.isfile(text) else text for name, text in values.items()}  # noqa: PTH113
+    sheet = sample_sheet(
+        run.model,
+        samples,
+        f"Samples of {run.path.absolute().name}",
+        observed=observed,
+        visible=visible,
+        strength=strength,
+        values=values,
+    )
     sheet.save(folder / "samples.png")
 
 

@@ -7,16 +7,18 @@ import io
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from tests.plugins.test_metrics import build
 from torch import Tensor
 from torch.nn import functional as F
 
-from mtdiffusion import Modality
-from mtdiffusion_benchmarks.figures import NEIGHBOURS, SIDE, figures_of
+from mtdiffusion import FeatureSpec, LatentSpec, Modality
+from mtdiffusion_benchmarks.figures import NEIGHBOURS, SCENE, SIDE, figures_of
 from mtdiffusion_plugins.clip import ClipConfig
 from mtdiffusion_plugins.image import ImageConfig
 from mtdiffusion_plugins.label import LabelConfig
+from mtdiffusion_plugins.mask import MaskConfig
 from mtdiffusion_registry import Query
 
 EMBEDDINGS = F.normalize(torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [3, 2, 1], [0, 2, 3]]), dim=1)
@@ -32,10 +34,14 @@ def parts() -> dict[str, Modality]:
     }
 
 
+def pixels(figure: dict[str, str | list[str]]) -> NDArray[np.uint8]:
+    assert isinstance(figure["png"], str)
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(figure["png"]))))
+
+
 def middles(figure: dict[str, str | list[str]]) -> dict[str, list[int]]:
     """Of each row the grey in the middle of each tile."""
-    assert isinstance(figure["png"], str)
-    sheet = np.asarray(Image.open(io.BytesIO(base64.b64decode(figure["png"]))))
+    sheet = pixels(figure)
     tile = SIDE + 2
     greys = sheet[tile // 2 :: tile, tile // 2 :: tile, 0]
     return dict(zip(figure["columns"], greys.tolist(), strict=True))
@@ -67,3 +73,26 @@ def test_an_embedding_alone_and_what_can_be_seen_have_no_neighbours() -> None:
     test = {"label": torch.arange(5), "image": IMAGES}
     (figure,) = figures_of(Query(("label",), ("image",)), {"image": IMAGES}, test, None, modalities, shown=2)
     assert figure["columns"] == ["given label", "true image", "generated image"]
+
+
+def test_scenes_keep_their_shape_masks_their_colours_and_holes_are_hatched() -> None:
+    mask = torch.randint(2, (2, 96, 192), generator=torch.Generator().manual_seed(0))
+    config = MaskConfig(size=(96, 192))
+    shown = config.build(LatentSpec(config.latent_channels(24, 48), 24, 48), FeatureSpec(4, 24, 48, 4))
+    modalities = {"mask": shown, "label": build(LabelConfig(classes=5))}
+    visible = torch.ones(2, 24, 48)
+    visible[:, :, 24:] = 0
+    test = {"mask": mask, "label": torch.arange(2)}
+    query = Query(("label",), ("mask",), hidden=0.5)
+    (figure,) = figures_of(query, {"mask": 0 * mask}, test, visible, modalities, shown=2)
+    assert figure["columns"] == ["given label", "given mask", "true mask", "generated mask"]
+    sheet = pixels(figure)
+    height, width = SCENE // 2 + 2, SCENE + 2  # of a cell, the picture's shape; a label is as high
+    assert sheet.shape[:2] == (4 * height, 2 * width)
+    label, seen, true, generated = (sheet[i * height + 1 : (i + 1) * height - 1, 1 : width - 1, 0] for i in range(4))
+    inside = (label != 255).any(0).nonzero()[0]
+    assert (inside[0], inside[-1]) == ((SCENE - SIDE) // 2, (SCENE + SIDE) // 2 - 1)
+    assert set(np.unique(true)) == {0, 255} and set(np.unique(generated)) == {0}
+    half = SCENE // 2
+    assert (seen[:, :half] == true[:, :half]).all()
+    assert not np.isin(seen[:, half:], [0, 255]).any() and len(np.unique(seen[:, half:])) == 2

@@ -6,17 +6,12 @@ import io
 import shutil
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mtdiffusion import LossWeights
 from mtdiffusion_engine.monitor import Monitor, describe
-from mtdiffusion_engine.pictures import TILE, Block, draw_blocks, read_visibility, tile, to_image
 from mtdiffusion_engine.trainer import Trainer
-from mtdiffusion_registry import UserError
 from tests.engine.tiny import REGISTRY, toy
 
 
@@ -71,39 +66,3 @@ def test_what_was_logged_after_the_last_checkpoint_is_dropped_when_a_run_resumes
             shutil.rmtree(run / "checkpoints" / "step-00000006")  # as if it had crashed: that of step 4 remains
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 11))  # 5 and 6 once
-
-
-# --- pictures ---------------------------------------------------------------------------------------------------------
-
-
-def test_small_pictures_are_enlarged_by_whole_pixels() -> None:
-    picture = torch.rand(3, 8, 8)
-    expected = (picture * 255).round().to(torch.uint8).repeat_interleave(8, 1).repeat_interleave(8, 2)
-    assert torch.equal(torch.from_numpy(np.array(tile(picture))).permute(2, 0, 1), expected)
-
-
-def test_pictures_of_any_shape_fit_a_tile() -> None:
-    for shape in ((3, 100, 50), (3, 6, 6), (3, 1, 64)):
-        assert tile(torch.zeros(shape)).size == (TILE, TILE)
-
-
-def test_a_page_has_a_row_a_name_and_marks_what_is_given() -> None:
-    rows = {"a": torch.zeros(5, 3, 8, 8), "b": torch.ones(2, 3, 16, 16)}
-    plain, marked = (np.array(draw_blocks("page", [Block("block", rows, given)])) for given in (frozenset(), {"b"}))
-    assert plain.shape == marked.shape
-    differs = np.nonzero((plain != marked).any((1, 2)))[0]
-    assert differs.min() > plain.shape[0] // 2 - TILE  # the second row alone
-    larger = draw_blocks("page", [Block("one", rows), Block("two", rows)])
-    assert larger.height > 1.5 * plain.shape[0]
-
-
-def test_a_visibility_map_is_white_where_it_is_seen(tmp_path: Path) -> None:
-    visible = (torch.rand(5, 7) > 0.5).float()
-    path = tmp_path / "map.png"
-    to_image(visible.expand(3, -1, -1)).save(path)
-    assert torch.equal(read_visibility(path), visible)
-    path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(UserError, match=r"map\.png: cannot be read as a picture"):
-        read_visibility(path)
-    with pytest.raises(UserError, match="no such file"):
-        read_visibility(tmp_path / "none.png")
