@@ -17,10 +17,11 @@ REGISTRY = Registry.discover()
 CONFIGURATION = (ROOT / "docs/configuration.md").read_text()
 KINDS = [
     (group, kind)
-    for group in ("modality", "backbone", "dataset", "weight_schedule", "evaluator")
+    for group in ("modality", "backbone", "dataset", "field", "weight_schedule", "evaluator")
     for kind in REGISTRY.kinds(group)
 ]
 SECTIONS = {
+    "augmentation": ex.AugmentationConfig,
     "latent": ex.LatentConfig,
     "process": ex.ProcessConfig,
     "model": ex.ModelConfig,
@@ -140,3 +141,10 @@ def test_links_between_documents_lead_somewhere() -> None:
     for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_each_row_of_what_data_may_look_like_is_a_test() -> None:
+    rows = re.findall(r"^\| .* \| `(test_\w+)` \|$", (ROOT / "docs/your-data.md").read_text(), re.M)
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    assert len(rows) > 20
+    assert [name for name in rows if f"def {name}(" not in tests] == []
