@@ -234,7 +234,10 @@ def test_complete_data_are_judged_as_a_whole_as_ever() -> None:
 
 def test_an_empty_test_split_is_refused_with_what_to_do(tmp_path: Path) -> None:
     run = run_on(Gaps(test_count=0))
-    with pytest.raises(UserError, match=r"\(test\): the data set is empty\. There is nothing to measure on: .* set data.test_fraction above 0"):
+    with pytest.raises(
+        UserError,
+        match=r"set is empty\. There is nothing to measure on: .* set data.test_fraction above 0",
+    ):
         evaluate_run(run)
     with pytest.raises(UserError, match="the test split is empty"):
         draw_gallery(run, tmp_path / "gallery.png")

@@ -1,4 +1,4 @@
-"""The judges' classifiers: trained once for the same data and configuration, then kept in the cache folder.
+"""The judges' networks: trained once for the same data and configuration, then kept in the cache folder.
 
 ::
 
@@ -15,8 +15,9 @@ import hashlib
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -29,6 +30,7 @@ from mtdiffusion_registry.cache import cache_folder
 RECIPE = 1
 """Counts the changes of :class:`Classifier` and :func:`train_classifier`: what was trained otherwise does not serve."""
 
+N = TypeVar("N", bound=nn.Module)
 _WEIGHTS, _ABOUT = "classifier.safetensors", "classifier.json"
 
 
@@ -97,18 +99,27 @@ def train_classifier(x: Tensor, y: Tensor, *, width: int, epochs: int, seed: int
 
 def kept_classifier(x: Tensor, y: Tensor, *, width: int, epochs: int, seed: int) -> Classifier:
     """:func:`train_classifier`, or what it gave for equal arguments before, from the cache folder."""
-    about = {"recipe": RECIPE, "width": width, "epochs": epochs, "seed": seed, "x": _digest(x), "y": _digest(y)}
-    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
-    entry = cache_folder() / "judges" / key
+
+    def train() -> Classifier:
+        return train_classifier(x, y, width=width, epochs=epochs, seed=seed)
+
+    about = {"recipe": RECIPE, "width": width, "epochs": epochs, "seed": seed, "x": digest(x), "y": digest(y)}
     with torch.random.fork_rng(devices=[]):  # its first weights are drawn, and forgotten
         model = Classifier(x.shape[1], int(y.max()) + 1, width)
+    return kept(model, about, train)
+
+
+def kept(model: N, about: dict[str, Any], train: Callable[[], N]) -> N:
+    """What ``train`` gives, or gave before for an equal ``about``; ``model`` is of that kind, to take the weights."""
+    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+    entry = cache_folder() / "judges" / key
     if not _load(model, entry, about):
-        model = train_classifier(x, y, width=width, epochs=epochs, seed=seed)
+        model = train()
         _keep(model, entry, about)
     return model.eval()
 
 
-def _digest(x: Tensor) -> str:
+def digest(x: Tensor) -> str:
     """Of values, shape and dtype."""
     x = x.cpu().contiguous()
     digest = hashlib.sha256(f"{list(x.shape)} {x.dtype} ".encode())
@@ -116,7 +127,7 @@ def _digest(x: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _load(model: Classifier, entry: Path, about: dict[str, Any]) -> bool:
+def _load(model: nn.Module, entry: Path, about: dict[str, Any]) -> bool:
     """Give the model the entry's weights; False if they are not there, or damaged."""
     try:
         weights = (entry / _WEIGHTS).read_bytes()
@@ -129,7 +140,7 @@ def _load(model: Classifier, entry: Path, about: dict[str, Any]) -> bool:
     return True
 
 
-def _keep(model: Classifier, entry: Path, about: dict[str, Any]) -> None:
+def _keep(model: nn.Module, entry: Path, about: dict[str, Any]) -> None:
     """Write the entry, whole or not at all; where that cannot be done, the model is trained again the next time."""
     weights = save({name: tensor.contiguous() for name, tensor in model.state_dict().items()})
     stored = {**about, "sha256": hashlib.sha256(weights).hexdigest()}
