@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -10,16 +10,68 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 
+_MOST, _LEAST, _SPACING = 40, 7, 1
+_UNBROKEN = 12
+
+
 def text_tiles(words: Sequence[str], side: int = 64) -> Tensor:
-    """Each word on a dark tile: ``[B, 3, side, side]`` in [0, 1]."""
+    """Each word or text on a dark tile: ``[B, 3, side, side]`` in [0, 1].
+
+    As large as it fits, of several lines where it is long; what does not fit in the smallest letters is cut off.
+    """
     tiles = []
     for word in words:
         tile = Image.new("RGB", (side, side), (28, 30, 38))
         draw = ImageDraw.Draw(tile)
-        size = max(8, min(40, int(1.5 * side / max(len(word), 1))))
-        draw.text((side / 2, side / 2), word, fill=(255, 214, 120), font=ImageFont.load_default(size), anchor="mm")
+        text, size = _fitted(word, side - 4)
+        draw.multiline_text(
+            (side / 2, side / 2),
+            text,
+            fill=(255, 214, 120),
+            font=ImageFont.load_default(size),
+            anchor="mm",
+            align="center",
+            spacing=_SPACING,
+        )
         tiles.append(torch.from_numpy(np.array(tile)))
     return torch.stack(tiles).permute(0, 3, 1, 2).float() / 255
+
+
+def _fitted(text: str, side: int) -> tuple[str, int]:
+    """A text in lines, and the size of letters with which they fill a square."""
+    # One word of up to a dozen letters is not broken: it is easier to read small than in pieces.
+    if len(text.split()) <= 1 and len(text) <= _UNBROKEN:
+        return text, max(_LEAST, min(_MOST, int(1.5 * (side + 4) / max(len(text), 1))))
+    lines: list[str] = []
+    for size in range(_MOST, _LEAST - 1, -1):
+        font = ImageFont.load_default(size)
+        whole = size > _LEAST  # only in the smallest letters is a word broken
+        lines = _lines(text, lambda line, font=font: font.getlength(line) <= side, whole)  # type: ignore[misc]
+        if len(lines) * (size + _SPACING) <= side and all(font.getlength(line) <= side for line in lines):
+            return "\n".join(lines), size
+    rows = max(side // (_LEAST + _SPACING), 1)
+    return "\n".join([*lines[: rows - 1], lines[rows - 1][:-1] + "…"]), _LEAST
+
+
+def _lines(text: str, fits: Callable[[str], bool], whole: bool) -> list[str]:
+    """Greedily, words that do not fit alone broken unless they are to stay whole."""
+    lines: list[str] = []
+    line = ""
+    for word in text.split():
+        rest = word
+        if line and fits(f"{line} {rest}"):
+            line = f"{line} {rest}"
+            continue
+        if line:
+            lines.append(line)
+        while not whole and not fits(rest):
+            cut = next((n for n in range(len(rest) - 1, 1, -1) if fits(rest[:n])), 1)
+            lines.append(rest[:cut])
+            rest = rest[cut:]
+            if len(rest) <= 1:
+                break
+        line = rest
+    return [*lines, line] if line else lines
 
 
 def vector_tiles(vectors: Tensor) -> Tensor:
