@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-
 
 _MOST, _LEAST, _SPACING = 40, 7, 1
 _UNBROKEN = 12
@@ -28,7 +29,7 @@ def text_tiles(words: Sequence[str], side: int = 64) -> Tensor:
             (side / 2, side / 2),
             text,
             fill=(255, 214, 120),
-            font=ImageFont.load_default(size),
+            font=_font(size),
             anchor="mm",
             align="center",
             spacing=_SPACING,
@@ -44,13 +45,21 @@ def _fitted(text: str, side: int) -> tuple[str, int]:
         return text, max(_LEAST, min(_MOST, int(1.5 * (side + 4) / max(len(text), 1))))
     lines: list[str] = []
     for size in range(_MOST, _LEAST - 1, -1):
-        font = ImageFont.load_default(size)
-        whole = size > _LEAST  # only in the smallest letters is a word broken
-        lines = _lines(text, lambda line, font=font: font.getlength(line) <= side, whole)  # type: ignore[misc]
-        if len(lines) * (size + _SPACING) <= side and all(font.getlength(line) <= side for line in lines):
+        fits = partial(_fits, size, side)
+        lines = _lines(text, fits, whole=size > _LEAST)  # only in the smallest letters is a word broken
+        if len(lines) * (size + _SPACING) <= side and all(map(fits, lines)):
             return "\n".join(lines), size
     rows = max(side // (_LEAST + _SPACING), 1)
     return "\n".join([*lines[: rows - 1], lines[rows - 1][:-1] + "…"]), _LEAST
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def _fits(size: int, side: int, line: str) -> bool:
+    return _font(size).getlength(line) <= side
 
 
 def _lines(text: str, fits: Callable[[str], bool], whole: bool) -> list[str]:
@@ -65,13 +74,16 @@ def _lines(text: str, fits: Callable[[str], bool], whole: bool) -> list[str]:
         if line:
             lines.append(line)
         while not whole and not fits(rest):
-            cut = next((n for n in range(len(rest) - 1, 1, -1) if fits(rest[:n])), 1)
+            cut = _longest(rest, fits)
             lines.append(rest[:cut])
             rest = rest[cut:]
-            if len(rest) <= 1:
-                break
         line = rest
     return [*lines, line] if line else lines
+
+
+def _longest(word: str, fits: Callable[[str], bool]) -> int:
+    """How many letters of a word's beginning fit; at least 1."""
+    return max(bisect_left(range(len(word)), True, key=lambda n: not fits(word[:n])) - 1, 1)
 
 
 def vector_tiles(vectors: Tensor) -> Tensor:

@@ -184,7 +184,7 @@ class TextModality(Modality):
         # Weights mean nothing under another numbering of tokens, and the file it came from may have changed since.
         self.register_buffer("numbering", torch.tensor([tokenizer.fingerprint()]))
         self.numbering: Tensor
-        self.register_load_state_dict_pre_hook(_same_numbering)
+        self.register_load_state_dict_pre_hook(_same_numbering)  # type: ignore[no-untyped-call]
 
     def check(self, x: Tensor) -> None:
         check_batch("text", x, (self.length,), floating=False)
@@ -262,7 +262,14 @@ def _tokens(x: Tensor) -> Sequence[int]:
 
 
 def _same_numbering(
-    module: nn.Module, state: Mapping[str, Any], prefix: str, _a: object, _b: object, _c: object, _d: object, errors: Any
+    module: nn.Module,
+    state: Mapping[str, Any],
+    prefix: str,
+    _a: object,
+    _b: object,
+    _c: object,
+    _d: object,
+    errors: Any,
 ) -> None:
     """A hook of ``load_state_dict``, which raises the errors added here."""
     assert isinstance(module, TextModality)
@@ -306,7 +313,9 @@ class TextConfig(ModalityConfig):
     def __attrs_post_init__(self) -> None:
         if self.tokenizer == "bytes" and (self.vocabulary or self.file):
             given = "vocabulary" if self.vocabulary else "file"
-            raise ValueError(f'{given}: tokenizer = "bytes" needs none; set tokenizer = "words" or "file", or remove it')
+            raise ValueError(
+                f'{given}: tokenizer = "bytes" needs none; set tokenizer = "words" or "file", or remove it'
+            )
         if self.tokenizer == "words" and bool(self.vocabulary) == bool(self.file):
             found = "both" if self.file else "neither"
             raise ValueError(
