@@ -82,12 +82,16 @@ class TextEncoder(Encoder):
 
     def code(self, probabilities: Tensor) -> Tensor:
         """The mean code ``[B, c, H, W]`` of the probabilities of tokens at each position ``[B, length, tokens]``."""
+        return self._placed(probabilities @ self.codes)
+
+    def _placed(self, runs: Tensor) -> Tensor:
+        """Positions' numbers ``[B, length, run]`` in their places."""
         c, h, w = self.latent.shape
-        flat = (probabilities @ self.codes).flatten(1)
-        return F.pad(flat, (0, self.latent.numel - flat.shape[1])).reshape(-1, h, w, c).permute(0, 3, 1, 2)
+        flat = F.pad(runs.flatten(1), (0, self.latent.numel - self.length * self.run))
+        return flat.reshape(-1, h, w, c).permute(0, 3, 1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.code(F.one_hot(x, len(self.codes)).to(self.codes.dtype))
+        return self._placed(self.codes[x])
 
     def readout(self, z: Tensor) -> Tensor:
         runs = z.permute(0, 2, 3, 1).flatten(1)[:, : self.length * self.run]
@@ -236,7 +240,7 @@ class TextModality(Modality):
         if len(tokens) > self.length and not self.truncate:
             raise UserError(
                 f"text: expected at most {self.length} {self.tokenizer.unit}, found {len(tokens)} in "
-                f"{shortened(text)!r}; set length = {len(tokens)} or more, or truncate = true to cut texts off"
+                f"{shortened(text)!r}; shorten it, or set length = {len(tokens)} or more, or truncate = true to cut texts off"
             )
         kept = [token + 1 for token in tokens[: self.length]]
         return torch.tensor(kept + [PAD] * (self.length - len(kept)))

@@ -267,7 +267,9 @@ def test_a_missing_library_is_said_with_the_command_that_brings_it(monkeypatch: 
 
 
 def test_a_text_that_is_too_long_is_refused_or_cut_off(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"at most 3 words, found 4 in 'three .*'; set length = 4 or more, or truncate"):
+    with pytest.raises(
+        UserError, match=r"at most 3 words, found 4 in 'three .*'; shorten it, or set length = 4 or more, or"
+    ):
         build().from_text("three dark dark strokes")
     cut = build(evolve(WORDS, truncate=True)).from_text("three dark dark strokes")
     assert cut.tolist() == [1, 2, 2]
