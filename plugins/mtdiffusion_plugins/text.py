@@ -240,7 +240,8 @@ class TextModality(Modality):
         if len(tokens) > self.length and not self.truncate:
             raise UserError(
                 f"text: expected at most {self.length} {self.tokenizer.unit}, found {len(tokens)} in "
-                f"{shortened(text)!r}; shorten it, or set length = {len(tokens)} or more, or truncate = true to cut texts off"
+                f"{shortened(text)!r}; shorten it, or set length = {len(tokens)} or more, or truncate = true "
+                "to cut texts off"
             )
         kept = [token + 1 for token in tokens[: self.length]]
         return torch.tensor(kept + [PAD] * (self.length - len(kept)))
