@@ -220,8 +220,17 @@ class Modality(nn.Module, ABC):
         """
         return None
 
-    def derive(self, source: Tensor) -> Tensor:
-        """x from its source field, a batch at a time. Called once for a data set and kept."""
+    def derive(self, source: Tensor | Sequence[str]) -> Tensor:
+        """x from its source field, a batch at a time. Called once for a data set and kept.
+
+        Args:
+            source: ``[B, ...]``; or the texts, where the field holds such.
+
+        Raises:
+            ValueError: if it cannot be made from them; by default, of texts.
+        """
+        if not isinstance(source, Tensor):
+            raise ValueError("found texts, expected tensors")
         return source
 
     def from_text(self, text: str) -> Tensor:

@@ -222,7 +222,9 @@ class ModalityData:
             have = [index for index, sample in raw.items() if field in sample]
             try:
                 source = [raw[index][field] for index in have]
-                parts += [self.modalities[name].derive(torch.stack(source)).cpu()] if have else []  # type: ignore[arg-type]
+                texts = [value for value in source if isinstance(value, str)]
+                values = texts if len(texts) == len(source) else torch.stack(source)  # type: ignore[arg-type]
+                parts += [self.modalities[name].derive(values).cpu()] if have else []
             except (TypeError, ValueError, RuntimeError) as error:
                 raise UserError(f"{self.what}: modality {name!r} cannot be made from {field!r}: {error}") from error
             rows += have

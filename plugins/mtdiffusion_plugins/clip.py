@@ -1,16 +1,16 @@
-"""The CLIP modality: an image's unit-norm embedding by an open_clip model, or embeddings the data set brings."""
+"""The CLIP modality: unit-norm embeddings of images or texts by an open_clip model, or those the data set brings."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from attrs import field, frozen
-from attrs.validators import ge, gt, optional
+from attrs.validators import ge, gt, in_, optional
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -32,6 +32,7 @@ MTDIFFUSION_API = 1
 
 _LEAST_VARIANCE = 1e-5
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_TEXT = "text:"
 
 
 class UnitVectorDecoder(Decoder):
@@ -124,10 +125,25 @@ class ClipModality(Modality):
         """``readout_cosine``: of the mean's direction to the truth."""
         return {"readout_cosine": F.cosine_similarity(self.decoder.mode(params), truth).mean().item()}
 
-    def derive(self, source: Tensor) -> Tensor:
-        return self._embed(source) if self.derived else source
+    def derive(self, source: Tensor | Sequence[str]) -> Tensor:
+        """The embeddings of images ``[B, 1 or 3, h, w]`` in [−1, 1], or of texts, by the tower for them.
 
-    def _embed(self, images: Tensor) -> Tensor:
+        Raises:
+            ValueError: if they are not what ``tower`` reads.
+        """
+        if not self.derived:
+            return super().derive(source)
+        texts = not isinstance(source, Tensor)
+        if texts != (self.config.tower == "text"):
+            found, tower = ("texts", "text") if texts else ("tensors", "image")
+            raise ValueError(
+                f'the field holds {found}, which tower = "{self.config.tower}" does not read; set tower = "{tower}", '
+                "or let source name another field"
+            )
+        return self._loaded().embed(source) if isinstance(source, Tensor) else self._loaded().embed_text(source)
+
+    def _loaded(self) -> ImageEmbedder:
+        """The model, loaded when it is first needed."""
         if self._embedder is None:
             assert (
                 self.config.model is not None
@@ -136,10 +152,21 @@ class ClipModality(Modality):
             if self._embedder.dim != self.dim:
                 found, self._embedder = self._embedder.dim, None
                 raise UserError(f"clip.dim: expected {found}, the width of {self.config.model}; found {self.dim}")
-        return self._embedder.embed(images)
+        return self._embedder
 
     def parse(self, text: str) -> Tensor:
-        """A file of the embedding itself, or a picture to embed."""
+        """A file of the embedding itself, a picture to embed, or words to embed, after ``text:``.
+
+        Whichever tower data are embedded with: both lead into one space, though a picture and its caption do not meet
+        in it.
+        """
+        if text.startswith(_TEXT):
+            words = text.removeprefix(_TEXT).strip()
+            if not words:
+                raise UserError(f"expected words after {_TEXT!r}, found none")
+            if self.config.model is None:
+                raise UserError(f"{text!r}: no clip.model is configured to embed words with; give an embedding file")
+            return self._loaded().embed_text([words])[0]
         path = Path(text)
         if path.suffix.lower() not in _PICTURES:
             return F.normalize(read_vector(path, self.dim), dim=0)
@@ -147,7 +174,7 @@ class ClipModality(Modality):
             raise UserError(f"{path}: no clip.model is configured to embed a picture with; give an embedding file")
         picture = open_picture(path).convert("RGB")
         values = torch.tensor(list(picture.tobytes()), dtype=torch.float32) / 127.5 - 1
-        return self._embed(values.reshape(1, picture.height, picture.width, 3).permute(0, 3, 1, 2))[0]
+        return self._loaded().embed(values.reshape(1, picture.height, picture.width, 3).permute(0, 3, 1, 2))[0]
 
     def write(self, x: Tensor, folder: Path, stem: str) -> Path:
         from safetensors.torch import save_file
@@ -163,7 +190,9 @@ class ClipConfig(ModalityConfig):
 
     Attributes:
         dim: D, the width of the embedding.
-        source: the data set's image field to embed with the model; None: the data set brings embeddings.
+        source: the data set's field of images, or of texts, to embed with the model; None: the data set brings
+            embeddings.
+        tower: which of the model's two towers reads the source: "image", or "text" where it holds texts.
         model: an open_clip architecture ("ViT-B-32"), or one that ships here: "builtin:digits", "builtin:shapes".
         pretrained: an open_clip tag of weights ("laion2b_s34b_b79k").
         checkpoint: a file of weights for the model instead.
@@ -176,6 +205,7 @@ class ClipConfig(ModalityConfig):
     kind: ClassVar[str] = "clip"
     dim: int = field(validator=ge(2))
     source: str | None = None
+    tower: Literal["image", "text"] = field(default="image", validator=in_(("image", "text")))
     model: str | None = None
     pretrained: str | None = None
     checkpoint: str | None = None
@@ -187,6 +217,11 @@ class ClipConfig(ModalityConfig):
     def __attrs_post_init__(self) -> None:
         if self.source is not None and self.model is None:
             raise ValueError(f"source = {self.source!r} needs a model to embed it with; set model")
+        if self.source is None and self.tower != "image":
+            raise ValueError(
+                f'tower = "{self.tower}" says how a source is embedded, and there is none; set source, the field of '
+                "texts, or remove tower"
+            )
 
     def latent_channels(self, height: int, width: int) -> int:
         return self.code_channels or -(-self.dim // (height * width))

@@ -91,6 +91,13 @@ def discretised_gaussian_nll(mean: Tensor, log_scale: Tensor, x: Tensor, levels:
     return -log_mass.flatten(1).sum(1).to(mean.dtype)
 
 
+def unit_directions(count: int, dim: int, seed: int) -> Tensor:
+    """Fixed unit vectors ``[count, dim]`` in float64: orthonormal while count ≤ dim, else random directions."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(max(count, 1), dim, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(directions.T).Q.T if count <= dim else F.normalize(directions, dim=1)
+
+
 class VectorEncoder(Encoder):
     """A fixed isometry from ``[B, D]`` into the whole latent share: a vector of norm 1 becomes a code of RMS 1.
 
@@ -100,13 +107,7 @@ class VectorEncoder(Encoder):
 
     def __init__(self, latent: LatentSpec, dim: int, seed: int = 0) -> None:
         super().__init__(latent)
-        generator = torch.Generator().manual_seed(seed)
-        directions = torch.randn(max(dim, 1), latent.numel, generator=generator, dtype=torch.float64)
-        if dim <= latent.numel:
-            directions = torch.linalg.qr(directions.T).Q.T
-        else:
-            directions = F.normalize(directions, dim=1)
-        self.register_buffer("directions", directions.float().contiguous())
+        self.register_buffer("directions", unit_directions(dim, latent.numel, seed).float().contiguous())
         self.directions: Tensor
         self.readout_dim = dim
 

@@ -101,6 +101,27 @@ def test_what_a_modality_cannot_be_derived_from_is_said() -> None:
         ModalityData(ToyData(11, "", -1), {"clip": clip})
 
 
+def test_a_modality_may_be_derived_from_texts() -> None:
+    model = build_model(toy())
+    config = ClipConfig(dim=16, source="caption", tower="text", model="none")
+    clip = config.build(model.layout.share("image"), model.backbone.features)
+    given: list[object] = []
+
+    def derive(source: list[str]) -> Tensor:
+        given.extend(source)
+        return torch.nn.functional.one_hot(torch.tensor([len(text) % 16 for text in source]), 16).float()
+
+    object.__setattr__(clip, "derive", derive)
+    dataset = ToyData(5, "caption", -1)
+    data = ModalityData(dataset, {"clip": clip, "label": model.modality("label")})
+    have = [index for index in range(5) if "caption" in dataset[index]]
+    captions = [dataset[index]["caption"] for index in have]
+    assert 0 < len(have) < 5 and given == captions
+    batch = data.batch(range(5))
+    assert batch.presence[:, 0].nonzero()[:, 0].tolist() == have
+    assert batch.x["clip"][have].argmax(1).tolist() == [len(str(caption)) % 16 for caption in captions]
+
+
 class Altered(ToyData):
     """Toy data, one sample of which is another; read() counts."""
 

@@ -30,6 +30,12 @@ def directions(dim: int) -> torch.Tensor:
     return torch.nn.functional.normalize(torch.randn(24, dim, generator=torch.Generator().manual_seed(0)), dim=1)
 
 
+def texts(tokens: int, length: int) -> torch.Tensor:
+    """Of every length from 0 on."""
+    x = 1 + classes(tokens, length)
+    return x * (torch.arange(length) < (torch.arange(24) % (length + 1))[:, None])
+
+
 MODALITIES = {
     "image identity": (build("modality", "image", size=8, channels=1), pictures(1, 8)),
     "image patch RGB": (build("modality", "image", size=16), pictures(3, 16)),
@@ -43,6 +49,7 @@ MODALITIES = {
         classes(100),
     ),
     "clip": (build("modality", "clip", dim=32), directions(32)),
+    "text": (build("modality", "text", length=3, tokenizer="words", vocabulary=tuple("abcdef")), texts(6, 3)),
 }
 
 
@@ -95,6 +102,7 @@ def test_a_model_of_every_modality_is_one_graph_to_the_compiler(kind: str) -> No
         "mask": {"kind": "mask", "size": 8},
         "label": {"kind": "label", "classes": 10},
         "clip": {"kind": "clip", "dim": 32},
+        "text": {"kind": "text", "length": 12},
     }
     tables = {"data": {"kind": "digits"}, "latent": latent, "modalities": modalities, "backbone": {"kind": kind}}
     model = build_model(structure(REGISTRY, tables, Experiment)).eval()

@@ -110,14 +110,17 @@ class ImageEmbedder:
         return normalize(torch.cat(codes).to(images.device, torch.float32), dim=1)
 
     @torch.no_grad()
-    def embed_text(self, captions: Sequence[str]) -> Tensor:
+    def embed_text(self, captions: Sequence[str], batch: int = 256) -> Tensor:
         """Unit embeddings ``[len(captions), D]`` of captions, on the model's device.
 
         Raises:
             UserError: if the model cannot read a caption.
         """
+        if not len(captions):
+            return torch.zeros(0, self.dim, device=self.device)
         tokens = self.tokenizer(list(captions)).to(self.device)
-        return normalize(self.model.encode_text(tokens).to(torch.float32), dim=1)
+        codes = [self.model.encode_text(part) for part in torch.split(tokens, batch)]
+        return normalize(torch.cat(codes).to(torch.float32), dim=1)
 
 
 class CompactTokenizer:

@@ -199,7 +199,7 @@ def _modality(
     height: int = 8,
     width: int = 8,
     encoding_bias: float = 0.05,
-    source: Tensor | None = None,
+    source: Tensor | Sequence[str] | None = None,
 ) -> Subject:
     if examples is not None and source is not None:
         raise UserError("examples and source: give one of the two; examples are derived from the source")
@@ -290,7 +290,7 @@ def check_modality(
     height: int = 8,
     width: int = 8,
     encoding_bias: float = 0.05,
-    source: Tensor | None = None,
+    source: Tensor | Sequence[str] | None = None,
 ) -> None:
     """A modality keeps the contract of :mod:`mtdiffusion.interfaces`, in latents of several sizes, and can be learned.
 
@@ -303,8 +303,8 @@ def check_modality(
         width: of that latent.
         encoding_bias: by how much of the codes' RMS ``expected_encoding`` may differ from the mean code of samples,
             beside the Monte Carlo error. A sampler that clips to the range of the data needs some.
-        source: for a derived modality, in place of ``examples``: samples ``[n, ...]`` of the data set's field, from
-            which ``derive`` makes them.
+        source: for a derived modality, in place of ``examples``: samples ``[n, ...]`` of the data set's field, or its
+            texts, from which ``derive`` makes them.
 
     Raises:
         ContractError: at the first part of the contract that is not kept.

@@ -41,7 +41,7 @@ def derive(subject: ModalitySubject) -> None:
     with torch.no_grad():
         x = modality.derive(source)
         require(
-            isinstance(x, Tensor) and x.shape[:1] == source.shape[:1],
+            isinstance(x, Tensor) and x.shape[:1] == (len(source),),
             "derive(source) has a row for each sample",
             f"shape {tuple(x.shape)}, {len(source)} samples" if isinstance(x, Tensor) else kind_of(x),
             "derive gets a batch of the field, and returns a batch of x",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -56,7 +57,7 @@ class ModalitySubject(Subject):
     height: int = 8
     width: int = 8
     encoding_bias: float = 0.05
-    source: Tensor | None = None
+    source: Tensor | Sequence[str] | None = None
 
     @cached_property
     def cases(self) -> list[Case]:
