@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Mapping
 from functools import cache
@@ -99,8 +100,14 @@ def code_key(cls: type) -> str:
         written = _stat(inspect.getfile(cls))
     except (OSError, TypeError):
         written = [os.getpid(), id(cls)]
-    owners = packages_distributions().get(cls.__module__.partition(".")[0], [])
+    owners = _owners(tuple(sys.path)).get(cls.__module__.partition(".")[0], [])
     return f"{cls.__module__}.{cls.__qualname__} {written} {[version(owner) for owner in owners]}"
+
+
+@cache
+def _owners(_: tuple[str, ...]) -> Mapping[str, list[str]]:
+    """The distributions of each package, which takes long to find out; once for a path of imports."""
+    return packages_distributions()
 
 
 def _texts(value: Any) -> list[str]:

@@ -78,7 +78,7 @@ class Cells:
             if column not in there:
                 raise UserError(
                     f"{where}: has no column {column!r} for the field {name!r}{did_you_mean(column, there)}; its "
-                    f"columns are {', '.join(there)}. Say which it is: columns = {{ {name} = \"...\" }}"
+                    f'columns are {", ".join(there)}. Say which it is: columns = {{ {name} = "..." }}'
                 )
 
     def key(self) -> str:
@@ -89,7 +89,8 @@ class Cells:
         """A sample of a row; of fields that it may lack, those that the row has.
 
         Raises:
-            UserError: if a cell is damaged, blank though it must not be, or pictures of a row do not lie on one another.
+            UserError: if a cell is damaged or blank though it must not be, or pictures of a row do not lie on one
+                another.
         """
         values: dict[str, Tensor | str] = {}
         frames: dict[str, tuple[int, int]] = {}

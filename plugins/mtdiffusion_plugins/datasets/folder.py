@@ -106,7 +106,7 @@ class FolderDataset(Dataset):
 
     def describe(self, index: int, field: str | None = None) -> str:
         stem = self.stems[index]
-        columns = [self._columns[field]] if field in self._columns else self._columns.values()
+        columns = [self._columns[field]] if field is not None and field in self._columns else self._columns.values()
         files = dict.fromkeys(str(column.where(stem)) for column in columns if stem in column)
         return f"{stem} ({', '.join(files)})"
 

@@ -236,7 +236,8 @@ def _load(
     if isinstance(path, Path) and path.is_file():
         if path.suffix.lower() not in _READERS:
             raise UserError(f"{path}: expected a folder, or a table that ends in {', '.join(_READERS)}")
-        path, files = _READERS[path.suffix.lower()], files or {"train": str(path.absolute())}
+        files = files or {"train": str(path.absolute())}
+        path = _READERS[path.suffix.lower()]
     elif isinstance(path, Path) and list(path.glob(f"{path.absolute().name}.py")):
         raise UserError(f"{path}: is read by a script of its own, and none is run; keep its data as Parquet, say")
     if int(library.__version__.split(".")[0]) < 4:  # later ones run no code of a data set in the first place

@@ -84,7 +84,9 @@ def test_fingerprint_is_of_the_data_and_of_how_they_are_read(library: Any, tmp_p
     first = config.build("train").fingerprint
     assert first and first == config.build("train").fingerprint
     assert first != config.build("test").fingerprint
-    assert first != HuggingFaceConfig(path=tmp_path / "data", fields={"img": "image"}, size=6).build("train").fingerprint
+    assert (
+        first != HuggingFaceConfig(path=tmp_path / "data", fields={"img": "image"}, size=6).build("train").fingerprint
+    )
     parquet(library, tmp_path / "data/train.parquet", 11)
     assert first != config.build("train").fingerprint
 
@@ -187,7 +189,7 @@ def test_what_is_wrong_is_said(library: Any, tmp_path: Path, monkeypatch: pytest
         build(fields={"image": "image"})
     with pytest.raises(UserError, match="column 'broken': cannot be read as a picture"):
         build(fields={"broken": "image"})[0]
-    with pytest.raises(UserError, match="column 'text': cannot be read as image .expected the bytes of a file"):
+    with pytest.raises(UserError, match=r"column 'text': cannot be read as image .expected the bytes of a file"):
         build(fields={"text": "image"})[0]
     with pytest.raises(UserError, match=r"has no split 'training' \(data.train\); did you mean \"train\""):
         build(train="training")
@@ -209,7 +211,7 @@ def test_what_is_wrong_is_said(library: Any, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(library.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="data.path nobody/nothing: is not in the cache, and HF_HUB_OFFLINE forbids"):
+    with pytest.raises(UserError, match=r"data.path nobody/nothing: is not in the cache, and HF_HUB_OFFLINE forbids"):
         build(path="nobody/nothing")
 
 
