@@ -210,7 +210,8 @@ def test_what_is_wrong_is_said(library: Any, tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(library.config, "HF_HUB_OFFLINE", True)
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):  # by version
+        monkeypatch.setattr(library.config, name, True, raising=False)
     with pytest.raises(UserError, match=r"data.path nobody/nothing: is not in the cache, and HF_HUB_OFFLINE forbids"):
         build(path="nobody/nothing")
 
