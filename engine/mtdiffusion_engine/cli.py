@@ -197,6 +197,21 @@ def _parser() -> argparse.ArgumentParser:
     setting(look, "change the configuration")
     look.set_defaults(handler=_check_config)
 
+    data = command("data", "prepare data")
+    actions = data.add_subparsers(dest="action", metavar="ACTION", required=True)
+    packing = actions.add_parser(
+        "pack",
+        help="write a configuration's data set into shards, for object stores and slow disks",
+        description="Write both splits of a configuration's data set into shards, all fields of all samples as they "
+        "are, and print the table that reads them.",
+        allow_abbrev=False,
+    )
+    packing.add_argument("config", type=Path, metavar="CONFIG", help="TOML file")
+    packing.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write; must not exist yet")
+    packing.add_argument("--as", dest="packer", default="litdata", metavar="KIND", help="default: %(default)s")
+    setting(packing, "change the configuration")
+    packing.set_defaults(handler=_pack_data)
+
     plugins = command("plugins", "what is installed")
     actions = plugins.add_subparsers(dest="action", metavar="ACTION", required=True)
     listing = actions.add_parser("list", help="list plugins; imports none", description="List plugins; imports none.")
@@ -286,6 +301,14 @@ def _check_config(args: argparse.Namespace) -> None:
 
     commands.show_log()
     commands.check_config(args)
+
+
+def _pack_data(args: argparse.Namespace) -> None:
+    with held():
+        from mtdiffusion_engine import commands
+
+    commands.show_log()
+    commands.pack_data(args)
 
 
 def _list_plugins(args: argparse.Namespace) -> None:

@@ -13,12 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 from attrs import asdict, evolve
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from mtdiffusion_engine import checkpoint as ckpt
+from mtdiffusion_engine import packing
 from mtdiffusion_engine.checks import check_held_out
 from mtdiffusion_engine.data import load_data
 from mtdiffusion_engine.experiment import Experiment, build_model, load_experiment, require_resumable
@@ -27,7 +29,7 @@ from mtdiffusion_engine.monitor import Monitor
 from mtdiffusion_engine.pictures import read_visibility, sample_sheet
 from mtdiffusion_engine.run import Run, load_run
 from mtdiffusion_engine.trainer import Trainer
-from mtdiffusion_registry import Registry, UserError
+from mtdiffusion_registry import DatasetConfig, Registry, UserError
 from mtdiffusion_registry.installed import version
 from mtdiffusion_registry.pace import LOGGER
 
@@ -75,6 +77,22 @@ def check_config(args: Namespace) -> None:
     for warning in warnings:
         print(f"warning: {warning}")
     print(f"ready: mtdiffusion train {args.config} --out runs/{args.config.stem}")
+
+
+def pack_data(args: Namespace) -> None:
+    """Write a configuration's data set into a new folder, in the form of another kind, and say how it is read."""
+    ckpt.require_free(args.out)
+    registry = Registry.discover()
+    with held():
+        experiment = load_experiment(args.config, args.set, registry)
+        packer = registry.config_class("dataset", args.packer)
+    assert issubclass(packer, DatasetConfig)
+    with _new_folder(args.out) as folder:
+        counts = packing.pack_data(experiment.data, packer, folder)
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    said = ", ".join(f"{_count(count, 'sample')} ({split})" for split, count in counts.items())
+    print(f"packed: {said}; {size / 2**20:,.1f} MiB in {args.out}. To read it:\n")
+    print(tomli_w.dumps({"data": {"kind": packer.kind, "root": str(args.out.absolute())}}), end="")
 
 
 def train(args: Namespace) -> None:

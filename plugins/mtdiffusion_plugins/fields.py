@@ -21,6 +21,7 @@ from mtdiffusion_registry.errors import UserError
 from mtdiffusion_registry.hookspecs import hookimpl
 from mtdiffusion_registry.pictures import (
     SUFFIXES,
+    Source,
     fit,
     open_picture,
     picture_size,
@@ -43,17 +44,18 @@ class ImageField(FieldConfig):
     kind: ClassVar[str] = "image"
     suffixes: ClassVar[tuple[str, ...]] = SUFFIXES
     spatial: ClassVar[bool] = True
+    encoded: ClassVar[bool] = True
 
     channels: Literal[1, 3] = field(default=3, validator=in_((1, 3)))
 
-    def read(self, path: Path, size: tuple[int, int] | None = None) -> Tensor:
+    def read(self, path: Source, size: tuple[int, int] | None = None) -> Tensor:
         picture = to_colour(open_picture(path, size), path)
         return read_pixels(picture if size is None else fit(picture, size), self.channels)
 
     def value(self, stored: Tensor) -> Tensor:
         return from_levels(stored)
 
-    def extent(self, path: Path) -> tuple[int, int]:
+    def extent(self, path: Source) -> tuple[int, int]:
         return picture_size(path)
 
 
@@ -72,6 +74,7 @@ class MaskField(FieldConfig):
     kind: ClassVar[str] = "mask"
     suffixes: ClassVar[tuple[str, ...]] = SUFFIXES
     spatial: ClassVar[bool] = True
+    encoded: ClassVar[bool] = True
 
     colours: tuple[str, ...] = field(default=())
     ignore: int | None = None
@@ -91,7 +94,7 @@ class MaskField(FieldConfig):
         if self.colours and self.values:
             raise ValueError("colours and values: give one of the two")
 
-    def read(self, path: Path, size: tuple[int, int] | None = None) -> Tensor:
+    def read(self, path: Source, size: tuple[int, int] | None = None) -> Tensor:
         require_lossless(path)
         picture = open_picture(path)
         if self.colours:
@@ -106,7 +109,7 @@ class MaskField(FieldConfig):
                 pixels[known == value] = index
         return torch.from_numpy(pixels.astype(np.uint8) if pixels.min() >= 0 and pixels.max() < 256 else pixels)
 
-    def _classes(self, pixels: np.ndarray, path: Path) -> Tensor:
+    def _classes(self, pixels: np.ndarray, path: Source) -> Tensor:
         codes = _codes(pixels)
         classes = np.full(codes.shape, -1, np.int32)
         for index, colour in enumerate(self.colours):
@@ -126,7 +129,7 @@ class MaskField(FieldConfig):
     def value(self, stored: Tensor) -> Tensor:
         return stored.long()
 
-    def extent(self, path: Path) -> tuple[int, int]:
+    def extent(self, path: Source) -> tuple[int, int]:
         return picture_size(path)
 
     def check_files(self, paths: Sequence[Path]) -> None:

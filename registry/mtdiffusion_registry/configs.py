@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from attrs import frozen
 
+from mtdiffusion_registry.errors import UserError
 from mtdiffusion_registry.queries import Query
 
 if TYPE_CHECKING:  # importing the core imports torch, which listing plugins must not
@@ -99,6 +100,19 @@ class DatasetConfig(Config):
         """The same data set for one who reads these fields only, which may spare it work; by default this one."""
         return self
 
+    @classmethod
+    def pack(cls, splits: Mapping[str, Dataset], folder: Path) -> None:
+        """Write data sets of whichever kind into an empty folder that this kind reads again by its key ``root``, sample
+        by sample what they hold (``mtdiffusion data pack``). What it leaves when it fails, the caller removes.
+
+        Args:
+            splits: by name, ``train`` and ``test``; the test split may not be there.
+
+        Raises:
+            UserError: if a sample cannot be written; by default always, of kinds that read what others made.
+        """
+        raise UserError(f"data sets of kind {cls.kind!r} cannot be packed; the kind 'litdata' can")
+
 
 @frozen
 class FieldConfig(Config):
@@ -113,6 +127,10 @@ class FieldConfig(Config):
         cells: whether values can stand in a table: CSV, JSON and the like.
         arrays: whether they can be the arrays of one file, ``.safetensors`` or ``.npz``, by sample.
         spatial: whether values are pictures, to be scaled and cropped alike with the other pictures of a sample.
+        encoded: whether :meth:`read` and :meth:`extent` also take a file in memory
+            (:class:`mtdiffusion_registry.pictures.Encoded`), as those do that open pictures by
+            :func:`mtdiffusion_registry.pictures.open_picture` alone. Of others, what a table holds as a file's bytes is
+            written to a temporary file first.
     """
 
     group: ClassVar[str] = "field"
@@ -120,6 +138,7 @@ class FieldConfig(Config):
     cells: ClassVar[bool] = False
     arrays: ClassVar[bool] = False
     spatial: ClassVar[bool] = False
+    encoded: ClassVar[bool] = False
 
     @property
     def folder_of(self) -> str | None:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+from attrs import field, frozen
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mtdiffusion_registry.errors import UserError
@@ -31,7 +33,31 @@ _SWAPS_SIDES = (5, 6, 7, 8)
 _MOST_PIXELS = 2 * 10**8
 
 
-def picture_size(path: Path) -> tuple[int, int]:
+@frozen
+class Encoded:
+    """A picture's file in memory, as tables and archives hold them; it stands wherever a picture's path does.
+
+    Attributes:
+        content: the file's bytes.
+        name: what errors call it.
+    """
+
+    content: bytes = field(repr=False)
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+    def read_bytes(self) -> bytes:
+        """The file's bytes, as of a path."""
+        return self.content
+
+
+Source = Path | Encoded
+"""Where a picture is read from."""
+
+
+def picture_size(path: Source) -> tuple[int, int]:
     """Height and width of a picture as it is shown, read from its header.
 
     Raises:
@@ -42,7 +68,7 @@ def picture_size(path: Path) -> tuple[int, int]:
         return (width, height) if _orientation(picture) in _SWAPS_SIDES else (height, width)
 
 
-def open_picture(path: Path, at_least: tuple[int, int] | None = None) -> Image.Image:
+def open_picture(path: Source, at_least: tuple[int, int] | None = None) -> Image.Image:
     """A picture, decoded whole and upright, in the mode of the file.
 
     Args:
@@ -61,7 +87,7 @@ def open_picture(path: Path, at_least: tuple[int, int] | None = None) -> Image.I
         return picture.transpose(_TURNED[turned]) if turned in _TURNED else picture
 
 
-def to_colour(picture: Image.Image, path: Path) -> Image.Image:
+def to_colour(picture: Image.Image, path: Source) -> Image.Image:
     """A picture in RGB of 8 bits a channel, transparent parts over white; 16-bit greys keep their upper 8 bits.
 
     Args:
@@ -85,7 +111,7 @@ def to_colour(picture: Image.Image, path: Path) -> Image.Image:
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
-def to_indices(picture: Image.Image, path: Path) -> Image.Image:
+def to_indices(picture: Image.Image, path: Source) -> Image.Image:
     """A picture of class indices, one a pixel; greys that were saved as three equal channels are taken as one.
 
     Raises:
@@ -103,7 +129,7 @@ def to_indices(picture: Image.Image, path: Path) -> Image.Image:
     return picture
 
 
-def require_lossless(path: Path) -> None:
+def require_lossless(path: Source) -> None:
     """Raise :class:`UserError` if a picture's file was compressed with losses: pixels are then not what was saved, and
     neighbouring classes blur into others."""
     with _opened(path) as picture:
@@ -126,10 +152,10 @@ def fit(picture: Image.Image, size: tuple[int, int], *, nearest: bool = False) -
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(path: Source) -> Iterator[Image.Image]:
     """An opened picture; whatever is wrong with its file is a UserError."""
     try:
-        with Image.open(path) as picture:
+        with Image.open(BytesIO(path.content) if isinstance(path, Encoded) else path) as picture:
             if picture.width * picture.height > _MOST_PIXELS:
                 raise UserError(
                     f"{path}: has {picture.width} × {picture.height} pixels, more than {_MOST_PIXELS:,}; "

@@ -20,15 +20,14 @@ from torch import Tensor
 
 from mtdiffusion.interfaces import Dataset
 from mtdiffusion_plugins import tables
+from mtdiffusion_plugins.datasets._cells import by_kind, resolved
 from mtdiffusion_plugins.datasets._decoded import Decoded, decode, stamp, stamped
-from mtdiffusion_plugins.fields import FIELDS
 from mtdiffusion_plugins.sizes import Size, positive_size, sides
 from mtdiffusion_registry.configs import DatasetConfig, FieldConfig
 from mtdiffusion_registry.errors import EmptySplit, UserError
 from mtdiffusion_registry.hookspecs import hookimpl
 from mtdiffusion_registry.pictures import SUFFIXES as PICTURES
 from mtdiffusion_registry.pictures import open_picture as _open
-from mtdiffusion_registry.registry import Registry
 
 MTDIFFUSION_API = 1
 
@@ -113,11 +112,6 @@ class FolderDataset(Dataset):
         return f"{stem} ({', '.join(files)})"
 
 
-def _by_kind(fields: Mapping[str, FieldConfig | str]) -> dict[str, FieldConfig | str]:
-    """Kinds that come with mtdiffusion made configs; another name stays, and :meth:`FolderConfig.build` looks it up."""
-    return {name: FIELDS[each]() if isinstance(each, str) and each in FIELDS else each for name, each in fields.items()}
-
-
 def _names(value: Iterable[str]) -> tuple[str, ...]:
     return tuple(value)
 
@@ -166,7 +160,7 @@ class FolderConfig(DatasetConfig):
 
     root: Path = field(converter=Path)
     fields: dict[str, FieldConfig | str] = field(
-        converter=_by_kind,
+        converter=by_kind,
         validator=and_(min_len(1), deep_mapping(min_len(1), instance_of((FieldConfig, str)), instance_of(dict))),
     )
     size: Size | None = field(default=None, validator=positive_size)
@@ -187,7 +181,7 @@ class FolderConfig(DatasetConfig):
 
     def build(self, split: Literal["train", "test"]) -> FolderDataset:
         base, by_hash = self._base(split)
-        fields = {name: _resolved(each) for name, each in self.fields.items()}
+        fields = {name: resolved(each) for name, each in self.fields.items()}
         # A field that samples may lack may be missing from all that are held out; from training, it would be a slip.
         optional = self.allow_missing if split == "test" else ()
         sources = _sources(base, fields, optional)
@@ -243,14 +237,6 @@ class FolderConfig(DatasetConfig):
                     f"samples may lack it, add {name!r} to allow_missing"
                 )
         return sorted(matched)
-
-
-def _resolved(each: FieldConfig | str) -> FieldConfig:
-    if isinstance(each, FieldConfig):
-        return each
-    cls = Registry.discover().config_class("field", each)
-    assert issubclass(cls, FieldConfig)
-    return cls()
 
 
 def _fraction(stem: str) -> float:

@@ -1,0 +1,220 @@
+"""Rows of tables and archives as samples: files' bytes, arrays, numbers and texts, read by fields."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Iterable, Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from attrs import frozen
+from PIL import Image
+from torch import Tensor
+
+from mtdiffusion_plugins.fields import FIELDS
+from mtdiffusion_registry.cache import config_key
+from mtdiffusion_registry.configs import FieldConfig
+from mtdiffusion_registry.errors import UserError, did_you_mean
+from mtdiffusion_registry.pictures import Encoded, Source
+from mtdiffusion_registry.registry import Registry
+
+
+def by_kind(fields: Mapping[str, FieldConfig | str]) -> dict[str, FieldConfig | str]:
+    """Kinds that come with mtdiffusion made configs; another name stays, and :func:`resolved` looks it up."""
+    return {name: FIELDS[each]() if isinstance(each, str) and each in FIELDS else each for name, each in fields.items()}
+
+
+def require_known(key: str, names: Iterable[str], fields: Collection[str]) -> None:
+    """Raise ``ValueError`` if a key of a configuration names what is no field."""
+    if unknown := [name for name in names if name not in fields]:
+        hint = did_you_mean(unknown[0], fields)
+        raise ValueError(f"{key} names {', '.join(unknown)}, but the fields are {', '.join(fields)}{hint}")
+
+
+@frozen(eq=False)
+class Cells:
+    """How the cells of a row become the fields of a sample.
+
+    Attributes:
+        fields: how each is read.
+        columns: the column that each is read from.
+        size: height and width of pictures; None: as they are.
+        optional: fields that a sample may lack.
+    """
+
+    fields: Mapping[str, FieldConfig]
+    columns: Mapping[str, str]
+    size: tuple[int, int] | None
+    optional: Collection[str]
+
+    @classmethod
+    def of(
+        cls,
+        fields: Mapping[str, FieldConfig | str],
+        columns: Mapping[str, str],
+        size: tuple[int, int] | None,
+        optional: Collection[str],
+    ) -> Cells:
+        """Of what a configuration says; a field without a column reads that of its own name.
+
+        Raises:
+            UserError: if a kind of fields is not there, or reads no cells.
+        """
+        found = {name: resolved(each) for name, each in fields.items()}
+        for name, each in found.items():
+            if each.folder_of is not None:
+                raise UserError(
+                    f"field {name!r}: kind {each.kind!r} reads the names of folders, and there are none here; read a "
+                    "column of class names or indices as 'label'"
+                )
+        return cls(found, {name: columns.get(name, name) for name in fields}, size, optional)
+
+    def require_columns(self, there: Collection[str], where: str) -> None:
+        """Raise ``UserError`` if what is read from lacks a column."""
+        for name, column in self.columns.items():
+            if column not in there:
+                raise UserError(
+                    f"{where}: has no column {column!r} for the field {name!r}{did_you_mean(column, there)}; its "
+                    f'columns are {", ".join(there)}. Say which it is: columns = {{ {name} = "..." }}'
+                )
+
+    def key(self) -> str:
+        """What identifies how cells are read."""
+        return repr([(name, self.columns[name], config_key(each)) for name, each in self.fields.items()] + [self.size])
+
+    def sample(self, row: Mapping[str, Any]) -> dict[str, Tensor | str]:
+        """A sample of a row; of fields that it may lack, those that the row has.
+
+        Raises:
+            UserError: if a cell is damaged or blank though it must not be, or pictures of a row do not lie on one
+                another.
+        """
+        values: dict[str, Tensor | str] = {}
+        frames: dict[str, tuple[int, int]] = {}
+        spatial = sum(each.spatial for each in self.fields.values())
+        for name, each in self.fields.items():
+            where = f"column {self.columns[name]!r}"
+            try:
+                content = _plain(row[self.columns[name]], each, where)
+                if spatial > 1 and each.spatial and isinstance(content, Path | Encoded):
+                    self._require_aligned(name, each, content, frames)
+                value = _read(each, content, self.size if each.spatial else None, where)
+            except UserError:
+                raise
+            except (ValueError, OSError) as error:
+                raise UserError(f"{where}: cannot be read as {each.kind} ({error})") from error
+            if value is not None:
+                values[name] = value
+            elif name not in self.optional:
+                raise UserError(
+                    f"{where}: is blank, and there must be a {name!r}. If samples may lack it, add {name!r} to "
+                    "allow_missing"
+                )
+        return values
+
+    def _require_aligned(
+        self, name: str, field: FieldConfig, source: Source, frames: dict[str, tuple[int, int]]
+    ) -> None:
+        if not field.encoded or (extent := field.extent(source)) is None:  # type: ignore[arg-type]  # as it says
+            return
+        for first, (tall, wide) in frames.items():
+            height, width = extent
+            # A picture made smaller is off by a rounded pixel at most.
+            if abs(height * wide - width * tall) > max(height, width, tall, wide):
+                raise UserError(
+                    f"its pictures do not lie on one another: {first} is {wide}×{tall}, {name} is {width}×{height}, as "
+                    "shown by a viewer, which heeds EXIF; turn or crop one of them like the other"
+                )
+        frames[name] = extent
+
+
+def resolved(each: FieldConfig | str) -> FieldConfig:
+    """The config of a field's kind, looked up by its name where it is one."""
+    if isinstance(each, FieldConfig):
+        return each
+    cls = Registry.discover().config_class("field", each)
+    assert issubclass(cls, FieldConfig)
+    return cls()
+
+
+def _plain(content: Any, field: FieldConfig, where: str) -> Any:
+    """A cell as a file (:class:`Encoded` or a path), or as what :meth:`FieldConfig.parse` takes."""
+    name = where
+    if isinstance(content, Mapping) and content.keys() >= {"bytes", "path"}:  # a picture or a sound of Hugging Face's
+        path = content["path"]
+        if content["bytes"] is None:
+            return None if path is None else Path(path)
+        content, name = content["bytes"], f"{where} ({path})" if path else where
+    if isinstance(content, bytes | bytearray | memoryview):
+        return Encoded(bytes(content), name)
+    if isinstance(content, Image.Image):
+        return Encoded(_png(content), name)
+    if isinstance(content, Tensor):
+        content = content.numpy()
+    if field.spatial and isinstance(content, np.ndarray | list):
+        return Encoded(_png(_picture(np.asarray(content))), name)
+    if isinstance(content, np.generic) or (isinstance(content, np.ndarray) and content.ndim == 0):
+        return content.item()
+    return content
+
+
+def _read(field: FieldConfig, content: Any, size: tuple[int, int] | None, where: str) -> Tensor | str | None:
+    if isinstance(content, Path | Encoded):
+        stored: Tensor | str | None = _read_file(field, content, size, where)
+    elif content is None:
+        return None
+    elif field.cells or field.arrays:
+        stored = field.parse(content)
+    else:
+        raise ValueError(f"expected the bytes of a file ({', '.join(field.suffixes)}), found {type(content).__name__}")
+    return field.value(stored) if isinstance(stored, Tensor) else stored
+
+
+def _read_file(field: FieldConfig, source: Source, size: tuple[int, int] | None, where: str) -> Tensor | str:
+    if not field.suffixes:
+        raise ValueError("expected a value, found the bytes of a file")
+    if isinstance(source, Path) or field.encoded:
+        return field.read(source, size)  # type: ignore[arg-type]  # it takes a file in memory, as it says
+    with tempfile.TemporaryDirectory(prefix="mtdiffusion-") as folder:
+        path = Path(folder, f"cell{field.suffixes[0]}")
+        path.write_bytes(source.content)
+        try:
+            return field.read(path, size)
+        except ValueError as error:
+            raise UserError(str(error).replace(str(path), where)) from error
+
+
+def _picture(array: np.ndarray) -> Image.Image:
+    """A picture of levels or class indices ``[h, w]``, ``[h, w, channels]`` or ``[channels, h, w]``.
+
+    Raises:
+        ValueError: if it is none of them, or its values are not whole numbers from 0 on.
+    """
+    if array.ndim == 3 and array.shape[2] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
+        array = np.moveaxis(array, 0, 2)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    most = 65535 if array.ndim == 2 and array.dtype != np.uint8 else 255
+    whole = array.dtype.kind in "iub" and array.size > 0
+    if array.ndim not in (2, 3) or not whole or int(array.min()) < 0 or int(array.max()) > most:
+        raise ValueError(
+            f"expected a picture [h, w], [h, w, channels] or [channels, h, w] of whole numbers in 0..{most}, found "
+            f"shape {list(array.shape)} of {array.dtype}"
+        )
+    return Image.fromarray(np.ascontiguousarray(array, np.uint16 if array.max() > 255 else np.uint8))
+
+
+def _png(picture: Image.Image) -> bytes:
+    buffer = BytesIO()
+    picture.save(buffer, "png", compress_level=1)
+    return buffer.getvalue()
+
+
+def choice(count: int, fraction: float, seed: int, split: str) -> np.ndarray:
+    """The rows of a split that a seed decides: the share ``fraction`` of them is the test split."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()
+    held_out = round(fraction * count)
+    return np.sort(order[:held_out] if split == "test" else order[held_out:])
