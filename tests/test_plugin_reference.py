@@ -99,6 +99,7 @@ def test_every_member_is_there_and_no_others(cls: type) -> None:
 def test_methods_have_the_parameters_of_the_code(cls: type) -> None:
     for name, (parameters, _) in rows(section(cls.__name__)).items():
         function = inspect.getattr_static(cls, name, None)
+        function = function.__func__ if isinstance(function, classmethod) else function
         expected = tuple(inspect.signature(function).parameters)[1:] if inspect.isfunction(function) else None
         assert parameters == expected, name
 
