@@ -302,8 +302,8 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(
         ("loss.readout={lable=0.5}", "loss.readout: no modality named lable"),
         ("loss.readout={label=1.5}", "loss.readout: 'readout': expected a share in [0, 1], found 1.5"),
         ("modalities.image.size=9", "modalities.image: image: size 9 does not fit a latent of 8 × 8"),
-        ("modalities.image.channels=3", "'image': image: expected shape [batch, 3, 8, 8], found [8, 1, 8, 8]"),
-        ("modalities.label.classes=5", "'label': label of 5 classes: expected values from 0 to 4, found 0 to"),
+        ("modalities.image.channels=3", "'image': image: expected shape [batch, 3, 8, 8], found [1, 1, 8, 8]"),
+        ("modalities.label.classes=5", "'label': label of 5 classes: expected values from 0 to 4, found 5 to 5"),
         ('modalities.depth={kind="mask", size=8}', "no sample has the field 'depth' that modality 'depth' reads"),
         ("training", 'override "training": expected KEY=VALUE'),
         ("training.steps.many=1", "training.steps is not a table"),
@@ -324,6 +324,8 @@ def test_a_configuration_that_cannot_be_read(cli: Cli, tiny_config: Path, tmp_pa
     assert 'did you mean "broken.toml"?' in cli("train", tmp_path / "brken.toml", "--out", run).error
     assert f"{path}: not TOML: " in cli("train", path, "--out", run).error
     path.write_bytes(b"\xff\xfe")
+    assert f"{path}: is UTF-16; save it as UTF-8" in cli("train", path, "--out", run).error
+    path.write_bytes(b"\xff")
     assert f"{path}: not UTF-8" in cli("train", path, "--out", run).error
     path.write_text("")
     assert f'{path}: missing key "data"' in cli("train", path, "--out", run).error
@@ -387,7 +389,8 @@ def test_nan_in_a_batch(cli: Cli, install: Install, tiny_config: Path, tmp_path:
     install(NAN_PLUGIN)
     overrides = ("--set", "data.kind=toy", f"training.workers={workers}", "training.checkpoint_every=0")
     error = cli("train", tiny_config, "--out", tmp_path / "run", "--device", "cpu", *overrides).error
-    assert error.startswith("data (train): modality 'image': image: expected finite values, found NaN or infinity")
+    assert error.startswith("data (train): sample ")
+    assert "modality 'image': image: expected finite values, found NaN or infinity" in error
 
 
 def test_a_plugin_that_fails_to_import(cli: Cli, install: Install, tiny_config: Path, tmp_path: Path) -> None:
@@ -553,14 +556,14 @@ def test_nothing_is_left_half_written(
         (["--observe", "label=three"], "--observe label=three: label: expected a class from 0 to 9, found 'three'"),
         (["--observe", "image=none.png"], "none.png: no such file"),
         (["--observe", "image={folder}"], "{folder}: "),
-        (["--observe", "image={text}"], "{text}: not a picture that can be read"),
+        (["--observe", "image={text}"], "{text}: cannot be read as a picture"),
         (["--observe", "image={truncated}"], "{truncated}: "),
-        (["--observe", "image={small}"], "{small}: expected 8 × 8 pixels, found 5 × 4"),
+        (["--no-resize", "--observe", "image={small}"], "{small}: expected 8 × 8 pixels, found 5 × 4"),
         (
             ["--observe", "mask={picture}"],
-            "observed mask: mask of 2 classes: expected values from 0 to 1, found 0 to 255",
+            "observed mask: mask of 2 classes: expected values from 0 to 1, found [255]. Void pixels",
         ),
-        (["--observe", "mask={colour}"], "{colour}: expected a picture of class indices"),
+        (["--observe", "mask={colour}"], "{colour}: a mask's pixels must be class indices"),
         (["--visible", "image={picture}"], "a map was given for 'image', but it is not among the observed"),
         (["--visible", "imge={picture}"], 'no modality named "imge"; did you mean "image"?'),
         (["--observe", "label=1", "--visible", "label={picture}"], "visible label: this modality has no places"),

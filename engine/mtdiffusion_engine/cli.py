@@ -371,6 +371,8 @@ def _check_plugin(args: argparse.Namespace) -> int:
 
     known = {f"{info.group}.{info.kind}": info.kind for info in Registry.discover().plugins() if info.kind}
     found = [full for full, kind in known.items() if args.name in (full, kind)]
+    if len(found) > 1:  # a field of files often has the name of the modality that reads it, which is meant
+        found = [full for full in found if full == args.name or not full.startswith("field.")]
     if not found:
         hint = _near(args.name, [*known, *known.values()])
         raise UserError(

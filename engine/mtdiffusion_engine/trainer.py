@@ -109,6 +109,7 @@ class Trainer:
         resume: continue the run in the folder from its newest checkpoint, with what the configuration changes of it as
             far as a run can be resumed so (:func:`require_resumable`).
         init_from: a run whose averaged weights, of its newest checkpoint, a new run starts from.
+        evaluated: whether the run is to be evaluated as its configuration says: what that needs is looked through, too.
         on_message: told what a person should know, a sentence at a time (main process only).
 
     Raises:
@@ -124,6 +125,7 @@ class Trainer:
         *,
         resume: bool = False,
         init_from: Path | None = None,
+        evaluated: bool = True,
         device: str | None = None,
         on_message: Callable[[str], None] = print,
     ) -> None:
@@ -152,7 +154,8 @@ class Trainer:
         self.data.verify()  # what does not fit is said before anything is written
         self.step = 0
         self._saved = -1
-        warnings = [*check_held_out(experiment, self.model), *ignored_variables(self.config, os.environ)]
+        held_out = check_held_out(experiment, self.model) if evaluated else []
+        warnings = [*held_out, *ignored_variables(self.config, os.environ)]
         messages = [f"warning: {said}" for said in warnings]
         if warning := terminal_warning(self.model.process):
             messages.append(f"warning: {warning}")

@@ -106,10 +106,10 @@ class LabelModality(Modality):
         if text.isdecimal() and int(text) < self.classes:
             return torch.tensor(int(text))
         if self.class_names[0].isdecimal():
-            more = ", or a name where the modality has names = [...]"
+            named, hint = "", " (names are taken where the modality has them: names = [...])"
         else:
-            more = f" or one of {', '.join(self.class_names)}{did_you_mean(text, self.class_names)}"
-        raise UserError(f"label: expected a class from 0 to {self.classes - 1}{more}, found {text!r}")
+            named, hint = f" or one of {', '.join(self.class_names)}", did_you_mean(text, self.class_names)
+        raise UserError(f"label: expected a class from 0 to {self.classes - 1}{named}, found {text!r}{hint}")
 
     def write(self, x: Tensor, folder: Path, stem: str) -> Path:
         path = folder / f"{stem}.json"

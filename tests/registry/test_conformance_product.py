@@ -151,9 +151,11 @@ VALUES = {
     "modality.mask": ["size=8"],
     "modality.label": ["classes=10"],
     "modality.clip": ["dim=16"],
+    "modality.text": ["length=12"],
     "dataset.shapes": ["count=20", "test_count=10"],
     "dataset.photos": ["count=20", "test_count=10"],
     "dataset.torchvision": ["name=image_folder"],
+    "dataset.huggingface": ['fields={label="label"}'],
     "dataset.folder": ['fields={label="label"}'],
     "weight_schedule.target": ["knots=[1.0, 0.5, 0.0]"],
     "clock_law.offset": ["ahead={a=0.5}"],
@@ -179,6 +181,14 @@ def files(name: str, folder: Path) -> dict[str, Path]:
             (folder / split / "grey").mkdir(parents=True)
             Image.new("RGB", (40, 40), "grey").save(folder / split / "grey" / "0.png")
         return {"root": folder}
+    if name == "dataset.huggingface":
+        pytest.importorskip("datasets.arrow_dataset")
+        for split in ("train", "test"):
+            (folder / f"{split}.csv").write_text("label\n" + "0\n1\n" * 5)
+        return {"path": folder}
+    if name == "dataset.litdata":
+        pytest.importorskip("litdata")
+        pytest.skip("shards are checked where they are packed, in test_litdata")
     if name in ("evaluator.lpips", "evaluator.features"):  # the layout that lpips asks for; features refuses it
         torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), folder / "weights.pth")
         return {"weights": folder / "weights.pth"}

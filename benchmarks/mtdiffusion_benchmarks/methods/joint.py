@@ -124,7 +124,13 @@ def train(problem: Problem, experiment: Experiment, asked: Query | None = None) 
     if resume:
         require_same(experiment, folder, problem.registry)  # a run may be resumed with changes, a measurement not
     trainer = Trainer(
-        experiment, folder, problem.registry, resume=resume, device=problem.device, on_message=problem.say
+        experiment,
+        folder,
+        problem.registry,
+        resume=resume,
+        evaluated=False,  # here evaluators judge by all of a setting's modalities, not by the task's alone
+        device=problem.device,
+        on_message=problem.say,
     )
     # The curve's points past the checkpoint are of steps that are done again.
     told = read_json(curve_file)["points"] if resume and curve_file.is_file() else []

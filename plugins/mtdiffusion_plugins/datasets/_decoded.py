@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from mtdiffusion_registry.pace import Pace
 CACHE_LIMIT = 50 * 2**30
 """Bytes that one field may take on disk; beyond it, files are decoded at every access."""
 _FORMAT = 1
-_CHUNK = 256
+_CHUNK, _PART = 1024, 32  # files
 _SHOWN = 5  # of files that cannot be read
 
 
@@ -164,15 +165,20 @@ def _all(name: str, field: FieldConfig, paths: Sequence[str], size: tuple[int, i
     wrong: list[str] = []
     pace = Pace(f"reading {name}", len(paths))
 
-    def read(path: str) -> Tensor | str | UserError:
-        try:
-            return _read(field, path, size)
-        except UserError as error:
-            return error
+    def read(part: Sequence[str]) -> list[Tensor | str | UserError]:
+        found: list[Tensor | str | UserError] = []
+        for path in part:
+            try:
+                found.append(_read(field, path, size))
+            except UserError as error:
+                found.append(error)
+        return found
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # Pillow decodes without Python's lock
         for start in range(0, len(paths), _CHUNK):
-            for stored in threads.map(read, paths[start : start + _CHUNK]):
+            # A few at a time: handing over a small picture takes as long as reading it.
+            parts = [paths[part : part + _PART] for part in range(start, min(start + _CHUNK, len(paths)), _PART)]
+            for stored in chain.from_iterable(threads.map(read, parts)):
                 if isinstance(stored, UserError):
                     wrong.append(str(stored))
                 elif not wrong:
