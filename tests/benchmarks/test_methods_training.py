@@ -135,3 +135,10 @@ def test_what_is_missing_is_not_trained_on(
         monkeypatch.setattr(kind, "placeholder", lambda self, n, value=value: torch.full((n, *self.shape), value))
         fitted.append(method.fit(lacking(problem, "image")))
     assert same_weights(trained(fitted[0]), trained(fitted[1]))
+
+
+def test_what_the_joint_model_is_shown_varied_a_control_is_too(tmp_path: Path) -> None:
+    method = METHODS[0]
+    plain = method.fit(digits(tmp_path / "plain", *TINY))
+    varied = method.fit(digits(tmp_path / "varied", *TINY, "augmentation.vertical_flip=1.0"))
+    assert not same_weights(trained(plain), trained(varied))

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mtdiffusion_benchmarks.interfaces import Cost, Curve, Diverged, Problem
 from mtdiffusion_engine import checkpoint as ckpt
+from mtdiffusion_engine.augmentation import Augmentation
 from mtdiffusion_engine.data import Batch, StepSampler, derive_seed, training_batches
 from mtdiffusion_engine.experiment import TrainingConfig, require_same, resolved
 from mtdiffusion_engine.interrupt import deferred_interrupt
@@ -134,7 +135,8 @@ def _train(problem: Problem, method: Mapping[str, Any], module: M, loss: Loss[M]
     every = min(config.checkpoint_every or CHECKPOINT_EVERY, CHECKPOINT_EVERY)
     micro = config.accumulate
     sampler = StepSampler(len(problem.train), config.batch_size, config.seed, state.step * micro, config.steps * micro)
-    batches = training_batches(problem.train, sampler, config.workers)
+    augmentation = Augmentation.of(problem.experiment.augmentation, problem.train.modalities)  # as the trainer's
+    batches = training_batches(problem.train, sampler, config.workers, augmentation)
     started = time.monotonic() - state.seconds
     with _own_randomness(device), deferred_interrupt() as interrupted:
         while state.step < config.steps:
