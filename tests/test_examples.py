@@ -17,7 +17,13 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 PACKAGES = ("mtdiffusion-depth", "mtdiffusion-audio", "mtdiffusion-tokens")
 KINDS = {
     "mtdiffusion-depth": {"modality depth"},
-    "mtdiffusion-audio": {"modality audio", "dataset digit_tones", "evaluator tone_reader", "task spoken_digits"},
+    "mtdiffusion-audio": {
+        "modality audio",
+        "field audio",
+        "dataset digit_tones",
+        "evaluator tone_reader",
+        "task spoken_digits",
+    },
     "mtdiffusion-tokens": {"modality tokens"},
 }
 pytestmark = pytest.mark.slow

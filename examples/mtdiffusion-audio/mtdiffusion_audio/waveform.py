@@ -13,7 +13,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import ClassVar
 
-import numpy as np
 import torch
 from attrs import field, frozen
 from attrs.validators import ge, gt
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mtdiffusion import Decoder, Encoder, Features, FeatureSpec, LatentSpec, Modality, Params
+from mtdiffusion_audio.field import read_wav
 from mtdiffusion_registry import ModalityConfig, UserError, hookimpl
 
 MTDIFFUSION_API = 1
@@ -170,21 +170,13 @@ class AudioModality(Modality):
 
     def parse(self, text: str) -> Tensor:
         """A mono 16-bit .wav file of this rate and length."""
-        try:
-            with wave.open(text, "rb") as file:
-                found = (file.getnchannels(), 8 * file.getsampwidth(), file.getframerate(), file.getnframes())
-                data = file.readframes(file.getnframes())
-        except FileNotFoundError:
-            raise UserError(f"{text}: no such file; audio is given as a .wav file") from None
-        except (OSError, EOFError, wave.Error) as error:
-            raise UserError(f"{text}: cannot be read as a .wav file ({error})") from None
-        expected = (1, 16, self.rate, self.samples)
-        if found != expected or len(data) != 2 * self.samples:
+        sound, rate = read_wav(Path(text))
+        if (rate, len(sound)) != (self.rate, self.samples):
             raise UserError(
-                f"{text}: expected {_describe(expected)}, found {_describe(found)}"
-                + (", cut short" if found == expected else "; convert it")
+                f"{text}: expected {self.samples} samples at {self.rate} Hz, found {len(sound)} at {rate} Hz; "
+                "convert it"
             )
-        return torch.from_numpy(np.frombuffer(data, dtype="<i2").astype(np.float32)) / 32767
+        return sound
 
     def write(self, x: Tensor, folder: Path, stem: str) -> Path:
         path = folder / f"{stem}.wav"
@@ -194,11 +186,6 @@ class AudioModality(Modality):
             file.setframerate(self.rate)
             file.writeframes((x.double().clamp(-1, 1) * 32767).round().cpu().numpy().astype("<i2").tobytes())
         return path
-
-
-def _describe(sound: tuple[int, int, int, int]) -> str:
-    channels, bits, rate, samples = sound
-    return f"{channels} channel{'s' * (channels > 1)} of {bits} bits at {rate} Hz, {samples} samples"
 
 
 @frozen

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from mtdiffusion_audio.digit_tones import VOCABULARY, DigitTonesConfig, describe
+from mtdiffusion_audio.field import AudioField
 from mtdiffusion_audio.task import SpokenDigitsConfig
 from mtdiffusion_audio.tone_reader import ToneReaderConfig
 from mtdiffusion_audio.tones import PAIRS, read, synthesise
@@ -12,6 +13,7 @@ from mtdiffusion_audio.waveform import AudioConfig, AudioModality, Folding, mdct
 from torch import Tensor
 
 from mtdiffusion import FeatureSpec, LatentSpec
+from mtdiffusion_plugins.datasets.folder import FolderConfig
 from mtdiffusion_registry import Registry, UserError, testing
 
 CONFIG = AudioConfig()
@@ -35,11 +37,28 @@ def test_contract() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["modality.audio", "dataset.digit_tones", "evaluator.tone_reader", "task.spoken_digits"]
+    "name", ["modality.audio", "field.audio", "dataset.digit_tones", "evaluator.tone_reader", "task.spoken_digits"]
 )
 def test_it_is_installed(name: str) -> None:
     group, _, kind = name.partition(".")
     assert Registry.discover().config_class(group, kind).kind == kind
+
+
+def test_sounds_of_a_folder_are_read_as_they_were_written(tmp_path: Path) -> None:
+    modality, x = build(), sounds(4)
+    for split in ("train", "test"):
+        for index, sound in enumerate(x):
+            (tmp_path / split / "audio").mkdir(parents=True, exist_ok=True)
+            modality.write(sound, tmp_path / split / "audio", f"{index}")
+    data = FolderConfig(root=tmp_path, fields={"audio": AudioField()}).build("train")
+    for index in range(4):
+        torch.testing.assert_close(data[index]["audio"], x[index], atol=1e-4, rtol=0)
+    short = FolderConfig(root=tmp_path, fields={"audio": AudioField(samples=1500)}).build("train")[0]["audio"]
+    assert short.shape == (1500,) and not short[1024:].any()
+    wav = (tmp_path / "train" / "audio" / "0.wav").read_bytes()
+    testing.check_field(AudioField(), files={".wav": wav})
+    with pytest.raises(UserError, match=r"0\.wav: expected 16000 samples a second, found 8000"):
+        FolderConfig(root=tmp_path, fields={"audio": AudioField(rate=16000)}).build("train")
 
 
 @pytest.mark.parametrize(("frames", "bins"), [(2, 4), (8, 16), (5, 6)])
