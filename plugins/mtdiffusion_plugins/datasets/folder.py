@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import ClassVar, Literal
 
@@ -26,6 +28,7 @@ from mtdiffusion_plugins.sizes import Size, positive_size, sides
 from mtdiffusion_registry.configs import DatasetConfig, FieldConfig
 from mtdiffusion_registry.errors import EmptySplit, UserError
 from mtdiffusion_registry.hookspecs import hookimpl
+from mtdiffusion_registry.pace import LOGGER
 from mtdiffusion_registry.pictures import SUFFIXES as PICTURES
 from mtdiffusion_registry.pictures import open_picture as _open
 
@@ -177,6 +180,8 @@ class FolderConfig(DatasetConfig):
         kept = {name: each for name, each in self.fields.items() if name in needed}
         if not kept:
             return self
+        if left := [name for name in self.fields if name not in kept]:
+            _say_once(f"data.fields: {_list(left)} left out, since no modality reads it")
         return attrs.evolve(self, fields=kept, allow_missing=[n for n in self.allow_missing if n in kept])
 
     def build(self, split: Literal["train", "test"]) -> FolderDataset:
@@ -237,6 +242,11 @@ class FolderConfig(DatasetConfig):
                     f"samples may lack it, add {name!r} to allow_missing"
                 )
         return sorted(matched)
+
+
+@cache
+def _say_once(message: str) -> None:
+    logging.getLogger(LOGGER).info(message)
 
 
 def _fraction(stem: str) -> float:

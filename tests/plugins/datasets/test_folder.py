@@ -321,10 +321,12 @@ def test_options_out_of_range_are_refused(options, match):
         FolderConfig(**{"root": "data", "fields": {"x": "image"}, **options})
 
 
-def test_a_kind_of_field_that_is_not_installed_is_named(root):
+def test_a_kind_of_field_that_is_not_installed_is_named(root, caplog):
     fails(root, {"image": "picture"}, r"there is no field of kind \"picture\".*installed: caption, class_folder")
     config = FolderConfig(root=root, fields={"image": "image", "x": "picture"}, test_fraction=0)
-    assert config.reading(["image"]).build("train")[0].keys() == {"image"}  # who does not read it does not need it
+    with caplog.at_level("INFO", "mtdiffusion"):
+        assert config.reading(["image"]).build("train")[0].keys() == {"image"}  # who does not read it does not need it
+    assert "data.fields: x left out, since no modality reads it" in caplog.text
 
 
 # --- as people store things -------------------------------------------------------------------------------------------
