@@ -69,7 +69,9 @@ class Decoded:
         object.__setattr__(self, "array", _mapped(self.key) if mapped else None)
 
 
-def decode(name: str, field: FieldConfig, paths: Sequence[str], size: tuple[int, int] | None) -> Decoded | list[str]:
+def decode(
+    name: str, field: FieldConfig, paths: Sequence[str], size: tuple[int, int] | None
+) -> Decoded | list[Tensor | str]:
     """The values of a field's files: all of them read, this time or before.
 
     Args:
@@ -78,7 +80,7 @@ def decode(name: str, field: FieldConfig, paths: Sequence[str], size: tuple[int,
         size: of spatial fields.
 
     Returns:
-        Tensors by place; or, of a field that reads texts, the texts.
+        Tensors by place; or, of a field that reads texts or single numbers, these in a list.
 
     Raises:
         UserError: if some cannot be read, or have different shapes; the message names the files.
@@ -101,15 +103,15 @@ def decode(name: str, field: FieldConfig, paths: Sequence[str], size: tuple[int,
 
 def _decode(
     name: str, field: FieldConfig, paths: Sequence[str], size: tuple[int, int] | None, key: str
-) -> Decoded | list[str]:
-    texts: list[str] = []
+) -> Decoded | list[Tensor | str]:
+    few: list[Tensor | str] = []
     array: np.ndarray | None = None
     shape: tuple[torch.Size, torch.dtype] | None = None
     partial = _place(key).with_suffix(f".{os.getpid()}")
     try:
         for place, stored in enumerate(_all(name, field, paths, size)):
-            if isinstance(stored, str):
-                texts.append(stored)
+            if isinstance(stored, str) or stored.ndim == 0:  # a class may be a name here and an index there
+                few.append(stored)
                 continue
             if shape is None:
                 shape = stored.shape, stored.dtype
@@ -122,8 +124,8 @@ def _decode(
                 shape = shape[0], stored.dtype
             if array is not None:
                 array[place] = stored.numpy()
-        if texts:
-            return texts
+        if few:
+            return few
         if array is None:
             stamp(key)
             return Decoded(field, paths, size, key, None)

@@ -445,9 +445,10 @@ def _column(
         values = decode(name, each, paths, size if each.spatial else None)
         if isinstance(values, Decoded):
             return _Column({stem: row for row, stem in enumerate(chosen)}, values, paths)
-        kept = [(stem, text, path) for stem, text, path in zip(chosen, values, paths, strict=True) if text]
+        kept = [(stem, value, path) for stem, value, path in zip(chosen, values, paths, strict=True) if value != ""]
         rows = {stem: row for row, (stem, _, _) in enumerate(kept)}
-        return _Column(rows, [text for _, text, _ in kept], [path for _, _, path in kept])
+        together = _together(name, source.where, {stem: value for stem, value, _ in kept})
+        return _Column(rows, together, [path for _, _, path in kept])
     found: dict[str, Value] = {}
     for stem in stems:
         if stem in source.contents:

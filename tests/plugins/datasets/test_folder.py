@@ -535,3 +535,13 @@ def test_masks_of_many_classes(tmp_path):
 
 def test_size_may_be_height_and_width(root):
     assert build(root, {"image": "image", "mask": "mask"}, size=(4, 6))[0]["image"].shape == (3, 4, 6)
+
+
+def test_labels_as_text_files_may_be_indices_and_names(abc):
+    (abc / "label").mkdir()
+    for texts, wanted in ((("2", "0", "1"), [2, 0, 1]), (("2", "cat", "0.0"), [2, "cat", 0])):
+        for stem, text in zip("abc", texts, strict=True):
+            (abc / "label" / f"{stem}.txt").write_text(f"{text}\n")
+        data = build(abc, {"image": "image", "label": "label"})
+        found = [data[i]["label"] for i in range(3)]
+        assert [x.item() if isinstance(x, torch.Tensor) else x for x in found] == wanted
