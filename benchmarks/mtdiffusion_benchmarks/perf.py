@@ -29,7 +29,8 @@ from mtdiffusion import Modality, MultimodalDiffusion, Params, SamplerSettings, 
 from mtdiffusion_benchmarks.runner import hardware
 from mtdiffusion_engine.data import Batch, ModalityData
 from mtdiffusion_engine.experiment import Experiment, structure_experiment
-from mtdiffusion_engine.trainer import Means, Trainer, averaged
+from mtdiffusion_engine.optimisation import Average, SkippedSteps
+from mtdiffusion_engine.trainer import Means, Trainer
 from mtdiffusion_registry import Registry
 from mtdiffusion_registry.config import apply_overrides, load_toml
 
@@ -139,11 +140,12 @@ def _ours(experiment: Experiment, folder: Path, registry: Registry) -> Trainer:
 
 def _train_ours(trainer: Trainer) -> Callable[[], object]:
     batches, told = trainer.batches(10**6), Means(trainer.accelerator)
+    skipped = SkippedSteps(trainer.accelerator.device)
     trainer.model.train()
 
     def turn() -> None:
         for _ in range(STEPS):
-            trainer.advance(batches, told)
+            trainer.advance(batches, told, skipped)
 
     return turn
 
@@ -153,7 +155,7 @@ def _train_lean(model: MultimodalDiffusion, data: ModalityData, experiment: Expe
     every: Batch = data.batch(range(min(len(data), 1024)))
     training = experiment.training
     optimizer = torch.optim.AdamW(lean.parameters(), lr=1e-3, betas=(0.9, training.beta2), fused=True)
-    average = averaged(lean, training.ema)
+    average = Average(lean, training.ema)
 
     def turn() -> None:
         for _ in range(STEPS):
@@ -162,7 +164,7 @@ def _train_lean(model: MultimodalDiffusion, data: ModalityData, experiment: Expe
             torch.autograd.backward(lean({name: x[rows] for name, x in every.x.items()}))
             nn.utils.clip_grad_norm_(lean.parameters(), training.clip)
             optimizer.step()
-            average.update_parameters(lean)
+            average.update(lean)
 
     return turn
 

@@ -16,7 +16,7 @@ from mtdiffusion.interfaces import (
     WeightSchedule,
 )
 from mtdiffusion.layout import Layout, OwnLayout, SharedLayout
-from mtdiffusion.loss import Bound, LossTerms, LossWeights, composite_loss, variational_bound
+from mtdiffusion.loss import Bound, Draws, LossTerms, LossWeights, composite_loss, variational_bound
 from mtdiffusion.model import Heads, MultimodalDiffusion, Prediction
 from mtdiffusion.process import DiffusionProcess
 from mtdiffusion.retention import Retention
@@ -31,6 +31,7 @@ __all__ = [
     "Decoder",
     "DiffusionProcess",
     "DirectWeights",
+    "Draws",
     "EdgesAndDiagonal",
     "Encoder",
     "FeatureSpec",

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
-from attrs import frozen
 from torch import Tensor
 from torch.nn import functional as F
 
 
-@frozen(eq=False)
-class Observation:
+class Observation(NamedTuple):
     """What is seen of each modality.
 
     Attributes:

@@ -135,13 +135,15 @@ class OwnLayout(Layout):
     width: int = field(validator=ge(1))
     show_clean: bool = True
     shared_clock = False
+    names: tuple[str, ...] = field(init=False)
+    latent: LatentSpec = field(init=False)
 
-    @property
-    def names(self) -> tuple[str, ...]:  # type: ignore[override]
+    @names.default
+    def _names(self) -> tuple[str, ...]:
         return tuple(self.channels)
 
-    @property
-    def latent(self) -> LatentSpec:  # type: ignore[override]
+    @latent.default
+    def _latent(self) -> LatentSpec:
         return LatentSpec(sum(self.channels.values()), self.height, self.width)
 
     def share(self, name: str) -> LatentSpec:

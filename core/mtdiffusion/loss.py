@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from attrs import Attribute, field, frozen
@@ -56,8 +56,7 @@ class LossWeights:
     readout: float | Mapping[str, float] = field(default=0.25, validator=share_or_shares)
 
 
-@frozen(eq=False)
-class LossTerms:
+class LossTerms(NamedTuple):
     """The loss of one batch, unreduced; each ``[B]``.
 
     Attributes:
@@ -90,6 +89,26 @@ class LossTerms:
             for name, (value, count) in parts.items()
             if value is not None
         }
+
+
+class Draws(NamedTuple):
+    """What the loss of a batch leaves to chance.
+
+    Attributes:
+        clocks: the modalities' clocks as shares of T in [0, 1], by the model's law: ``[B, N]``.
+        readout: uniform in [0, 1), ``[B]``: below the share of :attr:`LossWeights.readout` a sample is read out.
+        noise: ε ~ N(0, I), ``[B, C, H, W]``.
+    """
+
+    clocks: Tensor
+    readout: Tensor
+    noise: Tensor
+
+    @classmethod
+    def of(cls, model: MultimodalDiffusion, batch: int, generator: torch.Generator | None = None) -> Draws:
+        """One draw for a batch."""
+        clocks = model.law.draw(batch, len(model.names), generator)
+        return cls(clocks, torch.rand(batch, generator=generator), model.noise(batch, generator))
 
 
 def prior_kl(process: DiffusionProcess, codes: Codes, presence: Tensor | None = None) -> Tensor:
@@ -147,29 +166,35 @@ def composite_loss(
     *,
     visible: Tensor | None = None,
     presence: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    draws: Draws | None = None,
 ) -> LossTerms:
-    """The loss of one batch, its clocks drawn by the model's law.
+    """The loss of one batch. Nothing in it waits for the device, and with ``draws`` nothing in it is random.
 
     Args:
         x: every modality by name, ``[B, ...]``; a placeholder where a sample lacks it.
         visible: what the network is shown, ``[B, N, h, w]``, h = w = 1 if nothing is seen in part; None shows nothing.
         presence: ``[B, N]``, 0 where a sample lacks a modality: out of the process and out of the loss.
+        draws: what is left to chance; None: drawn here, from torch's global generator.
+
+    Raises:
+        ValueError: if ``weights.readout`` names a modality that is not there.
     """
     weights = weights or LossWeights()
     process, names = model.process, model.names
     batch, n = len(x[names[0]]), len(names)
-    presence = torch.ones(batch, n) if presence is None else presence
-    visible = torch.zeros(batch, n, 1, 1) if visible is None else visible
-    presence, visible = presence.to(model.device, model.dtype), visible.to(model.device, model.dtype)
+    draws = draws or Draws.of(model, batch)
+    device, dtype = model.device, model.dtype
+    presence = torch.ones(batch, n, device=device) if presence is None else presence
+    visible = torch.zeros(batch, n, 1, 1, device=device) if visible is None else visible
+    presence, visible = presence.to(device, dtype), visible.to(device, dtype)
     codes = model.encode(x)
     observation = model.observe(x, visible * presence[:, :, None, None], codes)
     codes = observation.merge(codes, names)  # an encoder may tell less of a part than of the whole
-    t = _draw_clocks(model, observation, weights, generator)
+    t = _clocks(model, observation, weights, draws)
     if not model.layout.shared_clock:  # what is missing is noise
         t = torch.where(presence > 0, t, process.steps)
     clocks = model.layout.clocks(t[:, :, None, None], observation.seen)
-    z = process.corrupt(codes, clocks, model.noise(batch, generator), presence)
+    z = process.corrupt(codes, clocks, draws.noise.to(model.device), presence)
     heads = model(z, clocks, observation, presence)
 
     total = z.new_zeros(batch)
@@ -211,25 +236,18 @@ def _blanks(model: MultimodalDiffusion, x: Mapping[str, Tensor], codes: Codes) -
     return {name: (codes[name], where) for name, where in known.items() if where is not None}
 
 
-def _draw_clocks(
-    model: MultimodalDiffusion, observation: Observation, weights: LossWeights, generator: torch.Generator | None
-) -> Tensor:
-    """Clocks ``[B, N]`` of the law, some samples with T for all instead.
-
-    Raises:
-        ValueError: if ``readout`` names a modality that is not there.
-    """
+def _clocks(model: MultimodalDiffusion, observation: Observation, weights: LossWeights, draws: Draws) -> Tensor:
+    """Clocks ``[B, N]`` in 0..T as they were drawn, some samples with T for all instead."""
     names, steps = model.names, model.process.steps
-    batch = len(observation.seen)
-    t = (model.law.draw(batch, len(names), generator) * steps).ceil().long().to(model.device)
+    t = (draws.clocks.to(model.device) * steps).ceil().long()
     if isinstance(weights.readout, Mapping):
         if unknown := sorted(set(weights.readout) - set(names)):
             raise ValueError(f"readout: expected names among {', '.join(names)}, found {', '.join(unknown)}")
-        shares = observation.seen.new_tensor([weights.readout.get(name, 0.0) for name in names])  # [N]
-        chance = (observation.complete * shares).amax(1)
+        whole = zip(names, observation.complete.unbind(1), strict=True)
+        chance = torch.stack([seen * weights.readout.get(name, 0.0) for name, seen in whole]).amax(0)
     else:
         chance = (observation.seen.amax((1, 2, 3)) > 0) * weights.readout
-    last = torch.rand(batch, generator=generator).to(model.device) < chance
+    last = draws.readout.to(model.device) < chance
     return torch.where(last[:, None], steps, t)
 
 

@@ -9,10 +9,8 @@ sample lacks a modality: then m^(i) = 0 for it. Codes are by name, each ``[B, c_
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import torch
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 from torch import Tensor
 
 from mtdiffusion.interfaces import WeightSchedule
@@ -23,7 +21,7 @@ TERMINAL_SNR = 1e-3
 """Below it, noise at t = T is taken to tell nothing of a modality."""
 
 
-@frozen(eq=False, slots=False)
+@frozen(eq=False)
 class DiffusionProcess:
     """Tables of the process, float64, indexed by t = 0..T, and the layout in which they apply.
 
@@ -31,11 +29,32 @@ class DiffusionProcess:
         log_alpha_bar: log ᾱ_t ``[T + 1]``.
         signal_table: m_t^(i) ``[T + 1, N]``.
         layout: where the modalities live.
+        ends_in_noise: whether z at t = T tells nothing.
     """
 
     log_alpha_bar: Tensor
     signal_table: Tensor
     layout: Layout
+    _variance_table: Tensor = field(init=False, repr=False)
+    _level_table: Tensor = field(init=False, repr=False)
+    _modalities: Tensor = field(init=False, repr=False)
+    ends_in_noise: bool = field()  # on another device it stays as it is
+
+    @_variance_table.default
+    def _variances(self) -> Tensor:
+        return -torch.expm1(self.log_alpha_bar)
+
+    @_level_table.default
+    def _levels(self) -> Tensor:
+        return noise_level(self.signal_table, self._variance_table[:, None])
+
+    @_modalities.default
+    def _columns(self) -> Tensor:
+        return torch.arange(self.signal_table.shape[1], device=self.signal_table.device)
+
+    @ends_in_noise.default
+    def _ends_in_noise(self) -> bool:
+        return bool((self.terminal_snr < TERMINAL_SNR).all())
 
     @classmethod
     def build(cls, retention: Retention, schedule: WeightSchedule, layout: Layout) -> DiffusionProcess:
@@ -70,23 +89,6 @@ class DiffusionProcess:
     def terminal_snr(self) -> Tensor:
         """SNR of each modality at t = T ``[N]``: should be far below 1, or L0 and sampling from N(0, I) are off."""
         return self.signal_table[-1] ** 2 / self._variance_table[-1]
-
-    @cached_property
-    def ends_in_noise(self) -> bool:
-        """Whether z at t = T tells nothing."""
-        return bool((self.terminal_snr < TERMINAL_SNR).all())
-
-    @cached_property
-    def _variance_table(self) -> Tensor:
-        return -torch.expm1(self.log_alpha_bar)
-
-    @cached_property
-    def _level_table(self) -> Tensor:
-        return noise_level(self.signal_table, self._variance_table[:, None])
-
-    @cached_property
-    def _modalities(self) -> Tensor:
-        return torch.arange(self.signal_table.shape[1], device=self.signal_table.device)
 
     def _look_up(self, table: Tensor, t: Tensor) -> Tensor:
         """Entries of a table ``[T + 1, N]`` at clocks ``[B, N, ...]``."""

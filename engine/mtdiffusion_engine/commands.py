@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import shlex
 import shutil
@@ -146,9 +145,10 @@ def _introduction(trainer: Trainer, resume: bool) -> Iterator[str]:
     config, processes = trainer.config, trainer.accelerator.num_processes
     parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
     yield f"{_count(len(trainer.data), 'training sample')}; {parameters:.3g} million parameters"
-    parts = {"samples": config.batch_size, "micro-batches": config.accumulate, "processes": processes}
-    batch = _count(math.prod(parts.values()), "sample")
-    if max(config.accumulate, processes) > 1:
+    micro = config.batch_size // (config.accumulate * processes)
+    parts = {"samples": micro, "micro-batches": config.accumulate, "processes": processes}
+    batch = _count(config.batch_size, "sample")
+    if micro < config.batch_size:
         batch += f" ({' × '.join(f'{count} {name}' for name, count in parts.items() if count > 1)})"
     device = trainer.accelerator.device.type
     yield f"on {device}, {_count(processes, 'process')}: {_count(config.steps, 'step')} of {batch}"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import queue
 import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -45,7 +48,13 @@ class Batch:
     presence: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        return Batch({name: x.to(device, non_blocking=True) for name, x in self.x.items()}, self.presence.to(device))
+        """The batch on a device; from pinned memory the copy is not waited for."""
+        x = {name: value.to(device, non_blocking=True) for name, value in self.x.items()}
+        return Batch(x, self.presence.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The batch in memory from which a GPU copies by itself."""
+        return Batch({name: value.pin_memory() for name, value in self.x.items()}, self.presence.pin_memory())
 
 
 @frozen(eq=False)
@@ -341,20 +350,34 @@ class Turn(NamedTuple):
 
 
 class StepSampler(Sampler[Turn]):
-    """The turns of samples, one a micro-batch, from a given step on; a function of the seed and the step alone, so
-    resuming at a step continues exactly. Each epoch is a new permutation; ranks take turns in it.
+    """The turns of samples, one a micro-batch of this process, from one step to another.
+
+    Each epoch is a new permutation, of which every step takes the next ``batch``: a function of the seed and the step
+    alone. The processes share a step's batch out among them, micro-batch by micro-batch.
+
+    Args:
+        size: samples in all.
+        batch: samples a step; to be a multiple of ``parts`` times ``world``.
+        parts: micro-batches a step.
     """
 
-    def __init__(self, size: int, batch: int, seed: int, start: int, stop: int, rank: int = 0, world: int = 1) -> None:
-        self.size, self.batch, self.seed = size, batch, seed
+    def __init__(
+        self, size: int, batch: int, seed: int, start: int, stop: int, parts: int = 1, rank: int = 0, world: int = 1
+    ) -> None:
+        self.size, self.batch, self.seed, self.parts = size, batch, seed, parts
         self.start, self.stop, self.rank, self.world = start, stop, rank, world
+        self.micro = batch // (parts * world)
+
+    def place(self, part: int) -> int:
+        """Where in its step's batch a micro-batch of this process begins."""
+        return (part * self.world + self.rank) * self.micro
 
     def __iter__(self) -> Iterator[Turn]:
         epoch, order = -1, torch.empty(0, dtype=torch.long)
-        for micro in range(self.start, self.stop):
-            first = (micro * self.world + self.rank) * self.batch
+        for step, part in product(range(self.start, self.stop), range(self.parts)):
+            first = step * self.batch + self.place(part)
             indices: list[int] = []
-            for position in range(first, first + self.batch):
+            for position in range(first, first + self.micro):
                 if position // self.size != epoch:
                     epoch = position // self.size
                     generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
@@ -363,7 +386,7 @@ class StepSampler(Sampler[Turn]):
             yield Turn(first, indices)
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return (self.stop - self.start) * self.parts
 
 
 class _Batches:
@@ -415,3 +438,38 @@ def _as_it_is(gathered: Gathered | UserError) -> Gathered | UserError:
 def _ignore_interrupts(_: int) -> None:
     """Ctrl-C reaches every process of a terminal; the training process decides when to stop its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def pinned_ahead(batches: Iterator[Batch], depth: int = 2) -> Iterator[Batch]:
+    """The same batches in pinned memory, a few of them made ready by a thread while the device is busy."""
+    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
+    closed = threading.Event()
+
+    def put(item: Batch | BaseException | None) -> bool:
+        while not closed.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def fill() -> None:
+        try:
+            for batch in batches:
+                if not put(batch.pin_memory()):
+                    return
+            put(None)
+        except BaseException as error:
+            put(error)
+
+    thread = threading.Thread(target=fill, daemon=True, name="batches")
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        closed.set()
+        thread.join()

@@ -49,7 +49,9 @@ def ignored_variables(config: TrainingConfig, environment: Mapping[str, str]) ->
         elif name == "ACCELERATE_GRADIENT_CLIPPING" and asked != "none":
             remedy = f"; set training.clip = {value} instead (it is {config.clip})"
         elif name == "ACCELERATE_DYNAMO_BACKEND" and asked != "no":
-            remedy = ": networks are trained without compiling them, and no key changes that"
+            if config.compile:
+                continue
+            remedy = "; set training.compile = true instead (it is false)"
         elif name.startswith("ACCELERATE_USE_") and name.startswith(_DECIDES) and asked in ("1", "true", "yes", "on"):
             remedy = ": several processes train in data parallel, and no key changes that"
         else:

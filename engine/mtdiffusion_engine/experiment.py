@@ -107,13 +107,16 @@ class TrainingConfig:
 
     Attributes:
         steps: optimizer steps.
-        batch_size: samples a step and process (before accumulation).
-        accumulate: micro-batches a step.
-        learning_rate: peak; reached after ``warmup`` steps, then down a half cosine to 0.
+        batch_size: samples a step, in all processes and micro-batches together.
+        accumulate: micro-batches that each process takes its part of a step in: the same step in less memory.
+        learning_rate: peak; reached after ``warmup`` steps.
+        schedule: after that: down a half "cosine" to 0; "constant"; or "wsd" (warm-up, stable, decay: Hu et al. 2024),
+            constant and down a straight line to 0 in the last ``decay`` share of the steps.
         weight_decay, beta2: of AdamW.
         clip: largest norm of the gradient.
         ema: decay of the averaged weights, which sampling uses.
-        precision: "float32" or "bfloat16" (autocast).
+        precision: "float32" or "bfloat16" (autocast; weights, moments and the average stay float32).
+        compile: compile the network and its loss (torch.compile): a minute or more at the start, faster steps after it.
         seed: of initialisation, data order and noise.
         workers: processes that load data; 0 loads in the training process.
         log_every: steps between reports.
@@ -126,17 +129,29 @@ class TrainingConfig:
     accumulate: int = field(default=1, validator=ge(1))
     learning_rate: float = field(default=2e-3, validator=gt(0.0))
     warmup: int = field(default=200, validator=ge(0))
+    schedule: Literal["cosine", "constant", "wsd"] = field(
+        default="cosine", validator=in_(("cosine", "constant", "wsd"))
+    )
+    decay: float = field(default=0.2, validator=and_(gt(0.0), le(1.0)))
     weight_decay: float = field(default=0.01, validator=ge(0.0))
     beta2: float = field(default=0.99, validator=and_(gt(0.0), lt(1.0)))
     clip: float = field(default=1.0, validator=gt(0.0))
     ema: float = field(default=0.998, validator=_share)
     precision: Literal["float32", "bfloat16"] = field(default="float32", validator=in_(("float32", "bfloat16")))
+    compile: bool = False
     seed: int = field(default=0, validator=ge(0))
     workers: int = field(default=0, validator=ge(0))
     log_every: int = field(default=50, validator=ge(1))
     checkpoint_every: int = field(default=1000, validator=ge(0))
     sample_every: int = field(default=1000, validator=ge(0))
     keep: int = field(default=2, validator=ge(1))
+
+    def __attrs_post_init__(self) -> None:
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size = {self.batch_size} cannot be shared out in accumulate = {self.accumulate} micro-batches; "
+                "give a multiple of it"
+            )
 
 
 @frozen
@@ -287,10 +302,12 @@ def resolved(experiment: Experiment, registry: Registry) -> dict[str, Any]:
     return unstructure(registry, experiment)
 
 
-_SESSION = tuple(f"training.{key}." for key in ("workers", "log_every", "checkpoint_every", "sample_every", "keep"))
+_SESSION = tuple(
+    f"training.{key}." for key in ("workers", "compile", "log_every", "checkpoint_every", "sample_every", "keep")
+)
 _NO_WEIGHTS = ("plugins.", "sampling.", "evaluation.", *_SESSION)
 """What a run's weights do not depend on."""
-_FIXED = tuple(f"training.{key}." for key in ("seed", "batch_size", "accumulate"))
+_FIXED = tuple(f"training.{key}." for key in ("seed", "batch_size"))
 """What decides, with the step, which samples and which noise come next: of a resumed run it may not change."""
 _RESUMABLE = ("plugins.", "sampling.", "evaluation.", "loss.", "training.")
 _TRAINED = ("data.", "sampling.", "evaluation.")

@@ -67,11 +67,14 @@ class Monitor:
             **progress.means,
             "learning_rate": progress.learning_rate,
             "gradient_norm": progress.norm,
+            "skipped_steps": progress.skipped,
             "iterations_per_second": rate,
         }
         for name, value in scalars.items():
             self._writer.add_scalar(f"train/{name}", value, progress.step)
         loss = describe(progress.means, self._trainer.experiment.loss)
+        if progress.skipped:
+            loss += f"  ({progress.skipped} steps left out: their gradient was not finite)"
         self._bar.update(self._task, completed=progress.step, rate=f"{rate:.1f}", loss=loss)
         total = self._trainer.config.steps
         now = time.monotonic()

@@ -45,9 +45,13 @@ class ConditioningConfig:
         batch: int,
         size: tuple[int, int],
         generator: torch.Generator | None = None,
+        part: slice = slice(None),
     ) -> Tensor:
         """Visibility ``[batch, N, h, w]`` of 0 and 1, on the CPU: maps of this size if any may be seen in part, else
         h = w = 1.
+
+        Args:
+            part: of the batch, whose rows are returned: they do not depend on it.
 
         Raises:
             ValueError: if ``subsets`` names a modality that is not there.
@@ -64,15 +68,17 @@ class ConditioningConfig:
             single = F.one_hot((rand(batch) * n).long(), n).bool()
             whole = torch.where(rand(batch, 1) < self.singleton, single, coins)
         whole &= rand(batch, 1) < self.observed
-        visible = whole.float()[:, :, None, None]
+        visible = whole.float()[part, :, None, None]
         places = [i for i, s in enumerate(spatial) if s]
         if places and self.partial > 0:
-            visible = visible.expand(batch, n, *size).clone()
+            visible = visible.expand(-1, n, *size).clone()
             chosen = torch.tensor(places)[(rand(batch) * len(places)).long()]
             rows = (rand(batch) < self.partial).nonzero()[:, 0]
             low, high = self.hidden_share
-            share = low + (high - low) * rand(len(rows))
-            visible[rows, chosen[rows]] = random_holes(share, size, generator)
+            holes = random_holes(low + (high - low) * rand(len(rows)), size, generator)
+            start, stop, _ = part.indices(batch)
+            mine = (rows >= start) & (rows < stop)
+            visible[rows[mine] - start, chosen[rows[mine]]] = holes[mine]
         return visible
 
     def _explicit(self, names: Sequence[str], batch: int, generator: torch.Generator | None) -> Tensor:

@@ -1,15 +1,16 @@
 """Training: one loop, on one process or many, that continues exactly where it was interrupted.
 
-All randomness of a step is a function of the seed, the step and the rank, so the state to restore is the step itself.
+All randomness of a step is a function of the seed, the step and the place of each sample in its batch, so the state to
+restore is the step itself, and the number of processes and of micro-batches changes nothing but the order of sums
+(dropout apart, which draws where it runs). Between reports the training process never waits for the device.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
@@ -17,20 +18,19 @@ import torch
 from accelerate import Accelerator
 from attrs import frozen
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
-from mtdiffusion import LossTerms, LossWeights, MultimodalDiffusion, composite_loss
+from mtdiffusion import Draws, LossWeights, MultimodalDiffusion, composite_loss
 from mtdiffusion.process import terminal_warning
 from mtdiffusion_engine import checkpoint as ckpt
 from mtdiffusion_engine.augmentation import Augmentation
+from mtdiffusion_engine.chance import StepChance
 from mtdiffusion_engine.checks import check_held_out
-from mtdiffusion_engine.data import Batch, StepSampler, derive_seed, load_data, training_batches
+from mtdiffusion_engine.data import Batch, StepSampler, derive_seed, load_data, pinned_ahead, training_batches
 from mtdiffusion_engine.environment import ignored_variables, without_training_variables
 from mtdiffusion_engine.experiment import (
     PLUGINS_FILE,
     Changes,
     Experiment,
-    TrainingConfig,
     build_model,
     choose_device,
     origins,
@@ -39,26 +39,36 @@ from mtdiffusion_engine.experiment import (
     with_absolute_paths,
 )
 from mtdiffusion_engine.interrupt import Terminated, deferred_interrupt
+from mtdiffusion_engine.optimisation import Average, SkippedSteps, adamw, learning_rate, step_if_finite
 from mtdiffusion_registry import Registry, UserError
 from mtdiffusion_registry.config import dump_toml, load_toml
 
+PATIENCE = 10
+"""Steps in a row whose gradient is not finite, after which a training is given up."""
+VOTE_EVERY = 16
+"""Steps between the votes of several GPUs on whether to stop: a vote waits for the device."""
+
 
 class Diverged(UserError):
-    """The loss or its gradient is no longer finite."""
+    """The gradient is no longer finite."""
 
 
 class Objective(nn.Module):
-    """The composite loss as a module, so that distributed wrappers see one forward with every parameter in it."""
+    """The composite loss as a module, so that distributed wrappers see one forward with every parameter in it.
+
+    It returns the mean loss ``[]`` and, for a log, sums and counts by name (:meth:`LossTerms.sums`).
+    """
 
     def __init__(self, model: MultimodalDiffusion, weights: LossWeights) -> None:
         super().__init__()
         self.model = model
         self.weights = weights
 
-    def forward(self, batch: Batch, visible: Tensor, generator: torch.Generator) -> LossTerms:
-        return composite_loss(
-            self.model, batch.x, self.weights, visible=visible, presence=batch.presence, generator=generator
-        )
+    def forward(
+        self, x: Mapping[str, Tensor], presence: Tensor, visible: Tensor, draws: Draws
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        terms = composite_loss(self.model, x, self.weights, visible=visible, presence=presence, draws=draws)
+        return terms.total.mean(), terms.sums()
 
 
 @frozen
@@ -67,9 +77,10 @@ class Progress:
 
     Attributes:
         step: steps done.
-        means: loss terms by name, each the mean over all that was trained since the last report.
+        means: loss terms by name, each the mean over all that was trained since the last report and was finite.
         learning_rate: of this step.
         norm: the gradient's norm before clipping.
+        skipped: how many of the steps since the last report were left out, their gradient not being finite.
         seconds: since the start of this process's training.
     """
 
@@ -77,26 +88,8 @@ class Progress:
     means: dict[str, float]
     learning_rate: float
     norm: float
+    skipped: int
     seconds: float
-
-
-def learning_rate(config: TrainingConfig, step: int) -> float:
-    """Linear warm-up, then half a cosine to zero; of step 0, 1, ..."""
-    if step < config.warmup:
-        return config.learning_rate * (step + 1) / config.warmup
-    share = (step - config.warmup) / max(config.steps - config.warmup, 1)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
-
-
-def averaged(model: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of a model's weights, warmed up: decay min(decay, (1 + n)/(10 + n)) at update n."""
-
-    @torch.no_grad()
-    def update(average: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
-        n = float(count)
-        torch._foreach_lerp_(average, current, 1 - min(decay, (1 + n) / (10 + n)))
-
-    return AveragedModel(model, multi_avg_fn=update)  # type: ignore[arg-type]
 
 
 class Trainer:
@@ -154,28 +147,27 @@ class Trainer:
         self.data.verify()  # what does not fit is said before anything is written
         self.step = 0
         self._saved = -1
+        self._require_even_shares()
         held_out = check_held_out(experiment, self.model) if evaluated else []
         warnings = [*held_out, *ignored_variables(self.config, os.environ)]
         messages = [f"warning: {said}" for said in warnings]
         if warning := terminal_warning(self.model.process):
             messages.append(f"warning: {warning}")
         self.model.to(self.accelerator.device)
-        self.ema = averaged(self.model, self.config.ema).eval()
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=self.config.learning_rate,
-            betas=(0.9, self.config.beta2),
-            weight_decay=self.config.weight_decay,
-            fused=True,
-        )
+        self.ema = Average(self.model, self.config.ema)
+        self.optimizer = adamw(self.model, self.config)
+        self.chance = StepChance(self.model, experiment.conditioning, self.config.seed, self.config.batch_size)
         if resume and (checkpoints := ckpt.list_checkpoints(run)):
             messages += self._resume(checkpoints[-1])
         if changed:
             keys = (f"{key} from {old} to {new}" for key, (old, new) in changed.items())
             messages.append(f"changed since the last session: {'; '.join(keys)}")
         self.resolved = resolved(experiment, registry)
+        objective = Objective(self.model, experiment.loss)
+        if self.config.compile:
+            objective.compile(dynamic=False)
         with without_training_variables():
-            self.objective = self.accelerator.prepare_model(Objective(self.model, experiment.loss))
+            self.objective = self.accelerator.prepare_model(objective)
         self._made = None if resume or not self.main else not run.exists()
         if self.main:
             for message in messages:
@@ -237,18 +229,24 @@ class Trainer:
                 f"training.steps = {self.config.steps}: {self.run} has {self.step} steps already; give that number or "
                 "more"
             )
-        self.ema.n_averaged.fill_(int(state["ema_updates"]))
+        self.ema.updates = int(state["ema_updates"])
         self._origin = state.get("init_from")
-        said = []
-        now = {"processes": self.accelerator.num_processes, "samples": len(self.data)}
-        what = {"processes": "number of processes", "samples": "number of training samples"}
-        for key, count in now.items():
-            if state.get(key, count) != count:
-                said.append(
-                    f"the {what[key]} is {count}, at the last checkpoint it was {state[key]}: from here on other "
-                    "samples come next than if it had stayed"
-                )
-        return said
+        count = len(self.data)
+        if state.get("samples", count) == count:
+            return []
+        return [
+            f"the number of training samples is {count}, at the last checkpoint it was {state['samples']}: from here "
+            "on other samples come next than if it had stayed"
+        ]
+
+    def _require_even_shares(self) -> None:
+        config, processes = self.config, self.accelerator.num_processes
+        if config.batch_size % (config.accumulate * processes):
+            raise UserError(
+                f"training.batch_size = {config.batch_size} cannot be shared out to {processes} processes in "
+                f"training.accumulate = {config.accumulate} micro-batches; give a multiple of "
+                f"{config.accumulate * processes}"
+            )
 
     @property
     def main(self) -> bool:
@@ -258,7 +256,7 @@ class Trainer:
     @property
     def averaged_model(self) -> MultimodalDiffusion:
         """The model with averaged weights, which is for sampling."""
-        return self.ema.module  # type: ignore[return-value]
+        return self.ema.module
 
     def save(self) -> None:
         """Write a checkpoint of the present step, unless there is one (main process only)."""
@@ -272,9 +270,8 @@ class Trainer:
             optimizer=self.optimizer,
             # Data order and noise are functions of the seed and the step: with them the state is whole.
             state={
-                "ema_updates": int(self.ema.n_averaged),
+                "ema_updates": self.ema.updates,
                 "seed": self.config.seed,
-                "processes": self.accelerator.num_processes,
                 "samples": len(self.data),
                 "experiment": self.resolved,
                 **({"init_from": self._origin} if self._origin else {}),
@@ -296,7 +293,8 @@ class Trainer:
             on_sample: called with the step every ``training.sample_every`` steps, to show what the model does by then.
 
         Raises:
-            Diverged: if the loss is no longer finite; the last checkpoint from which one can go on stays.
+            Diverged: if the gradient was not finite in the last :data:`PATIENCE` steps, or in half of fewer; the last
+                checkpoint from which one can go on stays.
             KeyboardInterrupt: after Ctrl-C, once the step under way is done and a checkpoint is written; after SIGTERM
                 it is a :class:`Terminated`.
         """
@@ -304,26 +302,33 @@ class Trainer:
         started = time.monotonic()
         batches = self.batches(stop)
         told = Means(self.accelerator)
+        skipped, told_of = SkippedSteps(self.accelerator.device), 0
+        first = self.step
         self.model.train()
         with deferred_interrupt() as interrupted:
             while self.step < stop:
                 try:
-                    rate, norm = self.advance(batches, told)
+                    rate, norm = self.advance(batches, told, skipped)
                 except RuntimeError:
                     if not (reason := interrupted()):
                         raise
                     # A signal to the whole group ended the workers: without them this step cannot be, the last one can.
                     self.save()
                     raise reason from None
-                if self.step % self.config.log_every == 0 or self.step == stop:
-                    means = told.take()
+                if _due(self.step, self.config.log_every) or self.step == stop:
+                    every, _ = self._require_finite(skipped, told, first)
+                    seconds = time.monotonic() - started
+                    progress = Progress(self.step, told.take(), rate, float(norm), every - told_of, seconds)
+                    told_of = every
                     if on_progress and self.main:
-                        on_progress(Progress(self.step, means, rate, norm, time.monotonic() - started))
+                        on_progress(progress)
                 if on_sample and self.main and _due(self.step, self.config.sample_every):
                     on_sample(self.step)
                 reason = self._agree(interrupted())
                 if reason or self.step == stop or _due(self.step, self.config.checkpoint_every):
-                    self.save()
+                    _, streak = self._require_finite(skipped, told, first)
+                    if not streak or reason or self.step == stop:  # it may lead nowhere: keep those before
+                        self.save()
                 if reason:
                     raise reason
 
@@ -331,6 +336,8 @@ class Trainer:
         """Why to stop after this step, if any process is to: one that stopped alone would leave the others waiting."""
         if self.accelerator.num_processes == 1:
             return reason
+        if self.accelerator.device.type != "cpu" and not _due(self.step, VOTE_EVERY):
+            return None  # the others do not vote now either
         kinds = (Terminated, KeyboardInterrupt)
         votes = torch.tensor([float(reason is kind) for kind in kinds], device=self.accelerator.device)
         votes = self.accelerator.reduce(votes, "sum")
@@ -338,62 +345,75 @@ class Trainer:
 
     def batches(self, stop: int) -> Iterator[Batch]:
         """This process's micro-batches from the present step up to another, in their order."""
-        micro, accelerator = self.config.accumulate, self.accelerator
-        sampler = StepSampler(
+        batches = training_batches(self.data, self._sampler(self.step, stop), self.config.workers, self.augmentation)
+        return pinned_ahead(batches) if self.accelerator.device.type == "cuda" else batches
+
+    def _sampler(self, start: int, stop: int) -> StepSampler:
+        config, accelerator = self.config, self.accelerator
+        return StepSampler(
             len(self.data),
-            self.config.batch_size,
-            self.config.seed,
-            self.step * micro,
-            stop * micro,
+            config.batch_size,
+            config.seed,
+            start,
+            stop,
+            config.accumulate,
             accelerator.process_index,
             accelerator.num_processes,
         )
-        return training_batches(self.data, sampler, self.config.workers, self.augmentation)
 
-    def advance(self, batches: Iterator[Batch], told: Means) -> tuple[float, float]:
-        """One optimizer step; its loss terms go to ``told``.
+    def advance(self, batches: Iterator[Batch], told: Means, skipped: SkippedSteps) -> tuple[float, Tensor]:
+        """One optimizer step; its loss terms go to ``told``, and to ``skipped`` whether its gradient was not finite, in
+        which case the weights stay as they are.
 
         Returns:
-            The learning rate and the gradient's norm before clipping.
-
-        Raises:
-            Diverged: if one of the two, loss and norm, is not finite.
+            The learning rate, and the gradient's norm ``[]`` before clipping, on the device.
         """
         rate = learning_rate(self.config, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        micro, device = self.config.accumulate, self.accelerator.device
-        for part in range(micro):
-            generator = self._generator(part)
+        parts, device, sampler = self.config.accumulate, self.accelerator.device, self._sampler(self.step, self.step)
+        for part in range(parts):
             batch: Batch = next(batches)
-            visible = self._draw_visible(batch, generator)
-            sync = part == micro - 1
-            gradients = nullcontext() if sync else self.accelerator.no_sync(self.objective)
-            with gradients:
+            place = sampler.place(part)
+            torch.manual_seed(derive_seed(self.config.seed, self.step, place, 0))  # of dropout
+            visible, draws = self.chance.draw(self.step, place, len(batch.presence))
+            visible, draws = _to(device, visible), Draws(*(_to(device, each) for each in draws))
+            batch = batch.to(device)
+            last = part == parts - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.objective):
                 with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-                    terms: LossTerms = self.objective(batch.to(device), visible, generator)
-                told.add(terms)
-                loss = terms.total.mean() / micro
-                self._require_finite("loss", loss.item())
-                self.accelerator.backward(loss)
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip))
-        self._require_finite("norm of its gradient", norm)
-        self.optimizer.step()
+                    loss, sums = self.objective(batch.x, batch.presence, visible, draws)
+                told.add(sums)
+                self.accelerator.backward(loss / parts)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        skipped.add(step_if_finite(self.optimizer, norm))
         self.step += 1
-        self.ema.update_parameters(self.model)
+        self.ema.update(self.model)
         return rate, norm
 
-    def _require_finite(self, what: str, value: float) -> None:
-        if math.isfinite(value):
-            return
-        message = f"training diverged: the {what} is {value} at step {self.step + 1}. "
-        if self.step and self._saved == self.step:
-            # The next step's samples and noise follow from the seed and the step: it would fail like this each time.
-            if self.main:
-                ckpt.set_aside(self.run / "checkpoints" / ckpt.name_of(self.step))
-            message += f"Its checkpoint of step {self.step} leads nowhere else and is none any more (*{ckpt.ASIDE}). "
-        elif self.step == 0 and self._origin:
+    def _require_finite(self, skipped: SkippedSteps, told: Means, first: int) -> tuple[int, int]:
+        """How many steps were left out since step ``first``, and how many of them just now in a row, if that is not too
+        many."""
+        every, streak = skipped.read()
+        if streak < min(PATIENCE, max((self.step - first) // 2, 1)):
+            return every, streak
+        start = self.step - streak
+        named = ", ".join(told.not_finite()) or "the gradient alone"
+        message = (
+            f"training diverged: from step {start + 1} on no gradient was finite, {streak} steps in a row (not finite "
+            f"among the loss terms: {named}). "
+        )
+        # The next steps' samples and noise follow from the seed and the step: from there it would fail like this again.
+        useless = [at for at in map(ckpt.step_of, ckpt.list_checkpoints(self.run)) if at and at >= start]
+        self.accelerator.wait_for_everyone()
+        if useless:
+            for at in useless if self.main else ():
+                ckpt.set_aside(self.run / "checkpoints" / ckpt.name_of(at))
+            message += (
+                f"Its checkpoints from step {useless[0]} on lead nowhere else and are none any more (*{ckpt.ASIDE}). "
+            )
+        elif start == 0 and self._origin:
             raise Diverged(
                 f"{message}It started from {self._origin['run']}, whose weights do not suit these data: check the "
                 "data, or start a new run without --init-from."
@@ -406,36 +426,46 @@ class Trainer:
             "lower training.clip); if that does not help, check the data."
         )
 
-    def _generator(self, part: int) -> torch.Generator:
-        seed = derive_seed(self.config.seed, self.step, part, self.accelerator.process_index)
-        torch.manual_seed(seed)  # dropout draws from the global generator
-        return torch.Generator().manual_seed(seed)
-
-    def _draw_visible(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        latent = self.model.layout.latent
-        visible = self.experiment.conditioning.draw(
-            self.model.names, self.model.spatial, len(batch.presence), (latent.height, latent.width), generator
-        )
-        return visible.to(self.accelerator.device)
-
 
 class Means:
-    """Loss terms, averaged over all processes and all that was trained since they were taken last."""
+    """Loss terms, averaged over all processes and all that was trained since they were taken last.
+
+    What is not finite is counted apart.
+    """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
-        self._sums: dict[str, Tensor] = {}
+        self._names: list[str] = []
+        self._table: Tensor | None = None  # by name: sum, count, batches of which it was not finite
 
-    def add(self, terms: LossTerms) -> None:
-        for name, pair in terms.sums().items():
-            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+    def add(self, sums: Mapping[str, Tensor]) -> None:
+        self._names = list(sums)
+        pairs = torch.stack(list(sums.values()))
+        finite = pairs.isfinite().all(1, keepdim=True)
+        row = torch.cat([torch.where(finite, pairs, 0), (~finite).to(pairs.dtype)], 1)
+        self._table = row if self._table is None else self._table + row
 
     def take(self) -> dict[str, float]:
         """Means by name; those of which nothing was counted are left out."""
-        table = self._accelerator.reduce(torch.stack(list(self._sums.values())), "sum").tolist()
-        means = {name: total / count for name, (total, count) in zip(self._sums, table, strict=True) if count > 0}
-        self._sums.clear()
-        return means
+        table = self._reduced()
+        self._table = None
+        return {name: total / count for name, (total, count, _) in table.items() if count > 0}
+
+    def not_finite(self) -> list[str]:
+        """The names of terms that were not finite in some batch."""
+        return [name for name, (_, __, wrong) in self._reduced().items() if wrong > 0]
+
+    def _reduced(self) -> dict[str, list[float]]:
+        if self._table is None:
+            return {}
+        return dict(zip(self._names, self._accelerator.reduce(self._table, "sum").tolist(), strict=True))
+
+
+def _to(device: torch.device, tensor: Tensor) -> Tensor:
+    """A tensor on a device; a copy to a GPU is not waited for."""
+    if tensor.device == device or device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _due(step: int, every: int) -> bool:

@@ -64,12 +64,16 @@ class TokenEncoder(Encoder):
 
     def code(self, probabilities: Tensor) -> Tensor:
         """The mean code ``[B, c, H, W]`` of marginal token probabilities ``[B, length, tokens]``."""
+        return self._placed(probabilities @ self.codes)
+
+    def _placed(self, codes: Tensor) -> Tensor:
+        """Codes of the positions ``[B, length, places · c]``, laid out in the latent."""
         c, h, w = self.latent.shape
-        runs = (probabilities @ self.codes).reshape(-1, self.length * self.places, c)
+        runs = codes.reshape(-1, self.length * self.places, c)
         return F.pad(runs, (0, 0, 0, h * w - runs.shape[1])).transpose(1, 2).reshape(-1, c, h, w)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.code(F.one_hot(x, len(self.codes)).to(self.codes.dtype))
+        return self._placed(F.embedding(x, self.codes))
 
     def readout(self, z: Tensor) -> Tensor:
         runs = z.flatten(2).transpose(1, 2)[:, : self.length * self.places]

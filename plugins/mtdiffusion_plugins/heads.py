@@ -113,7 +113,11 @@ class VectorEncoder(Encoder):
 
     def vector_code(self, vector: Tensor) -> Tensor:
         """The code ``[B, c, H, W]`` of a vector ``[B, D]``."""
-        return (vector @ self.directions * math.sqrt(self.latent.numel)).reshape(-1, *self.latent.shape)
+        return self.placed(vector @ self.directions)
+
+    def placed(self, direction: Tensor) -> Tensor:
+        """The code ``[B, c, H, W]`` of a unit direction ``[B, c·H·W]``."""
+        return (direction * math.sqrt(self.latent.numel)).reshape(-1, *self.latent.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.vector_code(x)

@@ -31,7 +31,7 @@ class LabelEncoder(VectorEncoder):
     """Class k has code √n · q_k, with orthonormal q_k."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.vector_code(F.one_hot(x, self.readout_dim).to(self.directions.dtype))
+        return self.placed(F.embedding(x, self.directions))
 
 
 class CategoricalDecoder(Decoder):

@@ -55,14 +55,17 @@ class MaskEncoder(Encoder):
 
     def code(self, probabilities: Tensor) -> Tensor:
         """The expected code of class probabilities ``[B, h, w, K]``."""
-        points = (probabilities @ self.corners.to(probabilities.dtype)).permute(0, 3, 1, 2)
-        return F.pad(F.pixel_unshuffle(points, self.patch), (0, 0, 0, 0, 0, self.spare))
+        return self._placed(probabilities @ self.corners.to(probabilities.dtype))
+
+    def _placed(self, points: Tensor) -> Tensor:
+        """A point of each pixel ``[B, h, w, K − 1]``, laid out in the latent."""
+        return F.pad(F.pixel_unshuffle(points.permute(0, 3, 1, 2), self.patch), (0, 0, 0, 0, 0, self.spare))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.ignore is None:
-            return self.code(F.one_hot(x, len(self.corners)).to(self.corners.dtype))
+            return self._placed(F.embedding(x, self.corners))
         counts = x != self.ignore
-        return self.code(F.one_hot(x * counts, len(self.corners)).to(self.corners.dtype) * counts[..., None])
+        return self._placed(F.embedding(x * counts, self.corners) * counts[..., None])
 
     def known(self, x: Tensor) -> Tensor | None:
         if self.ignore is None:

@@ -81,7 +81,7 @@ def batches(world: int, workers: int = 0) -> list[Tensor]:
     found = data()
     augmented = Augmentation.of(EVERYTHING, found.modalities)
     ranks = [
-        list(training_batches(found, StepSampler(12, 8 // world, 5, 0, 3, rank, world), workers, augmented))
+        list(training_batches(found, StepSampler(12, 8, 5, 0, 3, 1, rank, world), workers, augmented))
         for rank in range(world)
     ]
     return [torch.cat([batch.x["image"] for batch in step]) for step in zip(*ranks, strict=True)]

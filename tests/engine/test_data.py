@@ -22,16 +22,18 @@ def toy_data(lacking: str = "", count: int = 11) -> ModalityData:
 # --- order ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_every_sample_comes_once_an_epoch(world: int) -> None:
-    size, batch, micros = 10, 4, 15
-    ranks = [list(StepSampler(size, batch, 0, 0, micros, rank, world)) for rank in range(world)]
+@pytest.mark.parametrize(("world", "parts"), [(1, 1), (2, 1), (3, 2), (1, 4)])
+def test_every_sample_comes_once_an_epoch_in_one_order_however_a_step_is_shared_out(world: int, parts: int) -> None:
+    size, batch, steps = 10, 12, 15
+    ranks = [list(StepSampler(size, batch, 0, 0, steps, parts, rank, world)) for rank in range(world)]
     # Ranks take turns, so what all of them saw by a given step is a whole stretch of the epochs.
     turns = [turn for both in zip(*ranks, strict=True) for turn in both]
     order = [index for turn in turns for index in turn.indices]
-    assert [turn.first for turn in turns] == list(range(0, len(order), batch))
+    assert [turn.first for turn in turns] == list(range(0, len(order), batch // (parts * world)))
+    alone = [index for turn in StepSampler(size, batch, 0, 0, steps) for index in turn.indices]
+    assert order == alone
     epochs = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
-    assert len(epochs) == batch * micros * world // size
+    assert len(epochs) == batch * steps // size
     assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
     assert epochs[0] != epochs[1]
 
@@ -42,6 +44,7 @@ def test_order_continues_from_any_step_and_follows_from_the_seed() -> None:
         assert list(StepSampler(7, 3, 5, start, 12)) == whole[start:]
     assert list(StepSampler(7, 3, 6, 0, 12)) != whole
     assert len(StepSampler(7, 3, 5, 4, 12)) == 8
+    assert len(StepSampler(7, 4, 5, 4, 12, parts=2)) == 16
 
 
 def test_seeds_are_distinct_and_stay_what_they_are() -> None:

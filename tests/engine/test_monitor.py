@@ -49,7 +49,7 @@ def test_tensorboard_has_scalars_and_sample_grids(tiny_run: Path) -> None:
     events = EventAccumulator(str(tiny_run / "tensorboard")).Reload()
     tags = events.Tags()
     terms = {"loss", *(f"l2/{name}" for name in ("image", "mask", "label"))}  # the others have no weight
-    others = {"learning_rate", "gradient_norm", "iterations_per_second"}
+    others = {"learning_rate", "gradient_norm", "skipped_steps", "iterations_per_second"}
     assert set(tags["scalars"]) == {f"train/{name}" for name in terms | others}
     assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6, 8, 10]
     assert tags["images"] == ["samples"]

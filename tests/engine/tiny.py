@@ -75,7 +75,7 @@ steps = 20
 
 [training]
 steps = 10
-batch_size = 4
+batch_size = 8
 accumulate = 2
 warmup = 2
 log_every = 1

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from mtdiffusion import (
     DiffusionProcess,
+    Draws,
     Features,
     FeatureSpec,
     LatentSpec,
@@ -288,7 +289,8 @@ def test_the_code_of_void_is_the_middle_and_no_term_of_the_loss_asks_for_it() ->
             decoder = model.modality("mask").decoder
             handle = decoder.register_forward_hook(lambda _, __, out, b=bias: {"logits": out["logits"] + b})
             weights = LossWeights(l0=1, l1=1, l2=1, l3=1, l1_time=l1_time)
-            loss = composite_loss(model, {"mask": x}, weights, generator=torch.Generator().manual_seed(1))
+            draws = Draws.of(model, len(x), torch.Generator().manual_seed(1))
+            loss = composite_loss(model, {"mask": x}, weights, draws=draws)
             losses.append(loss.total)
             handle.remove()
         torch.testing.assert_close(losses[0], losses[1])

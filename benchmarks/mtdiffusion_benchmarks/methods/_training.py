@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 import attrs
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mtdiffusion_benchmarks.interfaces import Cost, Curve, Diverged, Problem
@@ -26,7 +25,7 @@ from mtdiffusion_engine.augmentation import Augmentation
 from mtdiffusion_engine.data import Batch, StepSampler, derive_seed, training_batches
 from mtdiffusion_engine.experiment import TrainingConfig, require_same, resolved
 from mtdiffusion_engine.interrupt import deferred_interrupt
-from mtdiffusion_engine.trainer import averaged, learning_rate
+from mtdiffusion_engine.optimisation import Average, adamw, learning_rate
 from mtdiffusion_registry import MethodConfig, UserError
 from mtdiffusion_registry.config import dump_toml
 
@@ -42,7 +41,7 @@ class _State:
     """All that an interrupted training needs."""
 
     module: nn.Module
-    ema: AveragedModel
+    ema: Average[nn.Module]
     optimizer: torch.optim.Optimizer
     step: int = 0
     seconds: float = 0.0
@@ -52,7 +51,7 @@ class _State:
     def save(self, folder: Path, keep: int, method: Mapping[str, Any]) -> None:
         state = {
             "method": method,
-            "ema_updates": int(self.ema.n_averaged),
+            "ema_updates": self.ema.updates,
             "train_seconds": self.seconds,
             "flops_per_step": self.flops,
             "curve": self.curve.points,
@@ -70,7 +69,7 @@ class _State:
         ckpt.load_weights(self.module, checkpoint / "model.safetensors")
         ckpt.load_weights(self.ema.module, checkpoint / "ema.safetensors")
         ckpt.load_optimizer(self.optimizer, checkpoint / "optimizer.safetensors")
-        self.ema.n_averaged.fill_(int(state["ema_updates"]))
+        self.ema.updates = int(state["ema_updates"])
         self.step, self.seconds = int(state["step"]), float(state["train_seconds"])
         self.flops = int(state["flops_per_step"])
         self.curve = Curve(state["curve"])
@@ -103,14 +102,7 @@ def fit_module(
     config, folder = problem.experiment.training, problem.folder
     device = torch.device(problem.device)
     module.to(device).train()
-    optimizer = torch.optim.AdamW(
-        module.parameters(),
-        lr=config.learning_rate,
-        betas=(0.9, config.beta2),
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-    state = _State(module, averaged(module, config.ema).eval(), optimizer)
+    state = _State(module, Average(module, config.ema), adamw(module, config))
     identity = {"kind": method.kind, **_plain(attrs.asdict(method))}
     if checkpoints := ckpt.list_checkpoints(folder):
         require_same(problem.experiment, folder, problem.registry)
@@ -122,7 +114,7 @@ def fit_module(
         _train(problem, identity, module, loss, state)
     cost = Cost(
         steps=config.steps,
-        batch_size=config.batch_size * config.accumulate,
+        batch_size=config.batch_size,
         parameters=sum(p.numel() for p in module.parameters() if p.requires_grad),
         train_seconds=state.seconds,
         flops_per_step=state.flops,
@@ -133,8 +125,8 @@ def fit_module(
 def _train(problem: Problem, method: Mapping[str, Any], module: M, loss: Loss[M], state: _State) -> None:
     config, folder, device = problem.experiment.training, problem.folder, torch.device(problem.device)
     every = min(config.checkpoint_every or CHECKPOINT_EVERY, CHECKPOINT_EVERY)
-    micro = config.accumulate
-    sampler = StepSampler(len(problem.train), config.batch_size, config.seed, state.step * micro, config.steps * micro)
+    size = len(problem.train)
+    sampler = StepSampler(size, config.batch_size, config.seed, state.step, config.steps, config.accumulate)
     augmentation = Augmentation.of(problem.experiment.augmentation, problem.train.modalities)  # as the trainer's
     batches = training_batches(problem.train, sampler, config.workers, augmentation)
     started = time.monotonic() - state.seconds
@@ -148,7 +140,7 @@ def _train(problem: Problem, method: Mapping[str, Any], module: M, loss: Loss[M]
             _require_finite(problem, "norm of its gradient", norm, state.step)
             state.optimizer.step()
             state.step += 1
-            state.ema.update_parameters(module)
+            state.ema.update(module)
             state.seconds = time.monotonic() - started
             last = state.step == config.steps
             if last or state.step % config.log_every == 0:
@@ -187,7 +179,7 @@ def count_flops(problem: Problem, module: M, loss: Loss[M]) -> int:
         with _precision(config, device):
             terms = loss(clone, batch, torch.Generator().manual_seed(0))
         terms["loss"].backward()  # type: ignore[no-untyped-call]
-    return counter.get_total_flops() * config.accumulate
+    return counter.get_total_flops()
 
 
 def _own_randomness(device: torch.device) -> AbstractContextManager[None]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from mtdiffusion import MultimodalDiffusion, SamplerSettings, composite_loss, read_out, sample, variational_bound
+from mtdiffusion import Draws, MultimodalDiffusion, SamplerSettings, composite_loss, read_out, sample, variational_bound
 from mtdiffusion_benchmarks.interfaces import Cost, Curve, Fitted, Problem
 from mtdiffusion_benchmarks.profile import said_of
 from mtdiffusion_engine.checkpoint import read_json, write_json
@@ -109,9 +109,8 @@ def count_flops(experiment: Experiment, data: ModalityData, device: str = "cpu")
     visible = experiment.conditioning.draw(model.names, model.spatial, len(batch.presence), size, generator)
     visible = visible.to(device)
     with FlopCounterMode(display=False) as counter:
-        terms = composite_loss(
-            model, batch.x, experiment.loss, visible=visible, presence=batch.presence, generator=generator
-        )
+        draws = Draws.of(model, len(batch.presence), generator)
+        terms = composite_loss(model, batch.x, experiment.loss, visible=visible, presence=batch.presence, draws=draws)
         terms.total.mean().backward()  # type: ignore[no-untyped-call]
     return counter.get_total_flops()
 
@@ -145,10 +144,10 @@ def train(problem: Problem, experiment: Experiment, asked: Query | None = None) 
         trainer.train(note)
     cost = Cost(
         steps=experiment.training.steps,
-        batch_size=experiment.training.batch_size * experiment.training.accumulate,
+        batch_size=experiment.training.batch_size,
         parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         train_seconds=curve.points[-1]["seconds"],
-        flops_per_step=count_flops(experiment, trainer.data, problem.device) * experiment.training.accumulate,
+        flops_per_step=count_flops(experiment, trainer.data, problem.device),
     )
     run = load_run(folder, device=problem.device, registry=problem.registry)
     return Diffusion(run.model, experiment, cost, curve.points, asked)

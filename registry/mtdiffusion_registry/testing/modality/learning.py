@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtdiffusion.interfaces import Features
 from mtdiffusion.layout import OwnLayout
-from mtdiffusion.loss import LossWeights, composite_loss
+from mtdiffusion.loss import Draws, LossWeights, composite_loss
 from mtdiffusion.model import MultimodalDiffusion
 from mtdiffusion.process import DiffusionProcess
 from mtdiffusion.retention import Retention
@@ -109,7 +109,7 @@ def missing(subject: ModalitySubject) -> None:
         batch,
         LossWeights(l0=1.0, l1=1.0, l2=1.0, l3=1.0),
         presence=torch.stack([there, torch.ones(3)], 1),
-        generator=torch.Generator().manual_seed(0),
+        draws=Draws.of(model, 3, torch.Generator().manual_seed(0)),
     )
     fix = "look for a division, logarithm or root that its placeholder makes infinite in the objective"
     require(
@@ -143,7 +143,8 @@ def learns(subject: ModalitySubject) -> None:
     visible = shown[:, :, None, None]
     thrice = {name: torch.cat([value] * 3) for name, value in batch.items()}
     for _ in range(MODEL_STEPS):
-        loss = composite_loss(model, thrice, visible=visible, generator=generator).total.mean()
+        draws = Draws.of(model, 3 * n, generator)
+        loss = composite_loss(model, thrice, visible=visible, draws=draws).total.mean()
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()

@@ -1,0 +1,94 @@
+"""What an optimizer step takes besides the gradient: the learning rate, the average of the weights, and what is done
+where the gradient is not finite. None of it waits for the device."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from mtdiffusion_engine.experiment import TrainingConfig
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def learning_rate(config: TrainingConfig, step: int) -> float:
+    """Of step 0, 1, ...: a linear warm-up to the peak, then as ``config.schedule`` says."""
+    if step < config.warmup:
+        return config.learning_rate * (step + 1) / config.warmup
+    done = min((step - config.warmup) / max(config.steps - config.warmup, 1), 1.0)
+    if config.schedule == "constant":
+        return config.learning_rate
+    if config.schedule == "wsd":
+        return config.learning_rate * min((1 - done) / config.decay, 1.0)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def adamw(module: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019) as configured, its step one kernel that :func:`step_if_finite` can skip."""
+    return torch.optim.AdamW(
+        module.parameters(),
+        lr=config.learning_rate,
+        betas=(0.9, config.beta2),
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> Tensor:
+    """One step of a fused optimizer unless its gradient's norm ``[]`` is not finite: 1 if it was skipped, else 0.
+
+    The decision is made on the device, as a gradient scaler's is: neither weights nor moments change.
+    """
+    skipped = (~norm.isfinite()).float()
+    optimizer.found_inf = skipped  # type: ignore[attr-defined]
+    optimizer.step()
+    return skipped
+
+
+class Average(Generic[M]):
+    """An exponential moving average of a module's weights, warmed up: decay min(decay, (1 + n)/(10 + n)) at update n.
+
+    Attributes:
+        module: the average, in evaluation mode; its buffers are those of the module at the last update.
+        updates: how many there were.
+    """
+
+    def __init__(self, module: M, decay: float) -> None:
+        self.module = copy.deepcopy(module).requires_grad_(False).eval()
+        self.updates = 0
+        self._decay = decay
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Take in the module's present weights."""
+        ours: list[Tensor] = list(self.module.parameters())
+        theirs: list[Tensor] = list(module.parameters())
+        if self.updates == 0:
+            torch._foreach_copy_(ours, theirs)
+        else:
+            torch._foreach_lerp_(ours, theirs, 1 - min(self._decay, (1 + self.updates) / (10 + self.updates)))
+        if buffers := list(self.module.buffers()):
+            torch._foreach_copy_(buffers, list(module.buffers()))
+        self.updates += 1
+
+
+class SkippedSteps:
+    """Counts steps that were skipped, on the device, until someone asks."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._all = torch.zeros((), device=device)
+        self._streak = torch.zeros((), device=device)
+
+    def add(self, skipped: Tensor) -> None:
+        """Take in a step's: 1 if it was skipped, else 0."""
+        self._all += skipped
+        self._streak = (self._streak + 1) * skipped
+
+    def read(self) -> tuple[int, int]:
+        """How many were skipped, and how many of them are the last in a row. Waits for the device."""
+        every, streak = torch.stack([self._all, self._streak]).tolist()
+        return int(every), int(streak)
