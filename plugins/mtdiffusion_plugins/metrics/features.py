@@ -19,6 +19,7 @@ from mtdiffusion_registry.configs import EvaluatorConfig
 from mtdiffusion_registry.errors import UserError
 from mtdiffusion_registry.evaluation import Evaluator
 from mtdiffusion_registry.hookspecs import hookimpl
+from mtdiffusion_registry.pace import Pace
 
 MTDIFFUSION_API = 1
 
@@ -65,8 +66,12 @@ class FeatureDistances(Evaluator):
     @torch.no_grad()
     def _features(self, x: Tensor) -> Tensor:
         """Of pictures ``[B, C, h, w]`` in [−1, 1]; the extractor takes bytes, and enlarges them itself."""
-        parts = torch.split(((x.cpu() + 1) * 127.5).round().clamp(0, 255).byte().expand(-1, 3, -1, -1), 32)
-        return torch.cat([self.extractor(part)[0] for part in parts])
+        features, pace = [], Pace(f"inception's features of {self.input}", len(x))
+        for start in range(0, len(x), 32):
+            pictures = ((x[start : start + 32].cpu() + 1) * 127.5).round().clamp(0, 255).byte()
+            features.append(self.extractor(pictures.expand(-1, 3, -1, -1))[0])
+            pace.tell(start + len(pictures))
+        return torch.cat(features)
 
     def conditional(
         self, target: str, generated: Mapping[str, Tensor], truth: Mapping[str, Tensor]
