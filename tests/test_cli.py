@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import shutil
 import signal
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -657,6 +659,73 @@ def test_evaluate_writes_and_prints_the_metrics(cli: Cli, copy: Path) -> None:
         assert part in result.out
     cli("evaluate", copy, "--samples", 6, "--steps", 1, "--device", "cpu")
     assert json.loads((copy / "metrics.json").read_text()) == metrics
+
+
+def test_evaluate_measures_what_is_chosen(cli: Cli, copy: Path) -> None:
+    quick = ("--steps", 1, "--device", "cpu", "--samples", "all")
+    result = cli("evaluate", copy, "--only", "mask|label + image", "joint", *quick)
+    assert result.code == 0, result.err
+    metrics = json.loads((copy / "metrics.json").read_text())
+    assert {key.partition("/")[0] for key in metrics} == {"mask|image+label", "joint"}
+    assert metrics["joint/samples"] == 360  # all that there are; the run says 8
+    chosen = 'evaluation.conditionals=["label|image"]'
+    assert cli("evaluate", copy, "--steps", 1, "--device", "cpu", "--set", chosen).code == 0
+    metrics = json.loads((copy / "metrics.json").read_text())
+    assert {key.partition("/")[0] for key in metrics} == {"label|image"} and metrics["label|image/samples"] == 8
+    before = contents(copy)
+    error = cli("evaluate", copy, "--only", "label|imge").error
+    assert 'cannot measure "label|imge": no modality is named imge; did you mean "image"? (there are real, ' in error
+    assert "mask|image" in error
+    error = cli("evaluate", copy, "--samples", "some").error
+    assert "argument --samples: invalid positive integer or \"all\" value: 'some'" in error
+    assert contents(copy) == before
+
+
+@pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_evaluation_that_is_stopped_keeps_what_it_has_and_goes_on_with_the_rest(
+    cli: Cli, copy: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, status: int
+) -> None:
+    from mtdiffusion_engine import evaluation
+
+    command = ("evaluate", copy, "--device", "cpu")
+    assert cli(*command).code == 0
+    whole = (copy / "metrics.json").read_bytes()
+    draw, calls = evaluation.joint_draw, []
+
+    def interrupt(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            signal.raise_signal(number)
+        return draw(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "joint_draw", interrupt)
+        result = cli(*command)
+    assert result.code == status
+    assert "Traceback" not in result.err
+    partial = copy / "metrics.partial.json"
+    missing = "joint samples, draw 2, joint samples, draw 3, the bound"
+    assert f"mtdiffusion: stopped; what is measured is kept in {partial} (real data, given image, " in result.err
+    assert f"missing are {missing}. The same command goes on with those" in result.err
+    stored = json.loads(partial.read_text())
+    assert stored["partial"] is True and ", ".join(stored["missing"]) == missing
+    assert (copy / "metrics.json").read_bytes() == whole  # of the evaluation before, which was whole
+    (copy / "metrics.json").unlink()
+    result = cli(*command)
+    assert result.code == 0
+    assert "going on with an evaluation that was stopped: real data, given image, " in result.err
+    assert "evaluating: given image" not in result.err and "evaluating: joint samples, draw 2" in result.err
+    assert (copy / "metrics.json").read_bytes() == whole
+    assert not partial.exists()
+
+
+def test_evaluate_and_gallery_say_how_far_they_are(cli: Cli, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mtdiffusion_registry.pace._EVERY", -1.0)
+    said = cli("evaluate", copy, "--device", "cpu", "--set", "evaluation.batch_size=3").err
+    for what in ("given image", "joint samples, draw 1", "the bound"):
+        assert re.search(rf"^evaluating: {what}: 6 of 8, 0:\d\d left$", said, re.M), said
+    assert re.search(r"^drawing the gallery: 5 of 6, ", cli("gallery", copy, "--device", "cpu").err, re.M)
 
 
 def test_gallery_draws_a_picture(cli: Cli, copy: Path, tmp_path: Path) -> None:

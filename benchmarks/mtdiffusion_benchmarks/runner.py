@@ -28,18 +28,18 @@ from mtdiffusion_benchmarks.interfaces import Diverged, Fitted, Problem
 from mtdiffusion_benchmarks.profile import Cell, Profile, base_experiment, cell_experiment, description, fingerprint
 from mtdiffusion_engine.checkpoint import read_json, write_json
 from mtdiffusion_engine.data import derive_seed, load_data
-from mtdiffusion_engine.evaluation import (
+from mtdiffusion_engine.evaluation import complete_samples
+from mtdiffusion_engine.experiment import EvaluationConfig, Experiment, build_model
+from mtdiffusion_engine.judging import (
     BuiltEvaluator,
     Metrics,
     build_evaluators,
     check_evaluators,
-    complete_samples,
     defined,
     judge_joint,
     judge_real,
     judge_target,
 )
-from mtdiffusion_engine.experiment import EvaluationConfig, Experiment, build_model
 from mtdiffusion_engine.subsets import random_holes
 from mtdiffusion_registry import Evaluator, Query, Registry, UserError
 
@@ -295,7 +295,7 @@ class Runner:
             experiment = base_experiment(self.profile, setting, self.source, self.registry)
             model = build_model(experiment)
             config = experiment.evaluation
-            test = complete_samples(load_data(experiment, model, "test"), config.samples, config.seed)
+            test = complete_samples(load_data(experiment, model, "test"), config.limit(), config.seed)
             evaluators = build_evaluators(
                 config.evaluators,
                 {name: model.modality(name) for name in model.names},

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from mtdiffusion import MultimodalDiffusion
 from mtdiffusion_engine.data import load_data
-from mtdiffusion_engine.evaluation import check_evaluators
+from mtdiffusion_engine.evaluation import planned
 from mtdiffusion_engine.experiment import Experiment
+from mtdiffusion_engine.judging import check_evaluators
 from mtdiffusion_registry import EmptySplit
 
 
 def check_held_out(experiment: Experiment, model: MultimodalDiffusion) -> list[str]:
-    """Look through the test split, and at what the evaluators need.
+    """Look through the test split, and at what is to be measured and what the evaluators need.
 
     Returns:
         What a person should know that does not keep a training from being evaluated altogether.
 
     Raises:
-        UserError: if a held-out sample is damaged or does not fit its modality, or an evaluator needs a modality that
-            is not there.
+        UserError: if a held-out sample is damaged or does not fit its modality, something is to be measured that
+            cannot be, or an evaluator needs a modality that is not there.
     """
+    planned(experiment, model)
     check_evaluators(experiment.evaluation.evaluators, list(experiment.modalities))
     try:
         data = load_data(experiment, model, "test")

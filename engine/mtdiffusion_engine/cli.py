@@ -67,6 +67,10 @@ def _natural(text: str) -> int:
     return value
 
 
+def _samples(text: str) -> int | str:
+    return text if text == "all" else _positive(text)
+
+
 def _names(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
 
@@ -74,6 +78,7 @@ def _names(text: str) -> list[str]:
 # argparse names a type by its __name__ in "invalid ... value".
 _positive.__name__ = "positive integer"
 _natural.__name__ = "non-negative integer"
+_samples.__name__ = 'positive integer or "all"'
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -166,7 +171,20 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = command("evaluate", "measure a run on held-out data")
     evaluate.add_argument("run", type=Path, metavar="RUN")
-    evaluate.add_argument("--samples", type=_positive, help="held-out samples (default: as the run says)")
+    evaluate.add_argument(
+        "--samples",
+        type=_samples,
+        metavar="N|all",
+        help="held-out samples, a random draw of N at most (default: as the run says, or 1,000)",
+    )
+    evaluate.add_argument(
+        "--only",
+        nargs="+",
+        action="extend",
+        metavar="TARGET|GIVEN",
+        help='measure these alone, named as in the results: "mask|image", "image|label+mask", "image|image:part", '
+        "joint, real, bound; after RUN",
+    )
     evaluate.add_argument("--steps", type=_positive, help="solver steps of the conditionals")
     evaluate.add_argument("--seed", type=_natural)
     setting(evaluate, of_a_run)

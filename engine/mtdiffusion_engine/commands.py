@@ -7,14 +7,15 @@ import os
 import shlex
 import shutil
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tomli_w
 from attrs import asdict, evolve
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -32,7 +33,12 @@ from mtdiffusion_registry import DatasetConfig, Registry, UserError
 from mtdiffusion_registry.installed import version
 from mtdiffusion_registry.pace import LOGGER
 
+if TYPE_CHECKING:
+    from mtdiffusion_engine.measures import Kept
+
 METRICS = "metrics.json"
+PARTIAL = "metrics.partial.json"
+"""What an evaluation has measured before it is done: it goes on from there if it is stopped."""
 GALLERY = "gallery.png"
 
 
@@ -41,11 +47,19 @@ def _console() -> Console:
     return Console(stderr=True, highlight=False)
 
 
+def _say(message: str) -> None:
+    _console().print(message, markup=False, soft_wrap=True)
+
+
 class _Log(logging.Handler):
-    """Shows on the console what the libraries below tell of long work."""
+    """Shows what the libraries below tell of long work."""
+
+    def __init__(self, show: Callable[[str], None] = _say) -> None:
+        super().__init__()
+        self._show = show
 
     def emit(self, record: logging.LogRecord) -> None:
-        _console().print(record.getMessage(), markup=False, soft_wrap=True)
+        self._show(record.getMessage())
 
 
 def show_log() -> None:
@@ -54,6 +68,18 @@ def show_log() -> None:
     if not logger.handlers and os.environ.get("RANK", "0") == "0":
         logger.addHandler(_Log())
         logger.setLevel(logging.INFO)
+
+
+@contextmanager
+def _log_to(show: Callable[[str], None]) -> Iterator[None]:
+    """What long work below tells of itself goes there instead."""
+    logger = logging.getLogger(LOGGER)
+    before = list(logger.handlers)
+    logger.handlers[:] = [_Log(show)]
+    try:
+        yield
+    finally:
+        logger.handlers[:] = before
 
 
 def check_config(args: Namespace) -> None:
@@ -297,6 +323,8 @@ def evaluate(args: Namespace) -> None:
     """Measure a run on its held-out data; writes metrics.json and prints a table."""
     run = load_run(args.run, device=args.device, overrides=args.set)
     changes = {name: getattr(args, name) for name in ("samples", "steps", "seed") if getattr(args, name) is not None}
+    if args.only:
+        changes["conditionals"] = tuple(args.only)
     evaluation = evolve(run.experiment.evaluation, **changes)
     print_metrics(_evaluate(evolve(run, experiment=evolve(run.experiment, evaluation=evaluation))))
     print(f"metrics: {args.run / METRICS}")
@@ -304,18 +332,37 @@ def evaluate(args: Namespace) -> None:
 
 def _evaluate(run: Run) -> dict[str, Any]:
     from mtdiffusion_engine.evaluation import evaluate_run
+    from mtdiffusion_engine.measures import Kept
 
-    console = _console()
+    console, kept = _console(), Kept(run.path / PARTIAL)
     with console.status("evaluating") as status:  # which shows on a terminal only
 
         def say(what: str) -> None:
-            status.update(f"evaluating: {what}")
+            status.update(f"evaluating: {escape(what)}")
             if not console.is_terminal:
                 console.print(f"evaluating: {what}", markup=False, soft_wrap=True)
 
-        metrics = dict(evaluate_run(run, say, lambda note: console.print(note, markup=False, soft_wrap=True)))
+        def note(what: str) -> None:
+            console.print(what, markup=False, soft_wrap=True)
+
+        try:
+            with _log_to(say):
+                metrics = dict(evaluate_run(run, say, note, kept))
+        except KeyboardInterrupt as interrupt:
+            raise type(interrupt)(_kept(kept)) from None
     ckpt.write_json(run.path / METRICS, metrics)
+    kept.remove()
     return metrics
+
+
+def _kept(kept: Kept) -> str:
+    """What to say of an evaluation that was told to stop."""
+    if not kept.done:
+        return "stopped before anything was measured; judges that are trained stay in the cache"
+    return (
+        f"stopped; what is measured is kept in {kept.path} ({', '.join(kept.done)}), missing are "
+        f"{', '.join(kept.missing)}. The same command goes on with those"
+    )
 
 
 def print_metrics(metrics: Mapping[str, Any]) -> None:

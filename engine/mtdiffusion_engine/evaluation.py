@@ -8,39 +8,53 @@ more of a sample than the group does, ``..._samples`` says it.
 
 Samples that lack modalities serve wherever they have what is asked for. What no sample serves for, and what is
 undefined, is left out of the results and told as a note.
+
+:mod:`mtdiffusion_engine.measures` says what is measured, :mod:`mtdiffusion_engine.judging` what is said of samples;
+here samples are drawn.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import statistics
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
-from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from attrs import asdict, evolve
+from attrs import evolve
 from torch import Tensor
 
-from mtdiffusion import Modality, MultimodalDiffusion, Params, SamplerSettings, read_out, sample, variational_bound
-from mtdiffusion_engine.data import ModalityData
-from mtdiffusion_engine.samples import Samples, Wish, draw_samples, held_out
+from mtdiffusion import MultimodalDiffusion, Params, SamplerSettings, read_out, sample, variational_bound
+from mtdiffusion_engine.data import ModalityData, derive_seed
+from mtdiffusion_engine.judging import (
+    Metrics,
+    Tell,
+    as_samples,
+    build_evaluators,
+    check_evaluators,
+    defined,
+    judge_joint,
+    judge_real,
+    judge_target,
+    silent,
+    timed,
+)
+from mtdiffusion_engine.measures import PART, Kept, Measure, plan
+from mtdiffusion_engine.samples import Samples, Wish, draw_samples, held_out, joined
 from mtdiffusion_engine.subsets import random_holes
-from mtdiffusion_registry import Evaluator, EvaluatorConfig, UserError
-from mtdiffusion_registry.errors import did_you_mean
+from mtdiffusion_registry import Evaluator, UserError
+from mtdiffusion_registry.cache import code_key, config_key
+from mtdiffusion_registry.installed import version
+from mtdiffusion_registry.pace import Pace
 
 if TYPE_CHECKING:
+    from mtdiffusion_engine.experiment import Experiment
     from mtdiffusion_engine.run import Run
 
-Metrics = dict[str, float | int]
-Tell = Callable[[str], None]
-
-
-def _silent(_: str) -> None:
-    pass
+DEFAULT_SAMPLES = 1000
+"""Held-out samples that an evaluation takes at most where ``evaluation.samples`` is not set."""
 
 
 def complete_samples(data: ModalityData, limit: int | None = None, seed: int = 0) -> dict[str, Tensor]:
@@ -56,226 +70,102 @@ def complete_samples(data: ModalityData, limit: int | None = None, seed: int = 0
     return dict(samples.x)
 
 
-# Evaluators: what they need, how they are built, and whose fault it is
-
-
-class BuiltEvaluator(Evaluator):
-    """An evaluator, and what the engine knows of it.
-
-    Attributes:
-        title: its place among the configuration's, and its kind.
-        kind: its kind.
-        needs: the modalities that samples must have to be shown to it; (): all.
-    """
-
-    def __init__(self, evaluator: Evaluator, title: str, config: EvaluatorConfig) -> None:
-        self.evaluator, self.title, self.kind, self.needs = evaluator, title, config.kind, config.needs()
-        self.metric_directions = evaluator.metric_directions
-
-    def conditional(
-        self, target: str, generated: Mapping[str, Tensor], truth: Mapping[str, Tensor]
-    ) -> dict[str, float]:
-        return self.evaluator.conditional(target, generated, truth)
-
-    def joint(self, generated: Mapping[str, Tensor]) -> dict[str, float]:
-        return self.evaluator.joint(generated)
-
-    def real(self, test: Mapping[str, Tensor]) -> dict[str, float]:
-        return self.evaluator.real(test)
-
-
-def check_evaluators(evaluators: Sequence[EvaluatorConfig], names: Sequence[str]) -> None:
-    """Whether there are the modalities that evaluators need, which can be told before anything is trained.
-
-    Args:
-        evaluators: an experiment's ``evaluation.evaluators``.
-        names: of its modalities.
-
-    Raises:
-        UserError: if one is not there; it says which evaluator, by its place in the configuration, needs it.
-    """
-    for place, config in enumerate(evaluators):
-        for name in config.needs():
-            if name not in names:
-                keys = [key for key, value in asdict(config, recurse=False).items() if value == name]
-                where = f"evaluation.evaluators[{place}]"
-                change = f"let {where}.{keys[0]} name one of them" if keys else "add it"
-                raise UserError(
-                    f"{where} ({config.kind}): expected a modality named {name!r}, found {', '.join(names)}"
-                    f"{did_you_mean(name, names)} ({change}, or remove the evaluator)"
-                )
-
-
-def build_evaluators(
-    configs: Sequence[EvaluatorConfig],
-    modalities: Mapping[str, Modality],
-    train: Callable[[], ModalityData],
-    *,
-    seed: int = 0,
-    progress: Tell = _silent,
-    note: Tell | None = None,
-) -> list[Evaluator]:
-    """Evaluators fitted to training samples that have what they need, as many as they want.
-
-    Args:
-        modalities: the model's, by name.
-        train: gives the training split; not called if none wants training samples.
-        seed: of the draw where they want fewer than there are.
-        progress: is told what goes on and how long it took.
-        note: is told which evaluators are left out, since no training sample has what they need; None: progress.
-
-    Raises:
-        UserError: if the model lacks a modality that one needs, the split cannot be read, or one cannot be built.
-    """
-    names = list(modalities)
-    check_evaluators(configs, names)
-    wishes = [Wish(config.needs() or names, config.train_limit()) for config in configs]
-    none = Samples.complete({name: modality.placeholder(1)[:0] for name, modality in modalities.items()})
-    drawn = [none] * len(configs)
-    if any(wish.limit != 0 for wish in wishes):
-        with _phase(progress, "reading training samples"):
-            drawn = draw_samples(train(), wishes, seed)
-    built: list[Evaluator] = []
-    for place, (config, wish, samples) in enumerate(zip(configs, wishes, drawn, strict=True)):
-        title = f"evaluators[{place}] ({config.kind})"
-        if wish.limit != 0 and len(samples) == 0:
-            (note or progress)(f"{title} is left out: no training sample has {_listed(wish.names)}")
-            continue
-        # What is read for others need not be in a split at all, so none of it is what this one is given.
-        x = dict(none.x) if wish.limit == 0 else samples.common()
-        told = config.preparation()
-        with (
-            _phase(progress, f"{title}: {told}, {len(samples):,} samples" if told else ""),
-            _blaming(title, config.kind),
-        ):
-            built.append(BuiltEvaluator(config.build(x), title, config))
-    return built
-
-
-def _title(evaluator: Evaluator, place: int) -> str:
-    """What an error calls it: its place in the configuration, and its kind or class."""
-    if isinstance(evaluator, BuiltEvaluator):
-        return evaluator.title
-    return f"evaluators[{place}] ({type(evaluator).__name__})"
-
-
-def _needs(evaluator: Evaluator, names: Iterable[str]) -> Sequence[str]:
-    """Modalities that samples must have to be shown to it."""
-    return (evaluator.needs if isinstance(evaluator, BuiltEvaluator) else ()) or list(names)
-
-
-@contextmanager
-def _blaming(title: str, kind: str | None) -> Iterator[None]:
-    """Makes what an evaluator raises an error that says whose it is. Only its own code runs inside."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        givers = entry_points(group="mtdiffusion.plugins", name=f"evaluator.{kind}") if kind else ()
-        of = next((f", of {point.dist.name} {point.dist.version}" for point in givers if point.dist), "")
-        raise UserError(
-            f"evaluation.{title[:-1]}{of}): {type(error).__name__}: {error} (change its configuration or the data, or "
-            "remove the evaluator; MTDIFFUSION_TRACEBACK=1 shows where in its code)"
-        ) from error
-
-
-def _judged(
-    evaluators: Sequence[Evaluator],
-    test: Samples,
-    ask: Callable[[Evaluator, Tensor], Callable[[], Mapping[str, float]]],
-    of: str,
-    note: Tell,
-    wanted: Callable[[Sequence[str]], bool] = lambda _: True,
-) -> list[tuple[str, Metrics]]:
-    """Each evaluator's title and metrics of the samples that have what it needs, with ``METRIC_samples`` where these
-    are fewer; of those for which there are none, told if it was wanted, nothing.
-
-    Args:
-        ask: of an evaluator and the indices of samples, the call of it, made ready.
-    """
-    found: list[tuple[str, Metrics]] = []
-    for place, evaluator in enumerate(evaluators):
-        title, needs = _title(evaluator, place), _needs(evaluator, test.presence)
-        rows = test.having(needs)
-        if len(rows) == 0 and test.x:
-            if wanted(needs):
-                note(f"{title} judges nothing of {of}: no sample has {_listed(needs)}")
-            continue
-        metrics = _called(title, evaluator, ask(evaluator, rows))
-        if len(rows) < len(test):
-            metrics |= {f"{name}_samples": len(rows) for name in list(metrics)}
-        found.append((title, metrics))
-    return found
-
-
-def _called(title: str, evaluator: Evaluator, call: Callable[[], Mapping[str, float]]) -> Metrics:
-    """What an evaluator answers to a call, if it is numbers by name."""
-    with _blaming(title, evaluator.kind if isinstance(evaluator, BuiltEvaluator) else None):
-        return {name: _number(value, name) for name, value in call().items()}
-
-
-def _number(value: Any, name: str) -> float:
-    if not isinstance(value, int | float):
-        raise TypeError(f"the metric {name} is {type(value).__name__}, expected a float")
-    return value
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join(names)
-
-
-@contextmanager
-def _phase(progress: Tell, what: str) -> Iterator[None]:
-    """Tells what begins and, when it is done, how long it took; nothing if it has no name."""
-    started = time.monotonic()
-    if what:
-        progress(what)
-    yield
-    if what:
-        progress(f"{what}: {time.monotonic() - started:.1f} s")
-
-
-# The whole
-
-
-def evaluate_run(run: Run, progress: Tell = _silent, note: Tell | None = None) -> Metrics:
+def evaluate_run(run: Run, progress: Tell = silent, note: Tell | None = None, kept: Kept | None = None) -> Metrics:
     """All metrics of a run's model on its test split; the same every time on one machine with one number of threads.
 
     Args:
-        progress: is told what goes on and how long it took.
+        progress: is told what goes on, how long the rest of it will take and how long it took.
         note: is told what is left out of the results, and why; None: progress is.
+        kept: takes each part of the results when it is there, and gives those of an evaluation of the same model, data
+            and settings that was interrupted. Its file stays: who has written the results removes it.
 
     Raises:
-        UserError: if the test split is empty or cannot be read, or an evaluator lacks a modality or fails.
+        UserError: if the test split is empty or cannot be read, something was chosen that cannot be measured, or an
+            evaluator lacks a modality or fails.
     """
-    config = run.experiment.evaluation
-    model = run.model
+    config, model = run.experiment.evaluation, run.model
+    kept, note = Kept() if kept is None else kept, note or progress
+    measures = planned(run.experiment, model)
     check_evaluators(config.evaluators, model.names)
-    with _phase(progress, "reading held-out samples"):
-        (test,) = draw_samples(held_out(run), [Wish(limit=config.samples)], config.seed)
-    evaluators = build_evaluators(
-        config.evaluators,
-        {name: model.modality(name) for name in model.names},
-        lambda: run.data("train"),
-        seed=config.seed,
-        progress=progress,
-        note=note,
-    )
+    with timed(progress, "reading held-out samples"):
+        data = held_out(run)
+        limit = config.limit(DEFAULT_SAMPLES)
+        (test,) = draw_samples(data, [Wish(limit=limit)], config.seed)
+    if config.samples is None and limit is not None and limit < len(data):
+        note(
+            f"{limit:,} of {len(data):,} held-out samples are taken, a random draw by evaluation.seed. For all of them "
+            'say --samples all, or evaluation.samples = "all"'
+        )
+    if kept.begin(measures, fingerprint(run, test)):
+        note(f"{kept.path}: of another checkpoint or other settings; it will be replaced")
+    elif kept.done:
+        note(f"going on with an evaluation that was stopped: {', '.join(kept.done)} {_is_are(kept.done)} kept")
+    evaluators: list[Evaluator] = []
+    if any(measure.kind != "bound" and measure.name not in kept.done for measure in measures):
+        evaluators = build_evaluators(
+            config.evaluators,
+            {name: model.modality(name) for name in model.names},
+            lambda: run.data("train"),
+            seed=config.seed,
+            progress=progress,
+            note=note,
+        )
     return evaluate(
         model,
         test,
         evaluators,
         conditional=evolve(run.experiment.sampling, steps=config.steps),
         joint=run.experiment.sampling,
+        measures=measures,
         hidden_share=config.hidden_share,
         bound_times=config.bound_times,
-        joint_draws=config.joint_draws,
         batch_size=config.batch_size,
         seed=config.seed,
         progress=progress,
         note=note,
+        kept=kept,
     )
+
+
+def _is_are(names: Mapping[str, object]) -> str:
+    return "is" if len(names) == 1 else "are"
+
+
+def planned(experiment: Experiment, model: MultimodalDiffusion) -> list[Measure]:
+    """What an experiment's ``evaluation`` table asks for.
+
+    Raises:
+        UserError: if ``evaluation.conditionals`` names what cannot be measured.
+    """
+    config = experiment.evaluation
+    return plan(
+        model.names,
+        model.spatial,
+        config.conditionals,
+        joint_draws=config.joint_draws,
+        bound=config.bound_times > 0,
+    )
+
+
+def fingerprint(run: Run, test: Samples) -> str:
+    """Of all that an evaluation's results depend on: the weights, the held-out samples, the configuration, the code of
+    the plugins and of this package, and where it runs."""
+    digest = hashlib.sha256()
+    for part in (run.model.state_dict(), test.x, test.presence):
+        for name, x in part.items():
+            digest.update(f"{name} {x.dtype} {list(x.shape)} ".encode())
+            digest.update(x.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    experiment = run.experiment
+    plugins = [experiment.data, *experiment.modalities.values(), experiment.backbone, *experiment.evaluation.evaluators]
+    code = [code_key(MultimodalDiffusion), code_key(type(run)), *map(config_key, plugins)]
+    where = [version("mtdiffusion"), torch.__version__, str(run.model.device.type)]
+    digest.update(repr([experiment, code, where]).encode())
+    return digest.hexdigest()[:32]
+
+
+def _stream(seed: int, name: str) -> torch.Generator:
+    """Random numbers of one measure, whatever else is measured."""
+    return torch.Generator().manual_seed(derive_seed(seed, zlib.crc32(name.encode())))
 
 
 def evaluate(
@@ -285,290 +175,245 @@ def evaluate(
     *,
     conditional: SamplerSettings,
     joint: SamplerSettings,
+    measures: Sequence[Measure] | None = None,
     hidden_share: float = 0.25,
     bound_times: int = 0,
-    joint_draws: int = 1,
     batch_size: int = 256,
     seed: int = 0,
-    progress: Tell = _silent,
+    progress: Tell = silent,
     note: Tell | None = None,
+    kept: Kept | None = None,
 ) -> Metrics:
     """Metrics of a model on held-out samples; none of them is infinite or NaN.
 
     Args:
         test: the samples; as a mapping, of samples that lack nothing: ``[n, ...]`` by modality name.
         conditional, joint: how to sample with something and with nothing observed.
+        measures: of :func:`mtdiffusion_engine.measures.plan`; None: all that it gives. Joint samples are as many as the
+            held-out ones, each time they are drawn.
         hidden_share: how much of a spatial modality is hidden to be filled in.
         bound_times: terms of L1 a sample in the bound; 0 leaves it out.
-        joint_draws: how many times n joint samples are drawn.
-        progress: is told what goes on and how long it took.
+        progress: is told what goes on, how long the rest of it will take and how long it took.
         note: is told what is left out of the results, and why; None: progress is.
+        kept: takes each part of the results when it is there; what it has already is not measured again.
 
     Raises:
         UserError: if two evaluators, or an evaluator and a modality, give a metric of one name, or an evaluator fails.
     """
-    note = note or progress
-    names = model.names
-    test = _samples(test)
-    count = len(test)
-    for name in names:  # one that no sample has
-        if name not in test.x:
-            lacking = {name: torch.zeros(count, dtype=torch.bool)}
-            x = {name: model.modality(name).placeholder(count)}
-            test = Samples({**test.x, **x}, {**test.presence, **lacking})
-    generator = torch.Generator().manual_seed(seed)
+    note, kept = note or progress, Kept() if kept is None else kept
+    if measures is None:
+        measures = plan(model.names, model.spatial, bound=bound_times > 0)
+    held = _Held(model, as_samples(test), evaluators, batch_size, note)
     results: Metrics = {}
+    draws: list[Metrics] = []
     unserved: list[str] = []
-
-    def draw(
-        rows: Tensor, observed: list[str], settings: SamplerSettings, visible: dict[str, Tensor] | None = None
-    ) -> dict[str, Tensor]:
-        parts = []
-        for part in torch.split(torch.arange(len(rows)), batch_size):
-            given = {name: test.x[name][rows[part]] for name in observed}
-            maps = {name: v[part] for name, v in (visible or {}).items()}
-            out = sample(model, len(part), observed=given, visible=maps, settings=settings, generator=generator)
-            parts.append({name: x.cpu() for name, x in out.items()})
-        return {name: torch.cat([part[name] for part in parts]) for name in names}
-
-    @torch.no_grad()
-    def read(rows: Tensor, observed: list[str]) -> dict[str, Params]:
-        device = model.device
-        parts = []
-        for part in torch.split(rows, batch_size):
-            given = {name: test.x[name][part].to(device) for name in observed}
-            parts.append(read_out(model, model.observe(given, model.visibility(len(part), given))))
-        return {
-            name: {key: torch.cat([part[name][key].cpu() for part in parts]) for key in parts[0][name]}
-            for name in names
-        }
-
-    with _phase(progress, "real data"):
-        results |= {f"real/{metric}": value for metric, value in judge_real(evaluators, test, note).items()}
-        results["real/samples"] = count
-    subsets = [[name] for name in names] if len(names) > 1 else []
-    if len(names) > 2:
-        subsets += [[other for other in names if other != name] for name in names]
-    for observed in subsets:
-        given = "+".join(observed)
-        targets = {name: test.having([*observed, name]) for name in names if name not in observed}
-        unserved += [f"{name}|{given}" for name, has in targets.items() if len(has) == 0]
-        targets = {name: has for name, has in targets.items() if len(has)}
-        if not targets:
+    for measure in measures:
+        rows = held.rows(measure)
+        unserved += [f"{target}|{'+'.join(measure.observed)}{_part(measure)}" for target in held.unserved(measure)]
+        if measure.kind == "bound" and len(rows) == 0:
+            unserved.append("joint/bound_bits_per_dim")
+        if len(rows) == 0:
             continue
-        with _phase(progress, f"given {given}"):
-            rows = torch.unique(torch.cat(list(targets.values())))
-            generated, params = draw(rows, observed, conditional), read(rows, observed)
-            for target, has in targets.items():
-                at = torch.isin(rows, has).nonzero()[:, 0]
-                made = {name: x[at] for name, x in generated.items()}
-                said = {key: value[at] for key, value in params[target].items()}
-                judged = judge_target(model.modality(target), target, made, test.take(has), evaluators, said, note)
-                results.update({f"{target}|{given}/{metric}": value for metric, value in judged.items()})
-    latent = model.layout.latent
-    for name, spatial in zip(names, model.spatial, strict=True):
-        rows = test.having([name])
-        if spatial and len(rows) == 0:
-            unserved.append(f"{name}|{name}:part")
-        if not spatial or len(rows) == 0:
-            continue
-        with _phase(progress, f"given a part of {name}"):
-            holes = random_holes(torch.full((len(rows),), hidden_share), (latent.height, latent.width), generator)
-            generated = draw(rows, [name], conditional, {name: holes})
-            judged = judge_target(model.modality(name), name, generated, test.take(rows), evaluators, None, note)
-            results.update({f"{name}|{name}:part/{metric}": value for metric, value in judged.items()})
-    with _phase(progress, "joint samples"):
-        results |= evaluate_joint(
-            model,
-            count,
-            evaluators,
-            joint,
-            draws=joint_draws,
-            batch_size=batch_size,
-            seed=seed,
-            real=test,
-            note=note,
-        )
-    rows = test.having(names)
-    if bound_times and len(rows) == 0:
-        unserved.append("joint/bound_bits_per_dim")
-    elif bound_times:
-        with _phase(progress, "the bound"):
-            total = 0.0
-            for part in torch.split(rows, batch_size):
-                x = {name: test.x[name][part].to(model.device) for name in names}
-                total += float(variational_bound(model, x, times=bound_times, generator=generator).bits_per_dim.sum())
-            results["joint/bound_bits_per_dim"] = total / len(rows)
-            if len(rows) < count:
-                results["joint/bound_bits_per_dim_samples"] = len(rows)
+        if measure.name not in kept.done:
+            generator = _stream(seed, measure.name)
+            with timed(progress, measure.name):
+                pace = Pace(measure.name, len(rows), progress)
+                if measure.kind == "real":
+                    found = held.real()
+                elif measure.kind == "given":
+                    found = held.given(measure, rows, conditional, generator, pace)
+                elif measure.kind == "part":
+                    found = held.part(measure, rows, hidden_share, conditional, generator, pace)
+                elif measure.kind == "joint":
+                    found = joint_draw(model, len(rows), evaluators, joint, batch_size, generator, held.test, pace)
+                else:
+                    found = held.bound(rows, bound_times, generator, pace)
+            kept.add(measure.name, found)
+        if measure.kind == "joint":
+            draws.append(kept.done[measure.name])
+        else:
+            results |= kept.done[measure.name]
+    if draws:
+        results |= joint_means(draws)
     if unserved:
         note(f"left out, since no held-out sample has all that they are of: {', '.join(unserved)}")
     return defined(results, note)
 
 
-def _samples(test: Samples | Mapping[str, Tensor]) -> Samples:
-    return test if isinstance(test, Samples) else Samples.complete(test)
+def _part(measure: Measure) -> str:
+    return PART if measure.kind == "part" else ""
 
 
-def defined(metrics: Mapping[str, float | int], note: Tell = _silent) -> Metrics:
-    """Those that are numbers. Of the others (NaN: undefined for these samples; JSON has no word for it, nor for
-    infinity) ``note`` is told the names."""
-    left_out = [name for name, value in metrics.items() if not math.isfinite(value)]
-    if left_out:
-        note(f"left out, since they are undefined for these samples: {', '.join(left_out)}")
-    counts = {f"{name}_samples" for name in left_out}
-    return {name: value for name, value in metrics.items() if name not in left_out and name not in counts}
+class _Held:
+    """A model beside the held-out samples it is measured on; each measurement by the key that results have."""
+
+    def __init__(
+        self, model: MultimodalDiffusion, test: Samples, evaluators: Sequence[Evaluator], batch_size: int, note: Tell
+    ) -> None:
+        count = len(test)
+        lacking = [name for name in model.names if name not in test.x]  # those that no sample has
+        self.test = Samples(
+            {**test.x, **{name: model.modality(name).placeholder(count) for name in lacking}},
+            {**test.presence, **{name: torch.zeros(count, dtype=torch.bool) for name in lacking}},
+        )
+        self.model, self.evaluators, self.batch_size, self.note = model, evaluators, batch_size, note
+
+    def _has(self, measure: Measure, target: str) -> Tensor:
+        return self.test.having([*measure.observed, target])
+
+    def unserved(self, measure: Measure) -> list[str]:
+        """Targets that no sample serves for."""
+        return [target for target in measure.targets if len(self._has(measure, target)) == 0]
+
+    def rows(self, measure: Measure) -> Tensor:
+        """Indices ``[k]`` of the samples that serve, ascending."""
+        if measure.kind == "bound":
+            return self.test.having(self.model.names)
+        if not measure.targets:
+            return torch.arange(len(self.test))
+        return torch.unique(torch.cat([self._has(measure, target) for target in measure.targets]))
+
+    def real(self) -> Metrics:
+        judged = judge_real(self.evaluators, self.test, self.note)
+        return {**{f"real/{metric}": value for metric, value in judged.items()}, "real/samples": len(self.test)}
+
+    def given(
+        self, measure: Measure, rows: Tensor, settings: SamplerSettings, generator: torch.Generator, pace: Pace
+    ) -> Metrics:
+        """Each target of those samples that have it, and what is said of it in one evaluation of the network."""
+        generated = self._drawn(rows, measure.observed, {}, settings, generator, pace)
+        params = self._said(rows, measure)
+        found: Metrics = {}
+        for target in measure.targets:
+            has = self._has(measure, target)
+            if len(has) == 0:
+                continue
+            at = slice(None) if len(has) == len(rows) else torch.isin(rows, has).nonzero()[:, 0]
+            made = {name: x[at] for name, x in generated.items()}
+            said = {key: value[at] for key, value in params[target].items()}
+            modality = self.model.modality(target)
+            judged = judge_target(modality, target, made, self.test.take(has), self.evaluators, said, self.note)
+            given = "+".join(measure.observed)
+            found |= {f"{target}|{given}/{metric}": value for metric, value in judged.items()}
+        return found
+
+    def part(
+        self,
+        measure: Measure,
+        rows: Tensor,
+        hidden_share: float,
+        settings: SamplerSettings,
+        generator: torch.Generator,
+        pace: Pace,
+    ) -> Metrics:
+        """A spatial modality filled in where it was hidden."""
+        (name,) = measure.targets
+        latent = self.model.layout.latent
+        holes = random_holes(torch.full((len(rows),), hidden_share), (latent.height, latent.width), generator)
+        made = self._drawn(rows, measure.observed, {name: holes}, settings, generator, pace)
+        modality, truth = self.model.modality(name), self.test.take(rows)
+        judged = judge_target(modality, name, made, truth, self.evaluators, None, self.note)
+        return {f"{name}|{name}{PART}/{metric}": value for metric, value in judged.items()}
+
+    def bound(self, rows: Tensor, times: int, generator: torch.Generator, pace: Pace) -> Metrics:
+        """The mean bound of the samples that have every modality."""
+        total, done = 0.0, 0
+        for part in torch.split(rows, self.batch_size):
+            x = {name: self.test.x[name][part].to(self.model.device) for name in self.model.names}
+            total += float(variational_bound(self.model, x, times=times, generator=generator).bits_per_dim.sum())
+            done += len(part)
+            pace.tell(done)
+        found: Metrics = {"joint/bound_bits_per_dim": total / len(rows)}
+        return found | ({"joint/bound_bits_per_dim_samples": len(rows)} if len(rows) < len(self.test) else {})
+
+    def _drawn(
+        self,
+        rows: Tensor,
+        observed: Sequence[str],
+        visible: Mapping[str, Tensor],
+        settings: SamplerSettings,
+        generator: torch.Generator,
+        pace: Pace,
+    ) -> dict[str, Tensor]:
+        """All modalities, ``[k, ...]`` by name, with some observed of each of these samples."""
+        whole = [name for name in observed if name not in visible]
+
+        def batch(part: Tensor) -> dict[str, Tensor]:
+            given = {name: self.test.x[name][rows[part]] for name in observed}
+            maps = {name: v[part] for name, v in visible.items()}
+            out = sample(self.model, len(part), observed=given, visible=maps, settings=settings, generator=generator)
+            return {name: x.cpu() for name, x in out.items() if name not in whole}
+
+        made = _in_batches(len(rows), self.batch_size, batch, pace)
+        given = self.test.take(rows).x  # as it came out, too
+        return {name: given[name] if name in whole else made[name] for name in self.model.names}
+
+    @torch.no_grad()
+    def _said(self, rows: Tensor, measure: Measure) -> dict[str, Params]:
+        """What the heads say of the targets with nothing of them seen, by name."""
+        model = self.model
+        parts = []
+        for part in torch.split(rows, self.batch_size):
+            given = {name: self.test.x[name][part].to(model.device) for name in measure.observed}
+            said = read_out(model, model.observe(given, model.visibility(len(part), given)))
+            parts.append({name: {key: x.cpu() for key, x in said[name].items()} for name in measure.targets})
+        return {
+            name: {key: torch.cat([part[name][key] for part in parts]) for key in parts[0][name]}
+            for name in measure.targets
+        }
 
 
-def merge_metrics(parts: Iterable[tuple[str, Mapping[str, float | int]]], of: str) -> Metrics:
-    """One table of metrics from several givers', each name given once.
+def _in_batches(
+    count: int, batch_size: int, batch: Callable[[Tensor], Mapping[str, Tensor]], pace: Pace
+) -> dict[str, Tensor]:
+    """What ``batch`` gives for indices, a batch of them at a time, joined: ``[count, ...]`` by name."""
 
-    Args:
-        parts: who gives them, as an error is to name it, and the metrics by name.
-        of: of what they are, for the error.
+    def parts() -> Iterable[tuple[Tensor, Mapping[str, Tensor]]]:
+        for part in torch.split(torch.arange(count), batch_size):
+            yield part, batch(part)
+            pace.tell(int(part[-1]) + 1)
 
-    Raises:
-        UserError: if two give a metric of one name: one would silently replace the other.
-    """
-    merged: Metrics = {}
-    givers: dict[str, str] = {}
-    for giver, metrics in parts:
-        for name, value in metrics.items():
-            if name in givers:
-                raise UserError(
-                    f"evaluation.evaluators: {givers[name]} and {giver} both give the metric {name} of {of}; keep one "
-                    "of them, or give one another name"
-                )
-            givers[name], merged[name] = giver, value
-    return merged
+    return joined(count, parts())
 
 
-def judge_target(
-    modality: Modality,
-    target: str,
-    generated: Mapping[str, Tensor],
-    test: Samples | Mapping[str, Tensor],
-    evaluators: Sequence[Evaluator],
-    params: Params | None = None,
-    note: Tell = _silent,
-) -> Metrics:
-    """The modality's own metrics of a generated target against the truth, and the evaluators', by name: NaN where
-    undefined.
-
-    Args:
-        test: the truth, of samples that all have the target. Evaluators judge those that have what they need; where
-            these are fewer, ``METRIC_samples`` says how many.
-        params: of one evaluation of the network given the same; None leaves out what the modality says of those.
-        note: is told which evaluators have no sample to judge.
-
-    Raises:
-        UserError: if two of them give a metric of one name, or an evaluator fails.
-    """
-    truth = _samples(test)
-    own: list[tuple[str, Mapping[str, float | int]]] = [
-        (f"the modality {target}", modality.metrics(generated[target], truth.x[target]))
-    ]
-    if params is not None:
-        own.append((f"the predicted {target}", modality.predictive_metrics(params, truth.x[target])))
-
-    def ask(evaluator: Evaluator, rows: Tensor) -> Callable[[], Mapping[str, float]]:
-        made = generated if len(rows) == len(truth) else {name: x[rows] for name, x in generated.items()}
-        return partial(evaluator.conditional, target, made, truth.take(rows).common())
-
-    judged = _judged(evaluators, truth, ask, target, note, lambda needs: target in needs)
-    counted = {"samples": len(truth)}
-    return merge_metrics([*own, *judged, ("the count of samples", counted)], target)
-
-
-def judge_joint(
-    evaluators: Sequence[Evaluator],
-    generated: Mapping[str, Tensor],
-    real: Samples | None = None,
-) -> Metrics:
-    """The evaluators' metrics of samples generated with nothing observed, by name: NaN where undefined.
-
-    Args:
-        real: held-out samples beside which the metrics stand. An evaluator is shown as many of the generated as there
-            are of those that have what it needs, so that its distances have the same finite-sample bias, and
-            ``METRIC_samples`` says how many where these are fewer. None, or none of those: all of the generated.
-
-    Raises:
-        UserError: if two of them give a metric of one name, or an evaluator fails.
-    """
-    count = len(next(iter(generated.values()))) if generated else 1
-    found = []
-    for place, evaluator in enumerate(evaluators):
-        beside = len(real.having(_needs(evaluator, real.presence))) if real is not None else 0
-        shown = min(beside or count, count)
-        # Generated independently, any of them are as good as any others.
-        part = generated if shown == count else {name: x[:shown] for name, x in generated.items()}
-        title = _title(evaluator, place)
-        metrics = _called(title, evaluator, partial(evaluator.joint, part))
-        if shown < count:
-            metrics |= {f"{name}_samples": shown for name in list(metrics)}
-        found.append((title, metrics))
-    return merge_metrics(found, "joint samples")
-
-
-def judge_real(evaluators: Sequence[Evaluator], test: Samples | Mapping[str, Tensor], note: Tell = _silent) -> Metrics:
-    """The evaluators' metrics of held-out data that have what they need, by name: NaN where undefined.
-
-    Args:
-        note: is told which evaluators have no sample to judge.
-
-    Raises:
-        UserError: if two of them give a metric of one name, or an evaluator fails.
-    """
-
-    real = _samples(test)
-
-    def ask(evaluator: Evaluator, rows: Tensor) -> Callable[[], Mapping[str, float]]:
-        return partial(evaluator.real, real.take(rows).common())
-
-    return merge_metrics(_judged(evaluators, real, ask, "real data", note), "real data")
-
-
-def evaluate_joint(
+def joint_draw(
     model: MultimodalDiffusion,
     count: int,
     evaluators: Sequence[Evaluator],
     settings: SamplerSettings,
-    *,
-    draws: int = 1,
-    batch_size: int = 256,
-    seed: int = 0,
-    real: Samples | None = None,
-    note: Tell = _silent,
+    batch_size: int,
+    generator: torch.Generator,
+    real: Samples | None,
+    pace: Pace,
 ) -> Metrics:
-    """Metrics of samples with nothing observed: keys ``joint/metric``.
+    """Metrics of one draw of samples with nothing observed, and ``samples``, how many; as of :func:`judge_joint`."""
 
-    Args:
-        count: samples a draw.
-        draws: independent draws. Metrics are means over those draws in which they are defined: ``joint/metric_draws``
-            says over how many if not all. ``joint/metric_std`` is the standard deviation between them, if at least two.
-        real: as of :func:`judge_joint`.
-        note: is told which metrics are defined in no draw, and so left out.
+    def batch(part: Tensor) -> dict[str, Tensor]:
+        out = sample(model, len(part), settings=settings, generator=generator)
+        return {name: x.cpu() for name, x in out.items()}
 
-    Raises:
-        UserError: if two evaluators give a metric of one name, or one fails.
+    generated = _in_batches(count, batch_size, batch, pace)
+    return {**judge_joint(evaluators, generated, real), "samples": count}
+
+
+def joint_means(draws: Sequence[Mapping[str, float | int]]) -> Metrics:
+    """Of draws of :func:`joint_draw`, keys ``joint/metric``: means over those draws in which a metric is defined.
+
+    ``joint/metric_draws`` says over how many if not all; ``joint/metric_std`` is the standard deviation between them,
+    if at least two. NaN where a metric is defined in none.
     """
-    generator = torch.Generator().manual_seed(seed)
-    sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]
-    values: dict[str, list[float]] = {}
-    for _ in range(draws):
-        parts = [sample(model, size, settings=settings, generator=generator) for size in sizes]
-        generated = {name: torch.cat([part[name].cpu() for part in parts]) for name in model.names}
-        for metric, value in judge_joint(evaluators, generated, real).items():
-            values.setdefault(f"joint/{metric}", []).append(value)
-    results: Metrics = {"joint/samples": count, "joint/draws": draws}
-    for key, drawn in values.items():
-        numbers = [value for value in drawn if math.isfinite(value)]
+    results: Metrics = {"joint/samples": draws[0]["samples"], "joint/draws": len(draws)}
+    for metric in draws[0]:
+        key, drawn = f"joint/{metric}", [draw[metric] for draw in draws]
+        if key in results:
+            continue
         if isinstance(drawn[0], int) and key.endswith("_samples"):
             results[key] = drawn[0]
             continue
+        numbers = [value for value in drawn if math.isfinite(value)]
         results[key] = statistics.mean(numbers) if numbers else math.nan
         if len(numbers) > 1:
             results[f"{key}_std"] = statistics.stdev(numbers)
-        if 0 < len(numbers) < draws:
+        if 0 < len(numbers) < len(draws):
             results[f"{key}_draws"] = len(numbers)
-    return defined(results, note)
+    return results

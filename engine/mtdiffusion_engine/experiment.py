@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 import attrs
 import torch
 from attrs import Factory, field, frozen
-from attrs.validators import and_, ge, gt, in_, le, lt, min_len, optional
+from attrs.validators import and_, ge, gt, in_, le, lt, min_len, optional, or_
 
 from mtdiffusion import (
     DiffusionProcess,
@@ -159,7 +159,11 @@ class EvaluationConfig:
     """What ``mtdiffusion evaluate`` does.
 
     Attributes:
-        samples: held-out samples conditioned on; None: all.
+        samples: held-out samples that are taken, a random draw of as many at most; "all": all of them. None: all, but
+            for ``mtdiffusion evaluate``, which takes 1,000 at most, so that it takes minutes.
+        conditionals: what is measured, by the names that the results go by: ``label|image``, ``image|label+mask``,
+            ``image|image:part``, ``joint``, ``real``, ``bound``. None: each modality given every other, given all
+            others and, if it is spatial, given a part of itself, and the last three.
         joint_draws: how many times as many joint samples are drawn; their metrics are means over draws of that size, so
             that a distance has the finite-sample bias of the held-out data's own, beside which it stands.
         batch_size: of sampling.
@@ -170,7 +174,8 @@ class EvaluationConfig:
         evaluators: judges of whole samples.
     """
 
-    samples: int | None = field(default=None, validator=optional(ge(1)))
+    samples: int | Literal["all"] | None = field(default=None, validator=optional(or_(in_(("all",)), ge(1))))
+    conditionals: tuple[str, ...] | None = field(default=None, validator=optional(min_len(1)))
     joint_draws: int = field(default=3, validator=ge(1))
     batch_size: int = field(default=256, validator=ge(1))
     steps: int = field(default=25, validator=ge(1))
@@ -178,6 +183,10 @@ class EvaluationConfig:
     bound_times: int = field(default=20, validator=ge(0))
     seed: int = field(default=0, validator=ge(0))
     evaluators: tuple[EvaluatorConfig, ...] = ()
+
+    def limit(self, unset: int | None = None) -> int | None:
+        """How many held-out samples are taken at most, ``unset`` where ``samples`` does not say it; None: all."""
+        return unset if self.samples is None else None if self.samples == "all" else self.samples
 
 
 @frozen

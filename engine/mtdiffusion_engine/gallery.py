@@ -13,6 +13,7 @@ from mtdiffusion import MultimodalDiffusion, sample
 from mtdiffusion_engine.pictures import Block, Row, draw_blocks, legends, rendered, sheet_columns
 from mtdiffusion_engine.samples import Samples, Wish, draw_samples, held_out
 from mtdiffusion_engine.subsets import random_holes
+from mtdiffusion_registry.pace import Pace
 
 if TYPE_CHECKING:
     from mtdiffusion_engine.run import Run
@@ -42,16 +43,18 @@ def draw_gallery(
     if absent := [name for name in names if name not in test]:
         note(f"the gallery shows nothing given {' or '.join(absent)}: no held-out sample has it")
 
+    filled = [name for name, spatial in zip(names, model.spatial, strict=True) if spatial and name in test]
+    pace = Pace("drawing the gallery", 1 + (len(test) if len(names) > 1 else 0) + len(filled))
     joint = sample(model, columns, settings=settings, generator=generator)
     blocks = [Block("everything generated together", [rendered(model.modality(k), k, joint[k]) for k in names])]
     for given, samples in test.items() if len(names) > 1 else ():
+        pace.tell(len(blocks))
         observed = {given: samples.x[given]}
         out = sample(model, len(samples), observed=observed, settings=settings, generator=generator)
         blocks.append(Block(f"given only this {given}", list(_read_off(model, given, samples, out))))
     latent = model.layout.latent
-    for name, spatial in zip(model.names, model.spatial, strict=True):
-        if not spatial or name not in test:
-            continue
+    for name in filled:
+        pace.tell(len(blocks))
         truth = test[name].x[name]
         share = torch.full((len(truth),), run.experiment.evaluation.hidden_share)
         visible = random_holes(share, (latent.height, latent.width), generator)

@@ -107,11 +107,28 @@ def draw_samples(data: ModalityData, wishes: Sequence[Wish], seed: int = 0) -> l
         empty = {name: modality.placeholder(1)[:0] for name, modality in data.modalities.items()}
         return [Samples.complete(empty) for _ in wishes]
     where, order = torch.cat(index).sort()
-    every = Samples(
-        {name: torch.cat([part.x[name] for part in kept])[order] for name in names},
-        {name: torch.cat([part.presence[name] for part in kept])[order] for name in names},
-    )
+    places = torch.empty_like(order)  # of those kept, in the order of the split
+    places[order] = torch.arange(len(order))
+    presence = {name: torch.cat([part.presence[name] for part in kept])[order] for name in names}
+    split = torch.split(places, [len(part) for part in kept])
+    # Each part is let go as it is put in its place: nothing is held twice.
+    every = Samples(joined(len(where), ((at, kept.pop(0).x) for at in split)), presence)
     return [every.take(torch.isin(where, torch.cat([where[:0], *rows])).nonzero()[:, 0]) for rows in taken]
+
+
+def joined(count: int, parts: Iterable[tuple[Tensor, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+    """Batches by name as one ``[count, ...]``, without a second copy of all.
+
+    Args:
+        parts: the places ``[b]`` of a batch and the batch, each ``[b, ...]``; all places, each once.
+    """
+    whole: dict[str, Tensor] = {}
+    for places, part in parts:
+        for name, x in part.items():
+            if name not in whole:
+                whole[name] = x.new_empty(count, *x.shape[1:])
+            whole[name][places] = x
+    return whole
 
 
 def held_out(run: Run) -> ModalityData:

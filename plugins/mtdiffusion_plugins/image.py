@@ -36,6 +36,8 @@ from mtdiffusion_registry.hookspecs import hookimpl
 
 MTDIFFUSION_API = 1
 
+_BATCH = 256  # pictures that are compared at a time: SSIM holds fifteen copies of them
+
 
 class PatchEncoder(Encoder):
     """Each p × p patch becomes the channels of one place of the latent: lossless, linear. p = 1 is the identity."""
@@ -140,10 +142,11 @@ class ImageModality(Modality):
         SSIM's window is Gaussian, σ = 1.5, 11 × 11; of pictures smaller than that, uniform, of the largest odd side up
         to 7 that fits, and there is none below 3 × 3. It is taken where the window lies inside of the picture.
         """
-        error = ((generated - truth) / 2).square().flatten(1).mean(1)
+        pairs = list(zip(torch.split(generated, _BATCH), torch.split(truth, _BATCH), strict=True))
+        error = torch.cat([((a - b) / 2).square().flatten(1).mean(1) for a, b in pairs])
         metrics = {"mse": error.mean().item(), "psnr": (-10 * torch.log10(error.clamp(min=1e-10))).mean().item()}
         if min(self.shape[1:]) >= 3:
-            metrics["ssim"] = _ssim(generated, truth).item()
+            metrics["ssim"] = torch.cat([_ssim(a, b) for a, b in pairs]).mean().item()
         return metrics
 
     def predictive_metrics(self, params: Params, truth: Tensor) -> dict[str, float]:
@@ -158,7 +161,7 @@ class ImageModality(Modality):
 
 
 def _ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Mean SSIM ``[]`` of pictures ``[B, C, h, w]`` in [−1, 1], h, w ≥ 3."""
+    """SSIM ``[B]`` of pictures ``[B, C, h, w]`` in [−1, 1], h, w ≥ 3."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     side = min(a.shape[-2:])
@@ -169,7 +172,7 @@ def _ssim(a: Tensor, b: Tensor) -> Tensor:
     )
     # The margin is of windows that reach beyond the picture; releases of torchmetrics differ in whether they count it.
     margin = window // 2
-    return full[..., margin:-margin, margin:-margin].mean()
+    return full[..., margin:-margin, margin:-margin].flatten(1).mean(1)
 
 
 @frozen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 LOGGER = "mtdiffusion"
 """The logger of what is going on; the command line shows it, and a program may."""
@@ -16,10 +17,12 @@ class Pace:
     Args:
         what: what is being done, such as "reading image".
         total: how many items there are.
+        show: is told the lines; None: the logger of what is going on.
     """
 
-    def __init__(self, what: str, total: int) -> None:
+    def __init__(self, what: str, total: int, show: Callable[[str], None] | None = None) -> None:
         self.what, self.total = what, total
+        self._show = show or logging.getLogger(LOGGER).info
         self._started = self._told = time.monotonic()
 
     @property
@@ -37,4 +40,4 @@ class Pace:
 
     def log(self, message: str) -> None:
         """Say something about the work."""
-        logging.getLogger(LOGGER).info("%s: %s", self.what, message)
+        self._show(f"{self.what}: {message}")

@@ -14,8 +14,10 @@ from torch import Tensor
 from mtdiffusion import SamplerSettings
 from mtdiffusion_benchmarks.interfaces import Cost, Fitted
 from mtdiffusion_benchmarks.runner import Held, directions_of, measure
-from mtdiffusion_engine.evaluation import evaluate_joint, judge_joint, judge_real, judge_target, merge_metrics
+from mtdiffusion_engine.evaluation import evaluate
 from mtdiffusion_engine.experiment import build_model
+from mtdiffusion_engine.judging import judge_joint, judge_real, judge_target, merge_metrics
+from mtdiffusion_engine.measures import plan
 from mtdiffusion_registry import Evaluator, Query, UserError
 
 
@@ -90,9 +92,11 @@ def test_the_engine_refuses_both(tmp_path: Path) -> None:
     problem = digits(tmp_path / "run")
     model, x = build_model(problem.experiment).eval(), held_out(problem, 2)
     settings = SamplerSettings(steps=1)
+    joint = plan(model.names, model.spatial, ["joint"])
     with pytest.raises(UserError, match="of joint samples"):
-        evaluate_joint(model, 2, [First(), OfJoint()], settings)
-    assert evaluate_joint(model, 2, [First()], settings)["joint/fid_x"] == 2.0
+        evaluate(model, x, [First(), OfJoint()], conditional=settings, joint=settings, measures=joint)
+    found = evaluate(model, x, [First()], conditional=settings, joint=settings, measures=joint)
+    assert found == {"joint/fid_x": 2.0, "joint/samples": 2, "joint/draws": 1}
     label = model.modality("label")
     with pytest.raises(UserError, match=r"\(First\) and evaluators\[1\] \(First\) both give the metric fid_x of label"):
         judge_target(label, "label", x, x, [First(), First()])

@@ -15,19 +15,18 @@ from torch import Tensor
 
 from mtdiffusion import Dataset, SamplerSettings
 from mtdiffusion_engine.data import ModalityData, load_data
-from mtdiffusion_engine.evaluation import (
+from mtdiffusion_engine.evaluation import complete_samples, evaluate, evaluate_run
+from mtdiffusion_engine.experiment import build_model
+from mtdiffusion_engine.gallery import draw_gallery
+from mtdiffusion_engine.judging import (
     build_evaluators,
     check_evaluators,
-    complete_samples,
     defined,
-    evaluate_joint,
-    evaluate_run,
     judge_joint,
     judge_real,
     judge_target,
 )
-from mtdiffusion_engine.experiment import build_model
-from mtdiffusion_engine.gallery import draw_gallery
+from mtdiffusion_engine.measures import plan
 from mtdiffusion_engine.run import Run
 from mtdiffusion_engine.samples import Samples, Wish, draw_samples
 from mtdiffusion_plugins.metrics.judge import JudgeConfig
@@ -309,7 +308,8 @@ def test_each_phase_says_what_it_does_and_how_long_it_took() -> None:
         "real data",
         "given image",
         "given a part of mask",
-        "joint samples",
+        "joint samples, draw 1",
+        "joint samples, draw 3",
         "the bound",
     ):
         (ended,) = [line for line in told if line.startswith(f"{begun}: ") and line.endswith(" s")]
@@ -377,11 +377,14 @@ def test_what_an_evaluator_answers_wrongly_names_it() -> None:
 
 
 def test_means_over_draws_are_over_those_where_a_metric_is_defined() -> None:
-    model, settings, notes = run_on(Gaps()).model, SamplerSettings(steps=1), list[str]()
+    run, settings, notes = run_on(Gaps()), SamplerSettings(steps=1), list[str]()
+    model, test = run.model, complete_samples(run.data("test"), 2)
 
     def drawn(defined: str, draws: int) -> dict[str, float]:
-        found = evaluate_joint(
-            model, 2, [Recorder(RecorderConfig(defined=defined), {})], settings, draws=draws, note=notes.append
+        measures = plan(model.names, model.spatial, ["joint"], joint_draws=draws)
+        judges = [Recorder(RecorderConfig(defined=defined), {})]
+        found = evaluate(
+            model, test, judges, conditional=settings, joint=settings, measures=measures, note=notes.append
         )
         return {key: value for key, value in found.items() if "drawn" in key}
 

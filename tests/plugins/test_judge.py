@@ -284,3 +284,24 @@ def test_a_modality_that_is_not_there_is_named() -> None:
         JudgeConfig(target="clip").build(train)
     with pytest.raises(ValueError, match="name"):
         JudgeConfig(name="a/b")
+
+
+def test_no_more_is_held_than_a_block_of_pairs_or_a_batch_of_feature_maps(
+    judged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge, _, test = judged
+    whole = judge.conditional("image", test, test)
+    pairs, maps = [], []
+
+    def cdist(a: torch.Tensor, b: torch.Tensor, real=torch.cdist) -> torch.Tensor:
+        pairs.append(len(a))
+        return real(a, b)
+
+    monkeypatch.setattr(torch, "cdist", cdist)
+    monkeypatch.setattr("mtdiffusion_plugins.metrics.distances._BLOCK", 50)
+    monkeypatch.setattr("mtdiffusion_plugins.metrics.judge._BATCH", 32)
+    hook = judge.classifier.body[0].register_forward_hook(lambda _, x, __: maps.append(len(x[0])))
+    parts = judge.conditional("image", test, test)
+    hook.remove()
+    assert max(pairs) == 50 and max(maps) == 32
+    assert parts == pytest.approx(whole, rel=1e-4, abs=1e-7)

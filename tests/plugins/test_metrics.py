@@ -23,7 +23,7 @@ from mtdiffusion_plugins.label import LabelConfig
 from mtdiffusion_plugins.mask import MaskConfig
 from mtdiffusion_plugins.metrics.calibration import expected_calibration_error
 from mtdiffusion_plugins.metrics.distances import TrainingFeatures
-from mtdiffusion_plugins.metrics.features import FeaturesConfig
+from mtdiffusion_plugins.metrics.features import FeatureDistances, FeaturesConfig
 from mtdiffusion_registry import UserError
 
 
@@ -212,6 +212,28 @@ def test_inception_s_features_are_torchmetrics_s(stand_in_inception: Path) -> No
     assert evaluator.metric_directions.keys() == metrics_of_more
 
 
+def test_inception_s_features_of_the_training_pictures_are_kept(
+    stand_in_inception: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MTDIFFUSION_CACHE", str(tmp_path))
+    seen: list[int] = []
+    read = FeatureDistances._features
+
+    def counting(self: FeatureDistances, x: torch.Tensor) -> torch.Tensor:
+        seen.append(len(x))
+        return read(self, x)
+
+    monkeypatch.setattr(FeatureDistances, "_features", counting)
+    config, x = FeaturesConfig(weights=str(stand_in_inception), neighbours=1), pictures(3, 1, 8)
+    first, again = config.build({"image": x}), config.build({"image": x})
+    assert seen == [3]
+    one = {"image": pictures(1, 1, 8, seed=7)}
+    assert again.joint(one) == pytest.approx(first.joint(one), nan_ok=True)
+    seen.clear()
+    config.build({"image": x[:2]})  # other pictures
+    assert seen == [2]
+
+
 def test_without_inception_s_weights_it_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def no_network(*_: object, **__: object) -> None:
         raise URLError("no network")
@@ -239,7 +261,10 @@ def test_a_missing_torch_fidelity_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(("channels", "size", "window"), [(3, 32, 11), (1, 11, 11), (1, 8, 7), (3, 6, 5), (1, 3, 3)])
-def test_image_metrics_are_those_of_scikit_image(channels: int, size: int, window: int) -> None:
+def test_image_metrics_are_those_of_scikit_image(
+    channels: int, size: int, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mtdiffusion_plugins.image._BATCH", 3)  # four pictures are taken in two batches of unequal size
     truth = pictures(4, channels, size)
     generated = (truth + 0.5 * pictures(4, channels, size, seed=1)).clamp(-1, 1)
     metrics = build(ImageConfig(size=size, channels=channels)).metrics(generated, truth)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mtdiffusion_registry.cache import cache_folder
+from mtdiffusion_registry.pace import Pace
 
 RECIPE = 1
 """Counts the changes of :class:`Classifier` and :func:`train_classifier`: what was trained otherwise does not serve."""
@@ -78,10 +79,11 @@ def train_classifier(x: Tensor, y: Tensor, *, width: int, epochs: int, seed: int
         torch.manual_seed(seed)
         model = Classifier(x.shape[1], int(y.max()) + 1, width)
         steps_per_epoch = max(len(x) // 128, 1)
+        pace = Pace("training a judge", epochs * steps_per_epoch)
         optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=epochs * steps_per_epoch)
         model.train()
-        for _ in range(epochs):
+        for epoch in range(epochs):
             order = torch.randperm(len(x))
             for step in range(steps_per_epoch):
                 rows = order[step * 128 : (step + 1) * 128]
@@ -94,6 +96,7 @@ def train_classifier(x: Tensor, y: Tensor, *, width: int, epochs: int, seed: int
                 torch.autograd.backward(loss)
                 optimizer.step()
                 schedule.step()
+                pace.tell(epoch * steps_per_epoch + step + 1)
     return model.eval()
 
 

@@ -135,13 +135,23 @@ class TrainingFeatures:
             across = _kernel_sum(x, train) / (count * len(train))
             found["kid"] = self._mean_kernel + _mean_kernel_within(x) - 2 * across
         x = x - self._centre
-        distances = torch.cdist(x, train - self._centre)  # [n, N]
-        if math.isfinite(self._typical_nearest):
-            found["memorisation"] = distances.amin(1).median().item() / self._typical_nearest
-        if bool(self._radius.isfinite().all()):
-            found["precision"] = (distances <= self._radius).any(1).double().mean().item()
+        train = train - self._centre
+        radius = x.new_zeros(count, 1)
         if count > self.neighbours:
             radius = _nearest_distances(x, self.neighbours, self._tolerance)[:, -1:]
             radius = radius.where(radius.isfinite(), 0)
-            found["recall"] = (distances <= radius).any(0).double().mean().item()
+        nearest = x.new_empty(count)
+        precise = torch.empty(count, dtype=torch.bool)  # within the ball of a training sample
+        recalled = torch.zeros(len(train), dtype=torch.bool)  # within the ball of a sample
+        for rows in torch.split(torch.arange(count), _BLOCK):
+            distances = torch.cdist(x[rows], train)
+            nearest[rows] = distances.amin(1)
+            precise[rows] = (distances <= self._radius).any(1)
+            recalled |= (distances <= radius[rows]).any(0)
+        if math.isfinite(self._typical_nearest):
+            found["memorisation"] = nearest.median().item() / self._typical_nearest
+        if bool(self._radius.isfinite().all()):
+            found["precision"] = precise.double().mean().item()
+        if count > self.neighbours:
+            found["recall"] = recalled.double().mean().item()
         return {f"{metric}_{self.extractor}": value for metric, value in found.items()}

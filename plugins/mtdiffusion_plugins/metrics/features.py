@@ -6,6 +6,7 @@ measures with a random network.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -14,11 +15,14 @@ from attrs import field, frozen
 from attrs.validators import ge, in_
 from torch import Tensor
 
+from mtdiffusion_plugins.metrics.classifiers import digest
 from mtdiffusion_plugins.metrics.distances import TrainingFeatures
+from mtdiffusion_registry.cache import cached, config_key, load_kept, save_kept
 from mtdiffusion_registry.configs import EvaluatorConfig
 from mtdiffusion_registry.errors import UserError
 from mtdiffusion_registry.evaluation import Evaluator
 from mtdiffusion_registry.hookspecs import hookimpl
+from mtdiffusion_registry.pace import Pace
 
 MTDIFFUSION_API = 1
 
@@ -59,14 +63,28 @@ class FeatureDistances(Evaluator):
     def __init__(self, config: FeaturesConfig, train: Tensor) -> None:
         self.input = config.input
         self.extractor = load_inception(config.weights)
-        self.reference = TrainingFeatures(self._features(train), config.extractor, config.neighbours)
+        self.reference = TrainingFeatures(self._kept_features(config, train), config.extractor, config.neighbours)
         self.metric_directions = self.reference.directions
+
+    def _kept_features(self, config: FeaturesConfig, train: Tensor) -> Tensor:
+        """Of the training pictures: computed, or as they were kept for the same pictures and weights."""
+        key = hashlib.sha256(f"{config_key(config)} {digest(train)}".encode()).hexdigest()[:32]
+        path = cached(f"features/{key}.safetensors")
+        if (kept := load_kept(path)) is not None:
+            return kept["features"]
+        features = self._features(train)
+        save_kept(path, {"features": features})
+        return features
 
     @torch.no_grad()
     def _features(self, x: Tensor) -> Tensor:
         """Of pictures ``[B, C, h, w]`` in [−1, 1]; the extractor takes bytes, and enlarges them itself."""
-        parts = torch.split(((x.cpu() + 1) * 127.5).round().clamp(0, 255).byte().expand(-1, 3, -1, -1), 32)
-        return torch.cat([self.extractor(part)[0] for part in parts])
+        features, pace = [], Pace(f"inception's features of {self.input}", len(x))
+        for start in range(0, len(x), 32):
+            pictures = ((x[start : start + 32].cpu() + 1) * 127.5).round().clamp(0, 255).byte()
+            features.append(self.extractor(pictures.expand(-1, 3, -1, -1))[0])
+            pace.tell(start + len(pictures))
+        return torch.cat(features)
 
     def conditional(
         self, target: str, generated: Mapping[str, Tensor], truth: Mapping[str, Tensor]

@@ -27,6 +27,7 @@ MTDIFFUSION_API = 1
 
 REDRAWS = 20
 """Draws over which a distance with redrawn class counts is a mean."""
+_BATCH = 128  # pictures whose feature maps are held at a time: 17 MB a layer of 32 channels at 32 × 32
 
 
 class Judge(Evaluator):
@@ -66,13 +67,13 @@ class Judge(Evaluator):
 
     @torch.no_grad()
     def _features(self, x: Tensor) -> Tensor:
-        return torch.cat([self.classifier.features(self._pictures(part)) for part in torch.split(x, 512)])
+        return torch.cat([self.classifier.features(self._pictures(part)) for part in torch.split(x, _BATCH)])
 
     @torch.no_grad()
     def _perceptual(self, generated: Tensor, truth: Tensor) -> float:
         """Mean over samples of Σ_layers mean_places Σ_channels (f̂ − ĝ)², f̂ and ĝ of unit norm over channels."""
         total = 0.0
-        for a, b in zip(torch.split(generated, 512), torch.split(truth, 512), strict=True):
+        for a, b in zip(torch.split(generated, _BATCH), torch.split(truth, _BATCH), strict=True):
             pairs = zip(*(self.classifier.layers(self._pictures(x)) for x in (a, b)), strict=True)
             total += sum((_unit(f) - _unit(g)).square().sum(1).mean((1, 2)).double().sum().item() for f, g in pairs)
         return total / len(generated)

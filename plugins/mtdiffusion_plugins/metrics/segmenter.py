@@ -21,6 +21,7 @@ from mtdiffusion_registry.configs import EvaluatorConfig
 from mtdiffusion_registry.errors import UserError
 from mtdiffusion_registry.evaluation import Evaluator
 from mtdiffusion_registry.hookspecs import hookimpl
+from mtdiffusion_registry.pace import Pace
 
 MTDIFFUSION_API = 1
 
@@ -72,10 +73,11 @@ def train_network(x: Tensor, y: Tensor, *, classes: int, width: int, epochs: int
         model = SegmentationNetwork(x.shape[1], classes, width)
         batch = min(16, len(x))
         steps = max(len(x) // batch, 1)
+        pace = Pace("training a segmentation network", epochs * steps)
         optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=epochs * steps)
         model.train()
-        for _ in range(epochs):
+        for epoch in range(epochs):
             order = torch.randperm(len(x))
             for step in range(steps):
                 rows = order[step * batch : (step + 1) * batch]
@@ -88,6 +90,7 @@ def train_network(x: Tensor, y: Tensor, *, classes: int, width: int, epochs: int
                 torch.autograd.backward(loss)
                 optimizer.step()
                 schedule.step()
+                pace.tell(epoch * steps + step + 1)
     return model.eval()
 
 
