@@ -13,6 +13,7 @@ from mtdiffusion_engine import load_run
 from mtdiffusion_engine.experiment import load_experiment
 from mtdiffusion_engine.trainer import Trainer
 from mtdiffusion_registry import Registry
+from tests.plugins.tiny_autoencoders import saved, untrained
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
 
@@ -38,6 +39,11 @@ def test_a_configuration_trains_and_samples(path: Path, tmp_path: Path) -> None:
     tables = tomllib.loads(path.read_text())
     if tables["data"]["kind"] == "folder":
         few.append(f"data.root={stand_in(tables, tmp_path / 'data')}")
+        for name, table in tables["modalities"].items():
+            if "autoencoder" in table:  # in its place one of random weights, and a backbone for a CPU
+                pytest.importorskip("diffusers")
+                place = saved(untrained("AutoencoderTiny"), tmp_path / "autoencoder")
+                few += [f"modalities.{name}.autoencoder={place}", "backbone.width=48", "backbone.depth=1"]
     elif tables["data"]["kind"] != "digits":
         few += ["data.count=16", "data.test_count=8"]
     registry = Registry.discover()

@@ -12,7 +12,7 @@ Time: ``t = 0`` is data and ``t = T`` is noise, everywhere.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, NamedTuple
@@ -173,6 +173,9 @@ class Modality(nn.Module, ABC):
     resize: bool = True
     derived: bool = False
     """Whether x is computed from another field by :meth:`derive` (an embedding of an image, say)."""
+    derived_by: str = ""
+    """What :meth:`derive` depends on beside the configuration and the code, such as the weights of a frozen network:
+    derived values are kept under it, so it changes whenever they do."""
 
     def __init__(self, encoder: Encoder, decoder: Decoder) -> None:
         super().__init__()
@@ -232,6 +235,21 @@ class Modality(nn.Module, ABC):
         if not isinstance(source, Tensor):
             raise ValueError("found texts, expected tensors")
         return source
+
+    def measure(self, x: Tensor) -> None:
+        """Learn the scale of derived x ``[n, ...]``, some thousand of the training split, before anything is trained.
+
+        Called whenever a derived modality's training split is loaded, of a trained model too: what was measured is to
+        be in buffers, with one that says that it was, and is then to stay as it is. By default nothing is measured.
+
+        Raises:
+            ValueError: if a modality cannot be trained on them.
+        """
+
+    def judged(self, x: Tensor) -> Tensor:
+        """x ``[B, ...]`` as evaluators see it, by default as it is: where x stands for a picture, such as a latent of
+        an autoencoder, the picture, float32 ``[B, channels, h, w]`` in [−1, 1] on the CPU."""
+        return x
 
     def from_text(self, text: str) -> Tensor:
         """One x (no batch axis) from a text that a data set holds in its field: a caption, the name of a class.
@@ -324,6 +342,11 @@ class Dataset(ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> dict[str, Tensor | str]: ...
+
+    def without(self, fields: Collection[str]) -> Dataset:
+        """The same samples less these fields, which spares reading them where what was made of them is kept; by default
+        itself."""
+        return self
 
     def describe(self, index: int, field: str | None = None) -> str:
         """What an error calls a sample, or a field of it, so that a person finds it: its stem, or its file."""

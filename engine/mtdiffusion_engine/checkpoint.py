@@ -6,6 +6,9 @@
     RUN/plugins.json                     where each of its kinds came from: distribution, version, module
     RUN/checkpoints/step-00005000/       model, ema, optimizer (.safetensors) and state.json (with the experiment)
     RUN/tensorboard/
+
+An exported run (:mod:`mtdiffusion_engine.hub`) has the averaged weights alone: ``ema.safetensors`` and ``state.json``
+lie beside ``config.toml``.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ PREFIX = "step-"
 ASIDE = "-diverged"
 """What is added to the name of a checkpoint from which training cannot go on."""
 _PARTIAL = re.compile(r"\.step-[0-9]{8,}\.[0-9]+")
+_REMEDY = "remove that checkpoint to fall back on the one before (of an exported run: export or fetch it again)"
 FORMAT = 2
 """Of what a checkpoint's weights mean: 2 since a network is shown each modality's clock (version 0.2)."""
 
@@ -138,8 +142,13 @@ def resume_command(run: Path, *overrides: str) -> str:
     )
 
 
+def is_exported(run: Path) -> bool:
+    """Whether a folder is an exported run, which can be used but not resumed."""
+    return (run / "ema.safetensors").is_file()
+
+
 def require_run(run: Path) -> Path:
-    """The run's newest checkpoint.
+    """The folder of the run's weights: its newest checkpoint, or of an exported run the run itself.
 
     Raises:
         UserError: if the folder is missing, is no run, has no checkpoint yet, or was made by another version.
@@ -148,7 +157,7 @@ def require_run(run: Path) -> Path:
         raise UserError(f"{run}: expected the folder of a run, found {'a file' if run.exists() else 'nothing'}")
     if not (run / "config.toml").is_file():
         raise UserError(f"{run}: not the folder of a run (it has no config.toml); `mtdiffusion train --out` makes one")
-    checkpoints = list_checkpoints(run)
+    checkpoints = [run] if is_exported(run) else list_checkpoints(run)
     if not checkpoints:
         raise UserError(f"{run}: this run has no checkpoint yet; train it: {resume_command(run)}")
     load_state(checkpoints[-1])
@@ -164,13 +173,9 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: missing from the checkpoint; remove that checkpoint to fall back on the one before"
-        ) from None
+        raise UserError(f"{path}: missing from the checkpoint; {_REMEDY}") from None
     except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path}: damaged ({error}); remove that checkpoint to fall back on the one before, or train again"
-        ) from None
+        raise UserError(f"{path}: damaged ({error}); {_REMEDY}, or train again") from None
 
 
 def load_weights(module: torch.nn.Module, path: Path) -> None:
@@ -216,7 +221,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     Raises:
         UserError: if it is missing or damaged, or of another format than this version's.
     """
-    state = read_json(checkpoint / "state.json", "remove that checkpoint to fall back on the one before")
+    state = read_json(checkpoint / "state.json", _REMEDY)
     found = state.get("format", 1)
     if found != FORMAT:
         with_ = "mtdiffusion 0.1" if found == 1 else "a newer mtdiffusion"

@@ -197,6 +197,20 @@ def _parser() -> argparse.ArgumentParser:
     setting(gallery, of_a_run)
     on_device(gallery)
 
+    export = command("export", "write a trained run into a folder of its own: weights, configuration, model card")
+    export.add_argument("run", type=Path, metavar="RUN")
+    export.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write; must not exist yet")
+    push = command("push", "export a run to the Hugging Face Hub")
+    push.add_argument("run", type=Path, metavar="RUN")
+    push.add_argument("name", metavar="OWNER/NAME", help="on the Hub; made if it is not there")
+    push.add_argument("--private", action="store_true", help="make it private, if it is made")
+    for publish in (export, push):
+        publish.add_argument(
+            "--license", metavar="ID", help="of the weights, as the Hub names it: apache-2.0, mit, ..."
+        )
+        setting(publish, of_a_run)
+        on_device(publish)
+
     demo = command("demo", "train on handwritten digits, evaluate and draw the gallery; what is done is kept")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="RUN", help="default: %(default)s")
     demo.add_argument("--config", type=Path, default=Path("configs/digits-demo.toml"), help="default: %(default)s")

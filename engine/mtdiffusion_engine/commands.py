@@ -24,6 +24,7 @@ from mtdiffusion_engine import packing
 from mtdiffusion_engine.checks import check_held_out
 from mtdiffusion_engine.data import load_data
 from mtdiffusion_engine.experiment import Experiment, build_model, load_experiment, require_resumable
+from mtdiffusion_engine.hub import GALLERY, METRICS
 from mtdiffusion_engine.interrupt import held
 from mtdiffusion_engine.monitor import Monitor
 from mtdiffusion_engine.pictures import read_visibility, sample_sheet
@@ -145,6 +146,11 @@ def _train(
     device: str | None,
     init_from: Path | None = None,
 ) -> None:
+    if resume and ckpt.is_exported(out):
+        raise UserError(
+            f"{out}: an exported run, which has no more than its averaged weights and cannot be resumed. Start a new "
+            f"run from it: {shlex.join(['mtdiffusion', 'train', 'CONFIG', '--out', 'NEW', '--init-from', str(out)])}"
+        )
     console = _console()
 
     def say(message: str) -> None:
@@ -390,6 +396,22 @@ def _gallery(run: Run, out: Path, seed: int) -> Path:
     return draw_gallery(run, out, seed, note=lambda note: _console().print(note, markup=False, soft_wrap=True))
 
 
+def export(args: Namespace) -> None:
+    """Write a run into a new folder that serves without the training's."""
+    ckpt.require_free(args.out)
+    run = load_run(args.run, device=args.device, overrides=args.set)
+    with _new_folder(args.out) as folder:
+        run.save_pretrained(folder, license=args.license)
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(f"exported: {args.out} ({size / 2**20:,.1f} MiB; read {args.out / 'README.md'} before you publish it)")
+
+
+def push(args: Namespace) -> None:
+    """Export a run to the Hugging Face Hub."""
+    run = load_run(args.run, device=args.device, overrides=args.set)
+    print(f"pushed: {run.push_to_hub(args.name, license=args.license, private=args.private)}")
+
+
 def demo(args: Namespace) -> None:
     """Train, evaluate and draw; what is done already is not done again."""
     if not args.config.is_file():
@@ -404,9 +426,9 @@ def demo(args: Namespace) -> None:
         _train(experiment, out, registry, begun, args.device)
     run = load_run(out, device=args.device)
     metrics, picture = out / METRICS, out / GALLERY
-    if _is_older(metrics, run):
+    if run.outdates(metrics):
         _evaluate(run)
-    if _is_older(picture, run):
+    if run.outdates(picture):
         _gallery(run, picture, seed=0)
     print_metrics(ckpt.read_json(metrics))
     print(f"metrics: {metrics}")
@@ -416,9 +438,3 @@ def demo(args: Namespace) -> None:
 def _trained_steps(run: Path) -> int:
     checkpoints = ckpt.list_checkpoints(run)
     return int(ckpt.load_state(checkpoints[-1])["step"]) if checkpoints else 0
-
-
-def _is_older(path: Path, run: Run) -> bool:
-    """Whether something was made before the run was trained or configured as it is."""
-    made_of = (run.checkpoint / "state.json", run.path / "config.toml")
-    return not path.exists() or any(path.stat().st_mtime < source.stat().st_mtime for source in made_of)

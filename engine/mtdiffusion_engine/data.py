@@ -107,7 +107,7 @@ class Source:
         return {
             name: self.derived[name][index] if name in self.derived else raw[field]
             for name, field in self.fields.items()
-            if field in raw
+            if (index in self.derived[name] if name in self.derived else field in raw)
         }
 
     def gather(self, indices: Sequence[int], first: int | None = None) -> Gathered:
@@ -168,6 +168,10 @@ class ModalityData:
         for name, modality in modalities.items():
             if modality.derived:
                 self.source.derived[name] = self._derived(name)
+        if self.source.derived:
+            others = {field for name, field in fields.items() if name not in self.source.derived}
+            unread = set(fields.values()) - others
+            self.source = evolve(self.source, dataset=dataset.without(unread))
 
     def has(self, name: str) -> bool:
         """Whether any sample has a modality."""
@@ -212,7 +216,8 @@ class ModalityData:
         field = self.source.fields[name]
         kept = None
         if self.dataset.fingerprint is not None and name in self._keys:
-            key = "\0".join((self.dataset.fingerprint, field, self._keys[name]))
+            by = self.modalities[name].derived_by
+            key = "\0".join((self.dataset.fingerprint, field, self._keys[name], *([by] if by else [])))
             kept = cached(f"derived/{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors")
             if (stored := load_kept(kept)) is not None:
                 return dict(zip(stored["rows"].tolist(), stored["values"], strict=True))
@@ -239,6 +244,19 @@ class ModalityData:
             rows += have
             pace.tell(start + chunk)
         return torch.tensor(rows), torch.cat(parts) if parts else torch.empty(0)
+
+    def measure(self, most: int = 4096) -> None:
+        """Let each derived modality see what it is trained on, at most so many samples of it, spread over all.
+
+        Raises:
+            UserError: if one refuses them.
+        """
+        for name, values in self.source.derived.items():
+            if rows := list(values)[:: -(-len(values) // most) or 1]:
+                try:
+                    self.modalities[name].measure(torch.stack([values[row] for row in rows]))
+                except ValueError as error:
+                    raise UserError(f"{self.what}: modality {name!r}: {error}") from error
 
     def collate(self, gathered: Gathered) -> Batch:
         """A checked batch; samples that lack a modality get a placeholder and presence 0.
@@ -334,7 +352,10 @@ def load_data(experiment: Experiment, model: MultimodalDiffusion, split: Literal
     if dataset.fingerprint is None and config.reproducible:
         dataset.fingerprint = f"{split} of {config_key(config)}"
     keys = {name: config_key(experiment.modalities[name]) for name in modalities}
-    return ModalityData(dataset, modalities, f"data ({split})", keys, partial=split == "test")
+    data = ModalityData(dataset, modalities, f"data ({split})", keys, partial=split == "test")
+    if split == "train":
+        data.measure()
+    return data
 
 
 class Turn(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any, Literal, TypeVar
 
@@ -28,7 +28,7 @@ from mtdiffusion import (
 )
 from mtdiffusion.retention import CURVES, RETENTIONS
 from mtdiffusion_engine.augmentation import AugmentationConfig
-from mtdiffusion_engine.checkpoint import read_json
+from mtdiffusion_engine.checkpoint import is_exported, read_json
 from mtdiffusion_engine.subsets import ConditioningConfig
 from mtdiffusion_registry import (
     BackboneConfig,
@@ -248,7 +248,8 @@ class Experiment:
 
 
 def load_experiment(path: Path, overrides: list[str], registry: Registry) -> Experiment:
-    """Read a configuration file; relative paths in it are relative to the working directory.
+    """Read a configuration file; relative paths in it are relative to the working directory, of an exported run to its
+    folder.
 
     Args:
         path: the file; if it is a run's, its neighbour ``plugins.json`` says where a kind that is missing came from.
@@ -258,10 +259,15 @@ def load_experiment(path: Path, overrides: list[str], registry: Registry) -> Exp
     Raises:
         UserError: for whatever is wrong with it.
     """
-    tables = apply_overrides(load_toml(path), overrides)
+    tables = load_toml(path)
     recorded = path.with_name(PLUGINS_FILE)
     if recorded.is_file():
         registry = registry.with_origins(read_json(recorded))
+    if is_exported(path.parent):  # before overrides, whose paths are the caller's
+        stored = structure_experiment(tables, registry, str(path))
+        folder = path.parent.absolute()
+        tables = resolved(with_paths(stored, lambda key, value: folder / value), registry)
+    tables = apply_overrides(tables, overrides)
     return with_absolute_paths(structure_experiment(tables, registry, str(path)))
 
 
@@ -319,7 +325,7 @@ _NO_WEIGHTS = ("plugins.", "sampling.", "evaluation.", *_SESSION)
 _FIXED = tuple(f"training.{key}." for key in ("seed", "batch_size"))
 """What decides, with the step, which samples and which noise come next: of a resumed run it may not change."""
 _RESUMABLE = ("plugins.", "sampling.", "evaluation.", "loss.", "training.")
-_TRAINED = ("data.", "sampling.", "evaluation.")
+TRAINED = ("data.", "sampling.", "evaluation.")
 """What may change of a run that is only used: its model does not depend on it."""
 
 Changes = dict[str, tuple[Any, Any]]
@@ -382,7 +388,7 @@ def require_trained(experiment: Experiment, run: Path, registry: Registry) -> No
         UserError: if it is another one; the message says what differs.
     """
     stored = load_experiment(run / "config.toml", [], registry)
-    if differ := _but_for(_TRAINED, stored, experiment, registry):
+    if differ := _but_for(TRAINED, stored, experiment, registry):
         raise UserError(
             f"{run}: was trained with another configuration ({describe_changes(differ)}). Of a trained run only data, "
             "evaluation and sampling can be set; for the rest train a run of its own: mtdiffusion train CONFIG --out "
@@ -447,22 +453,40 @@ def with_absolute_paths(value: T) -> T:
     Raises:
         UserError: for a home that is not known.
     """
-    return _absolute(value)
+    return with_paths(value, _absolute)
 
 
-def _absolute(value: Any) -> Any:
+def _absolute(_: str, path: Path) -> Path:
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError as error:
+        raise UserError(f"{path}: {error}; write the whole path") from None
+
+
+def with_paths(value: T, change: Callable[[str, Path], Path], key: str = "") -> T:
+    """The same config, at any depth, with each path changed.
+
+    Args:
+        change: gives the new path of a key, as :func:`path_keys` writes it, and the old one.
+    """
+    return _with_paths(value, change, key)
+
+
+def _with_paths(value: Any, change: Callable[[str, Path], Path], key: str) -> Any:
     if isinstance(value, Path):
-        try:
-            return value.expanduser().absolute()
-        except RuntimeError as error:
-            raise UserError(f"{value}: {error}; write the whole path") from None
+        return change(key, value)
     if isinstance(value, list | tuple) and type(value) in (list, tuple):
-        return type(value)(_absolute(item) for item in value)
+        return type(value)(_with_paths(item, change, f"{key}[{i}]") for i, item in enumerate(value))
+    inner = f"{key}." if key else ""
     if type(value) is dict:
-        return {name: _absolute(item) for name, item in value.items()}
+        return {name: _with_paths(item, change, f"{inner}{name}") for name, item in value.items()}
     if not path_keys(value):
         return value
-    made = {a.alias: _absolute(getattr(value, a.name)) for a in attrs.fields(type(value)) if a.init}
+    made = {
+        a.alias: _with_paths(getattr(value, a.name), change, f"{inner}{a.name}")
+        for a in attrs.fields(type(value))
+        if a.init
+    }
     return attrs.evolve(value, **made)
 
 

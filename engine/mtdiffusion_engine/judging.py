@@ -28,7 +28,8 @@ def silent(_: str) -> None:
 
 
 class BuiltEvaluator(Evaluator):
-    """An evaluator, and what the engine knows of it.
+    """An evaluator, and what the engine knows of it. It is shown what the modalities have evaluators see
+    (:meth:`mtdiffusion.Modality.judged`).
 
     Attributes:
         title: its place among the configuration's, and its kind.
@@ -36,20 +37,28 @@ class BuiltEvaluator(Evaluator):
         needs: the modalities that samples must have to be shown to it; (): all.
     """
 
-    def __init__(self, evaluator: Evaluator, title: str, config: EvaluatorConfig) -> None:
+    def __init__(
+        self, evaluator: Evaluator, title: str, config: EvaluatorConfig, modalities: Mapping[str, Modality]
+    ) -> None:
+        self.modalities = modalities
         self.evaluator, self.title, self.kind, self.needs = evaluator, title, config.kind, config.needs()
         self.metric_directions = evaluator.metric_directions
 
     def conditional(
         self, target: str, generated: Mapping[str, Tensor], truth: Mapping[str, Tensor]
     ) -> dict[str, float]:
-        return self.evaluator.conditional(target, generated, truth)
+        return self.evaluator.conditional(target, judged(generated, self.modalities), judged(truth, self.modalities))
 
     def joint(self, generated: Mapping[str, Tensor]) -> dict[str, float]:
-        return self.evaluator.joint(generated)
+        return self.evaluator.joint(judged(generated, self.modalities))
 
     def real(self, test: Mapping[str, Tensor]) -> dict[str, float]:
-        return self.evaluator.real(test)
+        return self.evaluator.real(judged(test, self.modalities))
+
+
+def judged(x: Mapping[str, Tensor], modalities: Mapping[str, Modality]) -> dict[str, Tensor]:
+    """What evaluators see of samples ``[n, ...]`` by name."""
+    return {name: modalities[name].judged(values) if name in modalities else values for name, values in x.items()}
 
 
 def check_evaluators(evaluators: Sequence[EvaluatorConfig], names: Sequence[str]) -> None:
@@ -116,7 +125,7 @@ def build_evaluators(
             timed(progress, f"{title}: {told}, {len(samples):,} samples" if told else ""),
             _blaming(title, config.kind),
         ):
-            built.append(BuiltEvaluator(config.build(x), title, config))
+            built.append(BuiltEvaluator(config.build(judged(x, modalities)), title, config, modalities))
     return built
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mtdiffusion import Modality, MultimodalDiffusion, SamplerSettings, sample
 from mtdiffusion_engine import checkpoint as ckpt
+from mtdiffusion_engine import hub
 from mtdiffusion_engine.data import ModalityData, load_data
 from mtdiffusion_engine.experiment import (
     Experiment,
@@ -26,19 +27,73 @@ from mtdiffusion_registry.errors import did_you_mean
 
 @frozen(eq=False)
 class Run:
-    """A trained model and the experiment it comes from. Make one with :func:`load_run`.
+    """A trained model and the experiment it comes from. Make one with :func:`load_run`, or, from the Hugging Face Hub,
+    with :meth:`from_pretrained`.
 
     Attributes:
         path: the run's folder.
         experiment: its resolved configuration.
         model: with the averaged (EMA) weights of the checkpoint, in evaluation mode.
-        checkpoint: the folder its weights come from.
+        checkpoint: the folder its weights come from; of an exported run the run's.
     """
 
     path: Path
     experiment: Experiment
     model: MultimodalDiffusion = field(repr=False)
     checkpoint: Path
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        device: str | None = None,
+        registry: Registry | None = None,
+        overrides: Sequence[str] = (),
+    ) -> Run:
+        """A run by its name on the Hugging Face Hub, or by its folder, which needs no network.
+
+        Args:
+            name: ``OWNER/NAME``, or a folder: an exported run's, or that of a training.
+            revision: branch, tag or commit on the Hub; None: its main branch.
+            device, registry, overrides: as of :func:`load_run`.
+
+        Raises:
+            UserError: if it cannot be fetched, and as :func:`load_run`; a plugin that is missing is named, with what to
+                install.
+        """
+        folder = hub.fetch(name, revision)
+        return load_run(folder, device=device, registry=registry, overrides=overrides)
+
+    def save_pretrained(self, folder: str | Path, *, license: str | None = None) -> Path:
+        """Export the run into an empty folder; see :func:`mtdiffusion_engine.hub.export_run`.
+
+        Raises:
+            UserError: if there is something in the folder.
+        """
+        return hub.export_run(self, Path(folder), license=license)
+
+    def push_to_hub(
+        self, name: str, *, license: str | None = None, private: bool = False, token: str | None = None
+    ) -> str:
+        """Export the run to the Hugging Face Hub; see :func:`mtdiffusion_engine.hub.push_run`.
+
+        Returns:
+            The page's address.
+
+        Raises:
+            UserError: if the Hub refuses it or cannot be reached.
+        """
+        return hub.push_run(self, name, license=license, private=private, token=token)
+
+    def outdates(self, path: Path) -> bool:
+        """Whether something (metrics, a gallery) is not there, or was made before the run was trained or configured as
+        it is. What an exported run has was made of it."""
+        if ckpt.is_exported(self.path):
+            return not path.exists()
+        made_of = (self.checkpoint / "state.json", self.path / "config.toml")
+        return not path.exists() or any(path.stat().st_mtime < source.stat().st_mtime for source in made_of)
 
     def modality(self, name: str) -> Modality:
         """A modality by name.

@@ -44,9 +44,9 @@ class PatchEncoder(Encoder):
 
     spatial = True
 
-    def __init__(self, latent: LatentSpec, channels: int, patch: int) -> None:
+    def __init__(self, latent: LatentSpec, channels: int, patch: int, kind: str = "image") -> None:
         super().__init__(latent)
-        check_channels("image", latent, channels * patch**2)
+        check_channels(kind, latent, channels * patch**2)
         self.patch = patch
         self.spare = latent.channels - channels * patch**2
 
@@ -137,17 +137,7 @@ class ImageModality(Modality):
         return ((rgb + 1) / 2).clamp(0, 1)
 
     def metrics(self, generated: Tensor, truth: Tensor) -> dict[str, float]:
-        """``mse`` per pixel, and ``psnr`` in dB, of pixels in [0, 1]; ``ssim`` (Wang et al. 2004). Means over images.
-
-        SSIM's window is Gaussian, σ = 1.5, 11 × 11; of pictures smaller than that, uniform, of the largest odd side up
-        to 7 that fits, and there is none below 3 × 3. It is taken where the window lies inside of the picture.
-        """
-        pairs = list(zip(torch.split(generated, _BATCH), torch.split(truth, _BATCH), strict=True))
-        error = torch.cat([((a - b) / 2).square().flatten(1).mean(1) for a, b in pairs])
-        metrics = {"mse": error.mean().item(), "psnr": (-10 * torch.log10(error.clamp(min=1e-10))).mean().item()}
-        if min(self.shape[1:]) >= 3:
-            metrics["ssim"] = torch.cat([_ssim(a, b) for a, b in pairs]).mean().item()
-        return metrics
+        return picture_metrics(generated, truth)
 
     def predictive_metrics(self, params: Params, truth: Tensor) -> dict[str, float]:
         """``readout_mse``: of the mean, per pixel, of pixels in [0, 1]."""
@@ -158,6 +148,23 @@ class ImageModality(Modality):
 
     def write(self, x: Tensor, folder: Path, stem: str) -> Path:
         return write_image(x, folder / f"{stem}.png")
+
+
+def picture_metrics(generated: Tensor, truth: Tensor) -> dict[str, float]:
+    """``mse`` per pixel, and ``psnr`` in dB, of pixels in [0, 1]; ``ssim`` (Wang et al. 2004). Means over pictures.
+
+    SSIM's window is Gaussian, σ = 1.5, 11 × 11; of pictures smaller than that, uniform, of the largest odd side up to 7
+    that fits, and there is none below 3 × 3. It is taken where the window lies inside of the picture.
+
+    Args:
+        generated, truth: ``[B, C, h, w]`` in [−1, 1].
+    """
+    pairs = list(zip(torch.split(generated, _BATCH), torch.split(truth, _BATCH), strict=True))
+    error = torch.cat([((a - b) / 2).square().flatten(1).mean(1) for a, b in pairs])
+    metrics = {"mse": error.mean().item(), "psnr": (-10 * torch.log10(error.clamp(min=1e-10))).mean().item()}
+    if min(truth.shape[-2:]) >= 3:
+        metrics["ssim"] = torch.cat([_ssim(a, b) for a, b in pairs]).mean().item()
+    return metrics
 
 
 def _ssim(a: Tensor, b: Tensor) -> Tensor:

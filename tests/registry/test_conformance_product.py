@@ -13,6 +13,7 @@ import torch
 import torchvision
 from fake_distributions import Install
 from PIL import Image
+from tests.plugins.tiny_autoencoders import saved, untrained
 
 from mtdiffusion_engine.cli import main
 from mtdiffusion_registry import Registry
@@ -148,6 +149,7 @@ def test_a_kind_of_two_groups_must_say_which(install: Install, capsys: pytest.Ca
 
 VALUES = {
     "modality.image": ["size=8", "channels=1"],
+    "modality.latent_image": ["size=32"],
     "modality.mask": ["size=8"],
     "modality.label": ["classes=10"],
     "modality.clip": ["dim=16"],
@@ -189,6 +191,9 @@ def files(name: str, folder: Path) -> dict[str, Path]:
     if name == "dataset.litdata":
         pytest.importorskip("litdata")
         pytest.skip("shards are checked where they are packed, in test_litdata")
+    if name == "modality.latent_image":
+        pytest.importorskip("diffusers")
+        return {"autoencoder": saved(untrained("AutoencoderTiny"), folder)}
     if name in ("evaluator.lpips", "evaluator.features"):  # the layout that lpips asks for; features refuses it
         torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), folder / "weights.pth")
         return {"weights": folder / "weights.pth"}

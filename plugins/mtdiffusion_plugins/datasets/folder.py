@@ -108,6 +108,9 @@ class FolderDataset(Dataset):
         stem = self.stems[index]
         return {name: column[stem] for name, column in self._columns.items() if stem in column}
 
+    def without(self, fields: Collection[str]) -> FolderDataset:
+        return FolderDataset(self.stems, {name: each for name, each in self._columns.items() if name not in fields})
+
     def describe(self, index: int, field: str | None = None) -> str:
         stem = self.stems[index]
         columns = [self._columns[field]] if field is not None and field in self._columns else self._columns.values()

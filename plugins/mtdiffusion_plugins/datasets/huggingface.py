@@ -55,6 +55,13 @@ class HuggingFaceDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
         return self._cells.sample(self._row(index))
 
+    def without(self, fields: Collection[str]) -> HuggingFaceDataset:
+        other = copy(self)
+        other._cells = attrs.evolve(
+            self._cells, fields={name: each for name, each in self._cells.fields.items() if name not in fields}
+        )
+        return other
+
     def _row(self, index: int) -> dict[str, Any]:
         row: dict[str, Any] = self._table[int(self.rows[index])]
         for column in self._classes.keys() & row.keys():

@@ -78,6 +78,8 @@ def test_columns_of_parquet_become_fields(library: Any, tmp_path: Path) -> None:
     assert train.describe(4, "label") == f"row 4 of {tmp_path / 'data'} (train), column 'cls' (1, which is 'dog')"
     again = pickle.loads(pickle.dumps(train))  # as for a worker process
     assert torch.equal(again[9]["image"], train[9]["image"])
+    assert train.without(["image", "embedding"])[4] == {"label": sample["label"], "caption": "number 4"}
+    assert train[4].keys() == sample.keys()
 
 
 def test_fingerprint_is_of_the_data_and_of_how_they_are_read(library: Any, tmp_path: Path) -> None:

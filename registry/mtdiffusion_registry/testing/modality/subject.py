@@ -90,7 +90,10 @@ class ModalitySubject(Subject):
         case = self.cases[0]
         with torch.no_grad():
             if self.source is not None:
-                return case.modality.derive(self.source)
+                x = case.modality.derive(self.source)
+                for each in self.cases:
+                    each.modality.measure(x)
+                return x
             return case.modality.decoder.sample(case.params(DRAWN), torch.Generator().manual_seed(0))
 
 

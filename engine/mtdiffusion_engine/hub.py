@@ -1,0 +1,280 @@
+"""Trained runs as folders of their own, and on the Hugging Face Hub.
+
+::
+
+    README.md            the model card: what it is, how to use it, what was measured
+    config.toml          the experiment; paths are relative to this folder
+    plugins.json         where each of its kinds came from
+    ema.safetensors      the averaged weights
+    state.json           how far they were trained
+    metrics.json, gallery.png
+    files/               files and folders that its modalities read, such as a tokenizer
+
+Nothing in it is code or pickled, and no more than the plugins that are installed is imported to use it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from mtdiffusion import MultimodalDiffusion
+from mtdiffusion_engine import checkpoint as ckpt
+from mtdiffusion_engine.experiment import PLUGINS_FILE, TRAINED, Experiment, resolved, with_paths
+from mtdiffusion_engine.pictures import sample_sheet
+from mtdiffusion_registry import Registry, UserError
+from mtdiffusion_registry.config import dump_toml
+from mtdiffusion_registry.installed import version
+
+METRICS = "metrics.json"
+GALLERY = "gallery.png"
+CARD = "README.md"
+FILES = "files"
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+class TrainedRun(Protocol):
+    """What is exported of a :class:`mtdiffusion_engine.run.Run`."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def experiment(self) -> Experiment: ...
+
+    @property
+    def model(self) -> MultimodalDiffusion: ...
+
+    @property
+    def checkpoint(self) -> Path: ...
+
+    def outdates(self, path: Path) -> bool: ...
+
+    def sample(self, n: int, *, seed: int = 0) -> dict[str, Tensor]: ...
+
+
+def export_run(run: TrainedRun, folder: Path, *, name: str | None = None, license: str | None = None) -> Path:
+    """Write all that is needed to use a run, and its model card, into an empty folder.
+
+    Metrics and gallery are the run's own, if they were made of these weights; without a gallery, the picture is a sheet
+    of samples. Of paths, those that the model reads are copied; of others (the data's), which say where something was
+    on this machine, only the last part is kept.
+
+    Args:
+        name: what the card calls it; None: as the run's folder.
+        license: of the weights, as the Hub names it ("apache-2.0"); None: the card says that none is given.
+
+    Raises:
+        UserError: if there is something in the folder.
+    """
+    ckpt.require_free(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def moved(key: str, path: Path) -> Path:
+        if f"{key}.".startswith(TRAINED) or not path.exists():
+            return Path(path.name)
+        place = Path(FILES, *re.findall(r"\w+", key), path.name)
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / place)
+        return place
+
+    shutil.copyfile(run.checkpoint / "ema.safetensors", folder / "ema.safetensors")
+    shutil.copyfile(run.path / PLUGINS_FILE, folder / PLUGINS_FILE)
+    state = ckpt.load_state(run.checkpoint)
+    ckpt.write_json(folder / "state.json", {"step": state["step"], "format": state["format"]})
+    dump_toml(resolved(with_paths(run.experiment, moved), Registry.discover()), folder / "config.toml")
+    metrics = None
+    if not run.outdates(run.path / METRICS):
+        shutil.copyfile(run.path / METRICS, folder / METRICS)
+        metrics = ckpt.read_json(folder / METRICS)
+    drawn = run.outdates(run.path / GALLERY)
+    if drawn:
+        sample_sheet(run.model, run.sample(16), f"Samples of {run.path.absolute().name}").save(folder / GALLERY)
+    else:
+        shutil.copyfile(run.path / GALLERY, folder / GALLERY)
+    caption = (
+        "Samples, everything generated together." if drawn else "Samples, and what is generated from what is given."
+    )
+    text = _card(run, folder, name, license, metrics, caption)
+    (folder / CARD).write_text(text, encoding="utf-8")
+    return folder
+
+
+def push_run(
+    run: TrainedRun, name: str, *, license: str | None = None, private: bool = False, token: str | None = None
+) -> str:
+    """Export a run and upload it to the Hugging Face Hub.
+
+    Args:
+        name: ``OWNER/NAME`` of a model there; made if it is not there.
+        license: as of :func:`export_run`.
+        private: whether it is made private, if it is made.
+        token: of the account; None: of whoever is logged in.
+
+    Returns:
+        The page's address.
+
+    Raises:
+        UserError: if the Hub refuses it or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    if not _HUB_NAME.fullmatch(name):
+        raise UserError(f"push: expected OWNER/NAME, found {name!r}")
+    api = HfApi(token=token)
+    with TemporaryDirectory() as scratch:
+        folder = export_run(run, Path(scratch, "run"), name=name, license=license)
+        try:
+            page = api.create_repo(name, private=private, exist_ok=True)
+            said = f"mtdiffusion {version('mtdiffusion')}: {run.path.absolute().name}, {run.checkpoint.name}"
+            api.upload_folder(repo_id=name, folder_path=folder, commit_message=said)
+        except Exception as error:  # of the network or the Hub: each has exceptions of its own
+            raise UserError(
+                f"push: {name} could not be uploaded ({_first_line(error)}); log in with `hf auth login`, as one who "
+                "may write there, or export the run and upload the folder later: mtdiffusion export"
+            ) from error
+    return str(page)
+
+
+def fetch(name: str | Path, revision: str | None = None) -> Path:
+    """The folder of a run by its name on the Hub, which is downloaded unless it is here, or by its folder.
+
+    Raises:
+        UserError: if it is neither, or cannot be downloaded.
+    """
+    if Path(name).is_dir():
+        if revision is not None:
+            raise UserError(f"{name}: revision = {revision!r} is of the Hub, and this is a folder; leave it out")
+        return Path(name)
+    if not _HUB_NAME.fullmatch(str(name)):
+        raise UserError(f"{name}: expected the folder of a run, or OWNER/NAME on the Hugging Face Hub")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(name), revision=revision))
+    except Exception as error:  # of the network, the Hub or the disk: each has exceptions of its own
+        raise UserError(
+            f"{name}: there is no such folder, and it could not be downloaded from the Hugging Face Hub "
+            f"({_first_line(error)}); check the name and the network, or give the folder of a copy"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+# The model card -------------------------------------------------------------------------------------------------------
+
+
+def _card(
+    run: TrainedRun,
+    folder: Path,
+    name: str | None,
+    license: str | None,
+    metrics: Mapping[str, Any] | None,
+    caption: str,
+) -> str:
+    """The model card in Markdown, with the header that the Hub reads."""
+    experiment, model = run.experiment, run.model
+    kinds = {key: config.kind for key, config in experiment.modalities.items()}
+    header = {
+        "library_name": "mtdiffusion",
+        "tags": ["mtdiffusion", "diffusion", "multimodal", *sorted({*kinds.values()})],
+    }
+    lines = [f"{key}: {json.dumps(value)}" for key, value in header.items()]  # JSON is YAML
+    lines += [f"license: {json.dumps(license)}"] if license else []
+    title = name or run.path.absolute().name
+    state, training = ckpt.load_state(folder), experiment.training
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    return "\n".join(
+        [
+            "---",
+            *lines,
+            "---",
+            "",
+            f"# {title}",
+            "",
+            f"One diffusion model over {_listed(list(kinds))}: it generates all of them together, or any of them from "
+            f"any others. Made with mtdiffusion {version('mtdiffusion')}.",
+            "",
+            f"![Samples]({GALLERY})",
+            "",
+            caption,
+            "",
+            "## Use",
+            "",
+            "```sh",
+            f"pip install mtdiffusion{_other_packages(folder)}",
+            "```",
+            "",
+            "```python",
+            "from mtdiffusion_engine import Run",
+            "",
+            f'run = Run.from_pretrained("{name or "FOLDER"}")' + ("" if name else "  # this folder"),
+            f"out = run.sample(16)  # a dict of tensors: {', '.join(model.names)}",
+            f'more = run.sample(16, observed={{"{model.names[0]}": out["{model.names[0]}"]}})  # given one, the others',
+            "```",
+            "",
+            "From a command line, with a copy of this folder: `mtdiffusion sample FOLDER -n 16 --out samples`.",
+            "",
+            "## Modalities",
+            "",
+            "| name | kind | shape |",
+            "|---|---|---|",
+            *(f"| {key} | {kind} | {_shape(model, key)} |" for key, kind in kinds.items()),
+            "",
+            "## Training",
+            "",
+            f"Data of kind `{experiment.data.kind}`; {state['step']:,} steps of "
+            f"{training.batch_size * training.accumulate} samples (a process), seed {training.seed}; {parameters:.3g} "
+            f"million parameters. The weights are averages over training (decay {training.ema:g}). All settings are in "
+            "`config.toml`.",
+            "",
+            "## Measured",
+            "",
+            *_measured(metrics),
+            "",
+            "## Licence",
+            "",
+            f"The weights: {license}." if license else "None is given for the weights.",
+            "",
+        ]
+    )
+
+
+def _measured(metrics: Mapping[str, Any] | None) -> list[str]:
+    """A table with a row for each ``target|observed``."""
+    if not metrics:
+        return ["These weights were not evaluated (`mtdiffusion evaluate`)."]
+    groups: dict[str, list[str]] = {}
+    for key, value in sorted(metrics.items()):
+        group, _, metric = key.rpartition("/")
+        groups.setdefault(group, []).append(
+            f"{metric} {value:.4g}" if isinstance(value, float) else f"{metric} {value}"
+        )
+    rows = [f"| {group.replace('|', ' given ')} | {', '.join(cells)} |" for group, cells in groups.items()]
+    told = "By `mtdiffusion evaluate` on held-out data (the row `real` is of these themselves); also in `metrics.json`."
+    return [told, "", "| what | metrics |", "|---|---|", *rows]
+
+
+def _shape(model: MultimodalDiffusion, name: str) -> str:
+    x = model.modality(name).placeholder(1)
+    return f"{' × '.join(map(str, x.shape[1:])) or 'one value'}, {str(x.dtype).removeprefix('torch.')}"
+
+
+def _other_packages(folder: Path) -> str:
+    """What else is to be installed, for ``pip install``."""
+    found = {origin["distribution"]: origin["version"] for origin in ckpt.read_json(folder / PLUGINS_FILE).values()}
+    return "".join(f' "{name}=={number}"' for name, number in sorted(found.items()) if name not in ("mtdiffusion", ""))
+
+
+def _listed(names: list[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
