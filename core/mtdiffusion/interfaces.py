@@ -291,6 +291,15 @@ class Backbone(nn.Module, ABC):
             vector: ``[B, in_vector]``: the modalities' clocks (or flags) and read-outs.
         """
 
+    def repeated_blocks(self) -> Sequence[nn.Module]:
+        """The blocks that most of :meth:`forward` is made of, in whichever order; by default none are told.
+
+        Training may forget what happens inside of them, and compute it again on the way back (Chen et al. 2016), for
+        less memory. So each is a submodule, none lies within another, and :meth:`forward` calls it as a module, with
+        tensors (or None), to the same end each time.
+        """
+        return ()
+
 
 class WeightSchedule(ABC):
     """The weights w_t^(i) with which modalities enter, given from either end (docs/mathematics.md, section 2)."""

@@ -222,7 +222,8 @@ def _parser() -> argparse.ArgumentParser:
     look = actions.add_parser(
         "check",
         help="build what it describes and look through its data, without training",
-        description="Build what a configuration describes and look through its data, without training.",
+        description="Build what a configuration describes, look through its data and say what its model costs, without "
+        "training.",
         allow_abbrev=False,
     )
     look.add_argument("config", type=Path, metavar="CONFIG", help="TOML file")

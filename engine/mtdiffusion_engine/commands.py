@@ -22,6 +22,7 @@ from torch import Tensor
 from mtdiffusion_engine import checkpoint as ckpt
 from mtdiffusion_engine import packing
 from mtdiffusion_engine.checks import check_held_out
+from mtdiffusion_engine.cost import count_cost, describe_cost
 from mtdiffusion_engine.data import load_data
 from mtdiffusion_engine.experiment import Experiment, build_model, load_experiment, require_resumable
 from mtdiffusion_engine.hub import GALLERY, METRICS
@@ -37,10 +38,8 @@ from mtdiffusion_registry.pace import LOGGER
 if TYPE_CHECKING:
     from mtdiffusion_engine.measures import Kept
 
-METRICS = "metrics.json"
 PARTIAL = "metrics.partial.json"
 """What an evaluation has measured before it is done: it goes on from there if it is stopped."""
-GALLERY = "gallery.png"
 
 
 def _console() -> Console:
@@ -84,11 +83,11 @@ def _log_to(show: Callable[[str], None]) -> Iterator[None]:
 
 
 def check_config(args: Namespace) -> None:
-    """Build everything that a configuration describes and look through its data, without training."""
+    """Build everything that a configuration describes, look through its data and say what its model costs."""
     registry = Registry.discover()
     with held():
         experiment = load_experiment(args.config, args.set, registry)
-    model = build_model(experiment)
+    model = build_model(experiment, weightless=True)
     train = load_data(experiment, model, "train")
     train.verify()
     warnings = check_held_out(experiment, model)
@@ -98,8 +97,9 @@ def check_config(args: Namespace) -> None:
         code = modality.encoder.latent
         shape = " × ".join(map(str, modality.placeholder(1).shape[1:])) or "one value"
         print(f"  {name} ({experiment.modalities[name].kind}): {shape}, as a code of {code.channels} channels")
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"latent: {latent.channels} × {latent.height} × {latent.width}; {parameters / 1e6:.3g} million parameters")
+    print(f"latent: {latent.channels} × {latent.height} × {latent.width}")
+    for line in describe_cost(count_cost(experiment, model), experiment.training):
+        print(line)
     for warning in warnings:
         print(f"warning: {warning}")
     print(f"ready: mtdiffusion train {args.config} --out runs/{args.config.stem}")

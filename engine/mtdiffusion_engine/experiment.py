@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path, PurePath
 from typing import Any, Literal, TypeVar
 
@@ -517,8 +518,12 @@ def build_layout(experiment: Experiment) -> Layout:
     return SharedLayout(tuple(wanted), LatentSpec(channels, latent.height, latent.width))
 
 
-def build_model(experiment: Experiment) -> MultimodalDiffusion:
+def build_model(experiment: Experiment, *, weightless: bool = False) -> MultimodalDiffusion:
     """The model, freshly initialised from ``training.seed``.
+
+    Args:
+        weightless: leave the backbone on the meta device, where it has shapes but no weights and takes no memory; one
+            that cannot be built there is built as ever.
 
     Raises:
         ConfigError: if its parts do not fit together.
@@ -526,12 +531,12 @@ def build_model(experiment: Experiment) -> MultimodalDiffusion:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(experiment.training.seed)
-            return _build_model(experiment)
+            return _build_model(experiment, weightless)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
 
-def _build_model(experiment: Experiment) -> MultimodalDiffusion:
+def _build_model(experiment: Experiment, weightless: bool) -> MultimodalDiffusion:
     layout = build_layout(experiment)
     names = list(experiment.modalities)
     settings = experiment.process
@@ -541,8 +546,13 @@ def _build_model(experiment: Experiment) -> MultimodalDiffusion:
     # A backbone's inputs depend on the encoders' read-outs, and heads on the backbone's features; encoders on neither.
     readout = sum(_probe(experiment, layout)[name].encoder.readout_dim for name in names)
     in_channels, in_vector = layout.inputs(readout)
-    latent = experiment.latent
-    backbone = experiment.backbone.build(in_channels, latent.height, latent.width, in_vector)
+    sizes = (in_channels, experiment.latent.height, experiment.latent.width, in_vector)
+    backbone = None
+    if weightless:
+        with suppress(Exception), torch.device("meta"):  # what is wrong in earnest is said below
+            backbone = experiment.backbone.build(*sizes)
+    if backbone is None:
+        backbone = experiment.backbone.build(*sizes)
     modalities = _build_modalities(experiment, layout, backbone.features)
     law = experiment.clocks.build(names) if experiment.clocks is not None else None
     epsilon_head = experiment.model.parameterisation == "epsilon_head"

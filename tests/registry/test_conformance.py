@@ -761,6 +761,70 @@ class MapWithoutVector(SmallBackbone):
         return Features(self.last(self.hidden(z, noise, vector * 0)), h.vector)
 
 
+class InBlocks(SmallBackbone):
+    """With hidden layers by the name that most give theirs, and told as what repeats."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(8, 8, 1), nn.Dropout(0.1), nn.ReLU()) for _ in range(2))
+
+    def hidden(self, z: Tensor, noise: Tensor, vector: Tensor) -> Tensor:
+        h = super().hidden(z, noise, vector)
+        for block in self.blocks:
+            h = block(h)
+        return h
+
+    def repeated_blocks(self) -> Sequence[nn.Module]:
+        return tuple(self.blocks)
+
+
+class UntoldBlocks(InBlocks):
+    """As a backbone from before there was anything to tell."""
+
+    repeated_blocks = Backbone.repeated_blocks
+
+
+class TellsAStranger(InBlocks):
+    def repeated_blocks(self) -> Sequence[nn.Module]:
+        return [*self.blocks, nn.Linear(2, 2)]
+
+
+class TellsTwice(InBlocks):
+    def repeated_blocks(self) -> Sequence[nn.Module]:
+        return [*self.blocks, self.blocks[0][0]]  # type: ignore[index]
+
+
+class TellsWhatIsNotCalled(InBlocks):
+    def repeated_blocks(self) -> Sequence[nn.Module]:
+        return [self.blocks]
+
+
+class Alternating(nn.Module):
+    """In training, every first call of two goes through one more function."""
+
+    def __init__(self, more: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 1)
+        self.more = more
+        self.odd = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.odd = self.training and not self.odd
+        return self.conv(self.more(x) if self.odd else x)
+
+
+class BlockWithOtherValues(InBlocks):
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.blocks = nn.ModuleList([Alternating(lambda x: x * 1.01)])
+
+
+class BlockWithOtherSteps(InBlocks):
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.blocks = nn.ModuleList([Alternating(lambda x: x.sinh().asinh())])
+
+
 @frozen
 class SmallBackboneConfig(BackboneConfig):
     kind: ClassVar[str] = "test_small"
@@ -770,8 +834,23 @@ class SmallBackboneConfig(BackboneConfig):
         return type(self).backbone(in_channels, height, width, in_vector)
 
 
+def backbone_config(backbone: type[Backbone]) -> BackboneConfig:
+    namespace = {"kind": "test_b", "backbone": backbone, "__annotations__": {}}
+    return frozen(type("Made", (SmallBackboneConfig,), namespace))()
+
+
 def test_a_correct_backbone_passes() -> None:
     check_backbone(SmallBackboneConfig())
+    check_backbone(backbone_config(InBlocks))
+
+
+def test_blocks_that_are_not_told_are_nobody_elses_business() -> None:
+    check_backbone(backbone_config(UntoldBlocks))
+    backbone = UntoldBlocks(2, 4, 4, 3)
+    assert backbone.repeated_blocks() == () and len(backbone.blocks) == 2
+    outcomes = conformance(backbone_config(UntoldBlocks)).contract().outcomes()
+    outcome = next(outcome for outcome in outcomes if outcome.check.id == "blocks")
+    assert (outcome.status, outcome.reason) == ("skipped", "it tells none")
 
 
 @pytest.mark.parametrize(
@@ -786,12 +865,16 @@ def test_a_correct_backbone_passes() -> None:
         (ShiftDrawnAnew, "state"),
         (Unused, "gradients"),
         (Frozen, "fits"),
+        (TellsAStranger, "blocks"),
+        (TellsTwice, "blocks"),
+        (TellsWhatIsNotCalled, "blocks"),
+        (BlockWithOtherValues, "blocks"),
+        (BlockWithOtherSteps, "blocks"),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_a_broken_backbone_fails_one_check_alone(backbone: type[Backbone], check: str) -> None:
-    namespace = {"kind": "test_b", "backbone": backbone, "__annotations__": {}}
-    assert failed(frozen(type("Broken", (SmallBackboneConfig,), namespace))()) == [check]
+    assert failed(backbone_config(backbone)) == [check]
 
 
 # --- the other groups ------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from mtdiffusion import Backbone, Features, FeatureSpec
 from mtdiffusion_plugins.backbones.embedding import ConditionEmbedding
+from mtdiffusion_plugins.backbones.norms import HeadNorm
 from mtdiffusion_registry.configs import BackboneConfig
 from mtdiffusion_registry.errors import UserError
 from mtdiffusion_registry.hookspecs import hookimpl
@@ -23,10 +25,36 @@ def _groups(channels: int) -> int:
     return next(g for g in (8, 6, 4, 3, 2, 1) if channels % g == 0)
 
 
-class ResidualBlock(nn.Module):
-    """norm, SiLU, conv; norm, scale and shift by the condition, SiLU, conv; plus a shortcut."""
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over places, with a residual."""
 
-    def __init__(self, inputs: int, outputs: int, condition: int, dropout: float) -> None:
+    def __init__(self, channels: int, heads: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(_groups(channels), channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+        self.query_norm = HeadNorm(channels // heads) if qk_norm else nn.Identity()
+        self.key_norm = HeadNorm(channels // heads) if qk_norm else nn.Identity()
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        # [B, 3C, H, W] -> three of [B, heads, H·W, C/heads]
+        q, k, v = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w).transpose(-1, -2).unbind(1)
+        # Normed as they lie in memory if channels come last, [B, H·W, heads, C/heads]: the answer then lies so, too.
+        q = self.query_norm(q.transpose(1, 2)).transpose(1, 2)
+        k = self.key_norm(k.transpose(1, 2)).transpose(1, 2)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(b, c, h, w)
+        return x + self.out(attended)
+
+
+class ResidualBlock(nn.Module):
+    """norm, SiLU, conv; norm, scale and shift by the condition, SiLU, conv; plus a shortcut. Then attention, if any."""
+
+    def __init__(
+        self, inputs: int, outputs: int, condition: int, dropout: float, attention: SelfAttention | None = None
+    ) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(_groups(inputs), inputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
@@ -35,6 +63,7 @@ class ResidualBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.attention = attention or nn.Identity()
         nn.init.zeros_(self.conv2.weight)  # a block starts as its shortcut
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
@@ -43,26 +72,7 @@ class ResidualBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))
         scale, shift = self.modulation(condition)[:, :, None, None].chunk(2, dim=1)
         h = F.silu(torch.addcmul(shift, self.norm2(h), 1 + scale))
-        return self.shortcut(x) + self.conv2(self.dropout(h))
-
-
-class SelfAttention(nn.Module):
-    """Multi-head self-attention over places, with a residual."""
-
-    def __init__(self, channels: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm = nn.GroupNorm(_groups(channels), channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.out.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, c, h, w = x.shape
-        # [B, 3C, H, W] -> three of [B, heads, H·W, C/heads]
-        q, k, v = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w).transpose(-1, -2).unbind(1)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(b, c, h, w)
-        return x + self.out(attended)
+        return self.attention(self.shortcut(x) + self.conv2(self.dropout(h)))
 
 
 class UNet(Backbone):
@@ -73,8 +83,12 @@ class UNet(Backbone):
         self.embedding = ConditionEmbedding(in_vector, condition)
         self.stem = nn.Conv2d(in_channels, widths[0], 3, padding=1)
 
-        def block(inputs: int, outputs: int) -> ResidualBlock:
-            return ResidualBlock(inputs, outputs, condition, config.dropout)
+        def attention(channels: int) -> SelfAttention:
+            return SelfAttention(channels, config.heads, config.qk_norm)
+
+        def block(inputs: int, outputs: int, level: int = -1) -> ResidualBlock:
+            attending = attention(outputs) if level in config.attention else None
+            return ResidualBlock(inputs, outputs, condition, config.dropout, attending)
 
         self.down, self.shrink = nn.ModuleList(), nn.ModuleList()
         skips = []
@@ -82,14 +96,14 @@ class UNet(Backbone):
         for level, level_width in enumerate(widths):
             blocks = nn.ModuleList()
             for _ in range(config.blocks):
-                blocks.append(block(current, level_width))
+                blocks.append(block(current, level_width, level))
                 current = level_width
                 skips.append(current)
             self.down.append(blocks)
             if level + 1 < len(widths):
                 self.shrink.append(nn.Conv2d(current, current, 3, stride=2, padding=1))
         self.middle1 = block(current, current)
-        self.attention = SelfAttention(current, config.heads) if config.heads else nn.Identity()
+        self.attention = attention(current) if config.heads else nn.Identity()
         self.middle2 = block(current, current)
         places = (height >> (len(widths) - 1)) * (width >> (len(widths) - 1))
         # Heads of vector modalities need where things are: pooling over places loses it.
@@ -99,7 +113,7 @@ class UNet(Backbone):
         for level, level_width in reversed(list(enumerate(widths))):
             blocks = nn.ModuleList()
             for _ in range(config.blocks):
-                blocks.append(block(current + skips.pop(), level_width))
+                blocks.append(block(current + skips.pop(), level_width, level))
                 current = level_width
             self.up.append(blocks)
             if level > 0:  # narrowed before it grows: a quarter of the work
@@ -107,6 +121,10 @@ class UNet(Backbone):
                 current = widths[level - 1]
         self.norm = nn.GroupNorm(_groups(current), current)
         self.features = FeatureSpec(current, height, width, config.vector)
+
+    def repeated_blocks(self) -> Sequence[nn.Module]:
+        blocks: list[nn.Module] = [block for block in self.modules() if isinstance(block, ResidualBlock)]
+        return [*blocks, self.attention] if isinstance(self.attention, SelfAttention) else blocks
 
     def forward(self, z: Tensor, noise: Tensor, vector: Tensor) -> Features:
         condition = self.embedding(noise, vector)
@@ -138,7 +156,10 @@ class UNetConfig(BackboneConfig):
         channels: width of the first level.
         multipliers: widths of the levels as multiples of it; each level halves the side.
         blocks: residual blocks a level, on the way down and as many on the way up.
-        heads: attention heads at the bottleneck; 0 for none.
+        attention: levels with self-attention after each of their residual blocks; 0 is the first, the finest.
+        heads: attention heads at these levels and at the bottleneck; 0 for no attention at all.
+        qk_norm: scale queries and keys to an RMS of 1, times learned gains, so that no logit of attention grows beyond
+            bounds (Dehghani et al. 2023).
         vector: width of the feature vector.
         dropout: inside residual blocks.
     """
@@ -147,9 +168,21 @@ class UNetConfig(BackboneConfig):
     channels: int = field(default=48, validator=ge(8))
     multipliers: tuple[int, ...] = field(default=(1, 2), validator=[min_len(1), deep_iterable(ge(1))])
     blocks: int = field(default=1, validator=ge(1))
+    attention: tuple[int, ...] = field(default=(), validator=deep_iterable(ge(0)))
     heads: int = field(default=4, validator=ge(0))
+    qk_norm: bool = False
     vector: int = field(default=256, validator=ge(1))
     dropout: float = field(default=0.0, validator=ge(0.0))
+
+    def __attrs_post_init__(self) -> None:
+        last = len(self.multipliers) - 1
+        if beyond := [level for level in self.attention if level > last]:
+            raise ValueError(
+                f"'attention': found level {beyond[0]}, but {len(self.multipliers)} multipliers make levels 0 to {last}"
+            )
+        if (self.attention or self.qk_norm) and not self.heads:
+            key = "attention" if self.attention else "qk_norm"
+            raise ValueError(f"'{key}': needs attention heads, found heads = 0; set heads, or leave out {key}")
 
     def build(self, in_channels: int, height: int, width: int, in_vector: int) -> Backbone:
         halvings = 2 ** (len(self.multipliers) - 1)
@@ -158,11 +191,12 @@ class UNetConfig(BackboneConfig):
                 f"backbone.multipliers: {len(self.multipliers)} levels halve the latent {len(self.multipliers) - 1} "
                 f"times, but {height} × {width} is not divisible by {halvings}; use fewer levels"
             )
-        if self.heads and self.channels * self.multipliers[-1] % self.heads:
-            raise UserError(
-                f"backbone.heads: {self.heads} heads do not divide the bottleneck's "
-                f"{self.channels * self.multipliers[-1]} channels"
-            )
+        for level in {*self.attention, len(self.multipliers) - 1} if self.heads else ():
+            if (channels := self.channels * self.multipliers[level]) % self.heads:
+                raise UserError(
+                    f"backbone.heads: {self.heads} heads do not divide the {channels} channels of level {level}, where "
+                    "there is attention"
+                )
         return UNet(self, in_channels, height, width, in_vector)
 
 

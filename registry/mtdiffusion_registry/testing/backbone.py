@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
 from attrs import frozen
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from mtdiffusion.interfaces import Backbone, Features
 from mtdiffusion_registry.configs import BackboneConfig
@@ -191,6 +192,51 @@ def gradients(subject: BackboneSubject) -> None:
 
 
 @check("gradients")
+def blocks(subject: BackboneSubject) -> None:
+    """The repeated blocks that it tells can be computed again on the way back."""
+    original, inputs = subject.backbones[0]
+    plain, again = deepcopy(original).train(), deepcopy(original).train()
+    contract, fix = "repeated_blocks tells submodules", "return the modules that forward goes through, each once"
+    told = list(again.repeated_blocks())
+    if not told:
+        raise NotApplicable("it tells none")
+    within = [part for block in told for part in block.modules()]
+    for block in told:
+        require(any(block is part for part in again.modules()), contract, f"{kind_of(block)} that is none", fix)
+        found = f"{kind_of(block)} that is there twice, or lies within another"
+        require(sum(block is part for part in within) == 1, contract, found, fix)
+    called: set[int] = set()
+    for i, block in enumerate(told):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        block.register_forward_pre_hook(lambda *_, i=i: called.add(i))
+    expected, gradients = _backward(plain, inputs)
+    try:
+        h, found_gradients = _backward(again, inputs)
+    except CheckpointError as error:
+        found = f"another computation: {str(error).strip().partition(chr(10))[0]}"
+        raise contract_error("blocks compute the same when they are computed again", found, _SAME) from error
+    idle = [kind_of(block) for i, block in enumerate(told) if i not in called]
+    fix = "call blocks as modules, block(x), and tell none that forward leaves out"
+    require(not idle, "forward calls each of the repeated blocks", f"it does not call {', '.join(idle)}", fix)
+    close(h.map, expected.map, "features do not depend on whether blocks are computed again", _SAME)
+    off = max((a - b).abs().max().item() for a, b in zip(found_gradients, gradients, strict=True))
+    allowed = 1e-4 * max(gradient.abs().max().item() for gradient in gradients)
+    found = f"they differ by up to {off:.3g}, allowed {allowed:.1g}"
+    require(off <= allowed, "gradients do not depend on whether blocks are computed again", found, _SAME)
+
+
+_SAME = "let a block's result depend on its inputs, its weights and torch's generator alone"
+
+
+def _backward(backbone: Backbone, inputs: Inputs) -> tuple[Features, list[Tensor]]:
+    """Features, and gradients of all parameters, from the same random numbers each time."""
+    torch.manual_seed(0)
+    h = backbone(*inputs)
+    torch.autograd.backward(h.map.square().mean() + h.vector.square().mean())
+    return h, [weight.grad for weight in backbone.parameters() if weight.grad is not None]
+
+
+@check("gradients")
 def fits(subject: BackboneSubject) -> None:
     """Random features can be fitted."""
     _, losses = subject.fitted
@@ -231,6 +277,7 @@ CHECKS: tuple[Check, ...] = (
     dtype,
     device,
     gradients,
+    blocks,
     fits,
     inputs,
 )
