@@ -169,11 +169,10 @@ def describe_cost(cost: ModelCost, config: TrainingConfig) -> Iterator[str]:
         "optimizer": cost.optimizer,
         "averaged weights": cost.average,
     }
-    samples = config.batch_size * config.accumulate
-    step, each = (_short(count * cost.training, "FLOP") for count in (samples, 1))
+    step, each = (_short(count * cost.training, "FLOP") for count in (config.batch_size, 1))
     yield f"  parameters     {_short(cost.parameters)}: {_listed(parts, _short)}"
     yield f"  evaluation     {_short(cost.evaluation, 'FLOP')} a sample, each time that the network is asked"
-    yield f"  training step  {step}: {samples:,} samples in each process, {each} a sample"
+    yield f"  training step  {step}: {config.batch_size:,} samples, {each} a sample"
     yield f"  memory         {_size(cost.memory)} in training, beside the activations of a batch:"
     yield f"                 {_listed(memory, _size)}"
     yield f"  latent         {_size(cost.latent)} a sample"
