@@ -6,9 +6,10 @@ import hashlib
 import queue
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import product
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,9 +20,11 @@ from torch.utils.data import DataLoader, Sampler
 from mtdiffusion import Dataset, Modality, MultimodalDiffusion
 from mtdiffusion_engine.augmentation import Augmentation
 from mtdiffusion_engine.experiment import Experiment
-from mtdiffusion_registry import EmptySplit, UserError
+from mtdiffusion_registry import DatasetConfig, EmptySplit, UserError
 from mtdiffusion_registry.cache import cached, config_key, load_kept, save_kept
 from mtdiffusion_registry.pace import Pace
+
+T = TypeVar("T")
 
 PATIENCE = 30.0
 """Seconds that looking through a data set takes at most at every start, where what was seen cannot be remembered."""
@@ -341,21 +344,54 @@ def load_data(experiment: Experiment, model: MultimodalDiffusion, split: Literal
         EmptySplit: if there are no samples in it.
         UserError: if it cannot be read, or lacks a modality.
     """
-    modalities = {name: model.modality(name) for name in model.names}
-    config = experiment.data.reading([modality.field or name for name, modality in modalities.items()])
-    try:
+    config = _reading(experiment, model)
+    with _named(split):
         dataset = config.build(split)
+    if dataset.fingerprint is None and config.reproducible:
+        dataset.fingerprint = f"{split} of {config_key(config)}"
+    data = _through_modalities(dataset, experiment, model, split)
+    if split == "train":
+        data.measure()
+    return data
+
+
+def load_watched(experiment: Experiment, model: MultimodalDiffusion) -> ModalityData | None:
+    """The split to watch a training by: the data's own for that, or else what is held out; None without either.
+
+    Raises:
+        UserError: as :func:`load_data`.
+    """
+    with _named("validation"):
+        dataset = _reading(experiment, model).validation()
+    if dataset is not None:
+        return _through_modalities(dataset, experiment, model, "validation")
+    try:
+        return load_data(experiment, model, "test")
+    except EmptySplit:
+        return None
+
+
+def _reading(experiment: Experiment, model: MultimodalDiffusion) -> DatasetConfig:
+    return experiment.data.reading([model.modality(name).field or name for name in model.names])
+
+
+def _through_modalities(
+    dataset: Dataset, experiment: Experiment, model: MultimodalDiffusion, split: str
+) -> ModalityData:
+    modalities = {name: model.modality(name) for name in model.names}
+    keys = {name: config_key(experiment.modalities[name]) for name in modalities}
+    return ModalityData(dataset, modalities, f"data ({split})", keys, partial=split != "train")
+
+
+@contextmanager
+def _named(split: str) -> Iterator[None]:
+    """Says of what is wrong which split it is in."""
+    try:
+        yield
     except EmptySplit:
         raise
     except ValueError as error:
         raise UserError(f"data ({split}): {error}") from error
-    if dataset.fingerprint is None and config.reproducible:
-        dataset.fingerprint = f"{split} of {config_key(config)}"
-    keys = {name: config_key(experiment.modalities[name]) for name in modalities}
-    data = ModalityData(dataset, modalities, f"data ({split})", keys, partial=split == "test")
-    if split == "train":
-        data.measure()
-    return data
 
 
 class Turn(NamedTuple):
@@ -461,12 +497,15 @@ def _ignore_interrupts(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def pinned_ahead(batches: Iterator[Batch], depth: int = 2) -> Iterator[Batch]:
-    """The same batches in pinned memory, a few of them made ready by a thread while the device is busy."""
-    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
+def made_ahead(items: Iterator[T], make: Callable[[T], T], depth: int = 2) -> Iterator[T]:
+    """``make`` of each item, in their order; a thread makes a few of them before their turn.
+
+    What making one raises is raised at its turn.
+    """
+    ready: queue.Queue[T | BaseException | None] = queue.Queue(depth)
     closed = threading.Event()
 
-    def put(item: Batch | BaseException | None) -> bool:
+    def put(item: T | BaseException | None) -> bool:
         while not closed.is_set():
             try:
                 ready.put(item, timeout=0.1)
@@ -477,11 +516,11 @@ def pinned_ahead(batches: Iterator[Batch], depth: int = 2) -> Iterator[Batch]:
 
     def fill() -> None:
         try:
-            for batch in batches:
-                if not put(batch.pin_memory()):
+            for item in items:
+                if not put(make(item)):
                     return
             put(None)
-        except BaseException as error:
+        except BaseException as error:  # its place is the training process
             put(error)
 
     thread = threading.Thread(target=fill, daemon=True, name="batches")

@@ -72,7 +72,11 @@ class Monitor:
         }
         for name, value in scalars.items():
             self._writer.add_scalar(f"train/{name}", value, progress.step)
-        loss = describe(progress.means, self._trainer.experiment.loss)
+        weights = self._trainer.experiment.loss
+        if progress.held_out is not None and self._trainer.watched is not None:
+            for name, value in progress.held_out.items():
+                self._writer.add_scalar(f"held_out/{name}", value, progress.step)
+        loss = describe(progress.means, weights)
         if progress.skipped:
             loss += f"  ({progress.skipped} steps left out: their gradient was not finite)"
         self._bar.update(self._task, completed=progress.step, rate=f"{rate:.1f}", loss=loss)
@@ -82,7 +86,13 @@ class Monitor:
             self._last_line = now
             left = (total - progress.step) / rate
             line = f"step {progress.step}/{total}  {rate:.1f} it/s  ETA {left // 60:.0f}:{left % 60:02.0f}  {loss}"
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._say(line)
+        if progress.held_out is not None and self._trainer.watched is not None:
+            held_out = describe(progress.held_out, weights)
+            self._say(f"step {progress.step}: held out  {held_out}  ({self._trainer.watched.what})")
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def samples(self, step: int) -> None:
         """Log a grid of joint samples of the averaged weights, always from the same noise."""

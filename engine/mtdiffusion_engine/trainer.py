@@ -12,20 +12,30 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from attrs import frozen
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from mtdiffusion import Draws, LossWeights, MultimodalDiffusion, composite_loss
+from mtdiffusion import Backbone, Draws, LossWeights, MultimodalDiffusion, composite_loss
 from mtdiffusion.process import terminal_warning
 from mtdiffusion_engine import checkpoint as ckpt
 from mtdiffusion_engine.augmentation import Augmentation
 from mtdiffusion_engine.chance import StepChance
 from mtdiffusion_engine.checks import check_held_out
-from mtdiffusion_engine.data import Batch, StepSampler, derive_seed, load_data, pinned_ahead, training_batches
+from mtdiffusion_engine.data import (
+    Batch,
+    StepSampler,
+    derive_seed,
+    load_data,
+    load_watched,
+    made_ahead,
+    training_batches,
+)
 from mtdiffusion_engine.environment import ignored_variables, without_training_variables
 from mtdiffusion_engine.experiment import (
     PLUGINS_FILE,
@@ -40,6 +50,7 @@ from mtdiffusion_engine.experiment import (
 )
 from mtdiffusion_engine.interrupt import Terminated, deferred_interrupt
 from mtdiffusion_engine.optimisation import Average, SkippedSteps, adamw, learning_rate, step_if_finite
+from mtdiffusion_engine.watching import HeldOutLoss
 from mtdiffusion_registry import Registry, UserError
 from mtdiffusion_registry.config import dump_toml, load_toml
 
@@ -82,6 +93,7 @@ class Progress:
         norm: the gradient's norm before clipping.
         skipped: how many of the steps since the last report were left out, their gradient not being finite.
         seconds: since the start of this process's training.
+        held_out: loss terms of held-out samples by the averaged weights, if they were looked at.
     """
 
     step: int
@@ -90,6 +102,7 @@ class Progress:
     norm: float
     skipped: int
     seconds: float
+    held_out: dict[str, float] | None = None
 
 
 class Trainer:
@@ -153,6 +166,7 @@ class Trainer:
         messages = [f"warning: {said}" for said in warnings]
         if warning := terminal_warning(self.model.process):
             messages.append(f"warning: {warning}")
+        self.watched = self._watched() if evaluated and self.main else None
         self.model.to(self.accelerator.device)
         self.ema = Average(self.model, self.config.ema)
         self.optimizer = adamw(self.model, self.config)
@@ -163,6 +177,8 @@ class Trainer:
             keys = (f"{key} from {old} to {new}" for key, (old, new) in changed.items())
             messages.append(f"changed since the last session: {'; '.join(keys)}")
         self.resolved = resolved(experiment, registry)
+        if self.config.checkpoint_activations:
+            recompute_activations(self.model.backbone)
         objective = Objective(self.model, experiment.loss)
         if self.config.compile:
             objective.compile(dynamic=False)
@@ -239,6 +255,14 @@ class Trainer:
             "on other samples come next than if it had stayed"
         ]
 
+    def _watched(self) -> HeldOutLoss | None:
+        config = self.config
+        data = load_watched(self.experiment, self.model) if config.held_out_every else None
+        if data is None or not all(data.has(name) for name in self.model.names):
+            return None  # parts of the loss would be missing, and it would be another one
+        micro = max(config.batch_size // config.accumulate, 1)
+        return HeldOutLoss(data, self.experiment.conditioning, self.experiment.loss, config.seed, micro)
+
     def _require_even_shares(self) -> None:
         config, processes = self.config, self.accelerator.num_processes
         if config.batch_size % (config.accumulate * processes):
@@ -304,6 +328,7 @@ class Trainer:
         told = Means(self.accelerator)
         skipped, told_of = SkippedSteps(self.accelerator.device), 0
         first = self.step
+        looks = first // max(self.config.held_out_every, 1)
         self.model.train()
         with deferred_interrupt() as interrupted:
             while self.step < stop:
@@ -318,10 +343,13 @@ class Trainer:
                 if _due(self.step, self.config.log_every) or self.step == stop:
                     every, _ = self._require_finite(skipped, told, first)
                     seconds = time.monotonic() - started
-                    progress = Progress(self.step, told.take(), rate, float(norm), every - told_of, seconds)
-                    told_of = every
+                    left_out, told_of = every - told_of, every
+                    means, looked = told.take(), looks
+                    looks = self.step // max(self.config.held_out_every, 1)
                     if on_progress and self.main:
-                        on_progress(progress)
+                        watched = self.watched if looks > looked or self.step == stop else None
+                        held_out = watched.of(self.averaged_model) if watched else None
+                        on_progress(Progress(self.step, means, rate, float(norm), left_out, seconds, held_out))
                 if on_sample and self.main and _due(self.step, self.config.sample_every):
                     on_sample(self.step)
                 reason = self._agree(interrupted())
@@ -346,7 +374,7 @@ class Trainer:
     def batches(self, stop: int) -> Iterator[Batch]:
         """This process's micro-batches from the present step up to another, in their order."""
         batches = training_batches(self.data, self._sampler(self.step, stop), self.config.workers, self.augmentation)
-        return pinned_ahead(batches) if self.accelerator.device.type == "cuda" else batches
+        return made_ahead(batches, Batch.pin_memory) if self.accelerator.device.type == "cuda" else batches
 
     def _sampler(self, start: int, stop: int) -> StepSampler:
         config, accelerator = self.config, self.accelerator
@@ -425,6 +453,21 @@ class Trainer:
             f"{message}Go {'on from it' if kept else 'back to the start'} with a lower learning rate: {lower} (or a "
             "lower training.clip); if that does not help, check the data."
         )
+
+
+def recompute_activations(backbone: Backbone) -> None:
+    """Let a backbone's repeated blocks keep nothing but their inputs, and be computed again on the way back.
+
+    Raises:
+        UserError: if it does not tell which they are.
+    """
+    if not (blocks := backbone.repeated_blocks()):
+        raise UserError(
+            f"training.checkpoint_activations: the backbone {type(backbone).__name__} does not tell its repeated "
+            "blocks; leave it false, or give the backbone the method repeated_blocks"
+        )
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 class Means:

@@ -96,6 +96,10 @@ class DatasetConfig(Config):
             UserError: if the data are missing or damaged.
         """
 
+    def validation(self) -> Dataset | None:
+        """A split to watch a training by, beside the two of :meth:`build`, where the data have one; by default none."""
+        return None
+
     def reading(self, fields: Collection[str]) -> DatasetConfig:
         """The same data set for one who reads these fields only, which may spare it work; by default this one."""
         return self

@@ -37,7 +37,7 @@ patch = 2
 channels = 5
 
 [training]
-batch_size = 7
+batch_size = 14
 accumulate = 2
 """
 
@@ -199,7 +199,7 @@ def test_what_is_told_fits_a_terminal() -> None:
         "  latent         ",
     ]
     assert lines[0].endswith(f": backbone {cost.backbone / 1000:.3g} k, image {cost.modalities['image']}")
-    assert "14 samples in each process" in lines[2]
+    assert "14 samples" in lines[2]
     assert lines[5].endswith("96 bytes a sample")
     large = describe_cost(
         type(cost)(675_000_000, {"a": 999, "b": 999_999}, 0, 59_100_000_000, 177_000_000_000, 3 << 30, 1, 2, 3, 1280),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 import torch
 from torch import Tensor
 
-from mtdiffusion_engine.data import ModalityData, StepSampler, derive_seed, training_batches
+from mtdiffusion_engine.data import ModalityData, StepSampler, derive_seed, made_ahead, training_batches
 from mtdiffusion_engine.experiment import build_model
 from mtdiffusion_plugins.clip import ClipConfig
 from mtdiffusion_plugins.label import LabelConfig
@@ -45,6 +48,32 @@ def test_order_continues_from_any_step_and_follows_from_the_seed() -> None:
     assert list(StepSampler(7, 3, 6, 0, 12)) != whole
     assert len(StepSampler(7, 3, 5, 4, 12)) == 8
     assert len(StepSampler(7, 4, 5, 4, 12, parts=2)) == 16
+
+
+def test_items_are_made_ahead_in_order_and_what_goes_wrong_is_raised_at_its_turn() -> None:
+    made: list[int] = []
+
+    def make(item: int) -> int:
+        if item == 5:
+            raise UserError("five")
+        made.append(item)
+        return item * item
+
+    ahead = made_ahead(iter(range(8)), make, depth=2)
+    assert next(ahead) == 0
+    deadline = time.monotonic() + 10
+    while len(made) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(made) >= 3  # before they are asked for
+    assert [next(ahead) for _ in range(4)] == [1, 4, 9, 16]
+    with pytest.raises(UserError, match="five"):
+        next(ahead)
+    assert list(made_ahead(iter(range(3)), make)) == [0, 1, 4]
+    before = threading.active_count()
+    left = made_ahead(iter(range(100)), lambda item: item)
+    next(left)
+    left.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == before
 
 
 def test_seeds_are_distinct_and_stay_what_they_are() -> None:

@@ -31,7 +31,9 @@ def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
 
 def test_a_file_gets_lines_now_and_then(tmp_path: Path) -> None:
     lines = shown(tmp_path, terminal=False).splitlines()
-    assert [line.split("  ")[0] for line in lines] == ["step 1/4", "step 2/4", "step 3/4", "step 4/4"]
+    told = ["step 1/4", "step 2/4", "step 3/4", "step 4/4", "step 4: held out"]
+    assert [line.split("  ")[0] for line in lines] == told
+    assert lines[4].endswith("(11 samples of data (test))")
     assert all(part in lines[0] for part in ("it/s", "ETA 0:0", "loss ", "image ", "mask ", "label "))
 
 
@@ -50,7 +52,8 @@ def test_tensorboard_has_scalars_and_sample_grids(tiny_run: Path) -> None:
     tags = events.Tags()
     terms = {"loss", *(f"l2/{name}" for name in ("image", "mask", "label"))}  # the others have no weight
     others = {"learning_rate", "gradient_norm", "skipped_steps", "iterations_per_second"}
-    assert set(tags["scalars"]) == {f"train/{name}" for name in terms | others}
+    held_out = {f"held_out/{name}" for name in terms}
+    assert set(tags["scalars"]) == {f"train/{name}" for name in terms | others} | held_out
     assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6, 8, 10]
     assert tags["images"] == ["samples"]
     assert [event.step for event in events.Images("samples")] == [5, 10]

@@ -18,19 +18,21 @@ from typing import Any
 
 import pytest
 import torch
+from attrs import evolve
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mtdiffusion import LossTerms
+from mtdiffusion import Backbone, Features, LossTerms, composite_loss
 from mtdiffusion_engine import checkpoint as ckpt
 from mtdiffusion_engine import trainer as trainer_module
-from mtdiffusion_engine.data import Batch, ModalityData
+from mtdiffusion_engine.chance import StepChance
+from mtdiffusion_engine.data import Batch, ModalityData, derive_seed, load_data
 from mtdiffusion_engine.experiment import Experiment, build_model, choose_device, load_experiment
 from mtdiffusion_engine.interrupt import ECHO, Terminated, deferred_interrupt, held, raise_terminated, terminable
 from mtdiffusion_engine.optimisation import Average, SkippedSteps, learning_rate
-from mtdiffusion_engine.trainer import Means, Progress, Trainer
+from mtdiffusion_engine.trainer import Means, Progress, Trainer, recompute_activations
 from mtdiffusion_registry import ConfigError, UserError
 from tests.engine.tiny import REGISTRY, toy
 
@@ -322,6 +324,52 @@ def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
     assert rates[55] == pytest.approx(0.25)
     assert rates[100] == pytest.approx(0)
     assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_a_rate_may_stay_or_fall_only_at_the_end() -> None:
+    config = toy("training.steps=110", "training.warmup=10", "training.learning_rate=0.5").training
+    assert {learning_rate(evolve(config, schedule="constant"), step) for step in range(10, 111)} == {0.5}
+    stable = evolve(config, schedule="wsd", decay=0.25)
+    rates = [learning_rate(stable, step) for step in range(111)]
+    assert set(rates[10:86]) == {0.5}
+    assert rates[85:] == pytest.approx([0.5 * (1 - n / 25) for n in range(26)])
+
+
+def test_activations_that_are_computed_again_change_nothing(tmp_path: Path) -> None:
+    """Dropout included, whose draws are repeated."""
+    plain = train(toy("training.steps=4"), tmp_path / "plain")
+    again = train(toy("training.steps=4", "training.checkpoint_activations=true"), tmp_path / "again")
+    assert torch.equal(flat(again.model), flat(plain.model))
+    assert newest(tmp_path / "again").keys() == newest(tmp_path / "plain").keys()
+
+    class Opaque(Backbone):
+        def forward(self, z: Tensor, noise: Tensor, vector: Tensor) -> Features:
+            return Features(z, vector)
+
+    with pytest.raises(UserError, match="the backbone Opaque does not tell its repeated blocks"):
+        recompute_activations(Opaque())
+
+
+def test_held_out_samples_are_watched(tmp_path: Path) -> None:
+    reports: list[Progress] = []
+    trainer = Trainer(toy("training.held_out_every=4"), tmp_path / "run", REGISTRY, device="cpu")
+    watched = trainer.watched
+    assert watched is not None
+    assert watched.what == "11 samples of data (test)"
+    first = watched.of(trainer.averaged_model)
+    torch.manual_seed(1)
+    assert watched.of(trainer.averaged_model) == first  # the same noise
+    trainer.train(reports.append)
+    assert [report.step for report in reports if report.held_out] == [4, 8, 10]
+    assert reports[-1].held_out == watched.of(trainer.averaged_model) != first
+    # By hand: the samples at once, with the noise of their places.
+    data = load_data(trainer.experiment, trainer.averaged_model, "test").batch(range(11))
+    chance = StepChance(trainer.averaged_model, trainer.experiment.conditioning, derive_seed(0, 3), 11)
+    visible, draws = chance.draw(0, 0, 11)
+    terms = composite_loss(trainer.averaged_model, data.x, visible=visible, presence=data.presence, draws=draws)
+    assert reports[-1].held_out["loss"] == pytest.approx(terms.total.mean().item(), rel=1e-5)
+    off = Trainer(toy("training.held_out_every=0"), tmp_path / "off", REGISTRY, device="cpu")
+    assert off.watched is None
 
 
 def test_training_learns(tmp_path: Path) -> None:

@@ -189,6 +189,13 @@ class FolderConfig(DatasetConfig):
 
     def build(self, split: Literal["train", "test"]) -> FolderDataset:
         base, by_hash = self._base(split)
+        return self._read(base, split, by_hash)
+
+    def validation(self) -> FolderDataset | None:
+        root, there = self._split_folders()
+        return self._read(root / there[2], "test", by_hash=False) if "train" in there and len(there) > 2 else None
+
+    def _read(self, base: Path, split: str, by_hash: bool) -> FolderDataset:
         fields = {name: resolved(each) for name, each in self.fields.items()}
         # A field that samples may lack may be missing from all that are held out; from training, it would be a slip.
         optional = self.allow_missing if split == "test" else ()
@@ -215,10 +222,7 @@ class FolderConfig(DatasetConfig):
 
     def _base(self, split: str) -> tuple[Path, bool]:
         """The folder to look in, and whether the split is still to be made (by hash)."""
-        root = self.root.expanduser().absolute()
-        if not root.is_dir():
-            raise UserError(f"data folder {root} does not exist (option root)")
-        there = [name for name in ("train", *HELD_OUT) if (root / name).is_dir() and name not in self.fields]
+        root, there = self._split_folders()
         if not there:
             return root, True
         if len(there) == 1:
@@ -226,6 +230,13 @@ class FolderConfig(DatasetConfig):
         if "train" not in there:
             raise UserError(f"{root} has folders {_list(there)}, but no 'train'")
         return root / ("train" if split == "train" else there[1]), False
+
+    def _split_folders(self) -> tuple[Path, list[str]]:
+        """The root, and which of its folders hold splits: that to train on, then the held-out ones."""
+        root = self.root.expanduser().absolute()
+        if not root.is_dir():
+            raise UserError(f"data folder {root} does not exist (option root)")
+        return root, [name for name in ("train", *HELD_OUT) if (root / name).is_dir() and name not in self.fields]
 
     def _matched(self, base: Path, sources: Mapping[str, _Source]) -> list[str]:
         """The stems of the samples, sorted; all have every field that is not in allow_missing."""

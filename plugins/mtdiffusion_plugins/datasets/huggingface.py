@@ -194,9 +194,19 @@ class HuggingFaceConfig(DatasetConfig):
             raise EmptySplit(f"the {split} split of {where} is empty{more}")
         return HuggingFaceDataset(table, rows, cells, where)
 
+    def validation(self) -> HuggingFaceDataset | None:
+        splits = self._splits(_library())
+        test = self._held_out(splits)
+        others = (name for name in HELD_OUT[1:] if name in splits and name not in (self.train, test))
+        other = next(others, None) if test is not None else None
+        return None if other is None else attrs.evolve(self, test=other).build("test")
+
+    def _held_out(self, splits: Mapping[str, Any]) -> str | None:
+        return self.test or next((name for name in HELD_OUT if name in splits and name != self.train), None)
+
     def _split(self, splits: Mapping[str, Any], split: str) -> tuple[str, bool]:
         """The library's name of a split, and whether both of ours share it."""
-        test = self.test or next((name for name in HELD_OUT if name in splits and name != self.train), None)
+        test = self._held_out(splits)
         wanted = self.train if split == "train" or test is None else test
         if wanted not in splits and not set(wanted) & set("[+"):  # a slice, or a sum of some, is the library's to read
             key = "test" if wanted == self.test and split == "test" else "train"
