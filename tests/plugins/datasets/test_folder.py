@@ -6,12 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from attrs import evolve
 from PIL import Image
 from safetensors.torch import save_file
+from tests.engine.tiny import toy
 
+from mtdiffusion_engine.data import load_watched
+from mtdiffusion_engine.experiment import build_model
 from mtdiffusion_plugins.datasets import _decoded
 from mtdiffusion_plugins.datasets.folder import FolderConfig
 from mtdiffusion_plugins.fields import ClassFolderField, ImageField, MaskField
+from mtdiffusion_plugins.label import LabelConfig
 from mtdiffusion_registry.errors import UserError
 
 STEMS = [f"{index:03}" for index in range(40)]
@@ -447,6 +452,17 @@ def test_a_validation_folder_stands_for_the_test_split(tmp_path):
         (tmp_path / split).mkdir()
         (tmp_path / split / "label.json").write_text(json.dumps(dict.fromkeys(stems, 1)))
     assert build(tmp_path, {"label": "label"}, "test").stems == ["d"]
+    config = FolderConfig(root=tmp_path, fields={"label": "label"})
+    assert config.validation() is None
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "label.json").write_text(json.dumps({"e": 1}))
+    assert config.build("test").stems == ["e"]
+    assert config.validation().stems == ["d"]
+    assert load_watched(watching(config), build_model(watching(config))).what == "data (validation)"
+
+
+def watching(data):
+    return evolve(toy(), data=data, modalities={"label": LabelConfig(classes=3)})
 
 
 # --- pictures and masks -----------------------------------------------------------------------------------------------

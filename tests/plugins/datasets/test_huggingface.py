@@ -80,6 +80,10 @@ def test_columns_of_parquet_become_fields(library: Any, tmp_path: Path) -> None:
     assert torch.equal(again[9]["image"], train[9]["image"])
     assert train.without(["image", "embedding"])[4] == {"label": sample["label"], "caption": "number 4"}
     assert train[4].keys() == sample.keys()
+    assert config.validation() is None
+    parquet(library, tmp_path / "data/test.parquet", 5)
+    held_out, watched = config.build("test"), config.validation()
+    assert watched is not None and (len(held_out), len(watched)) == (5, 4)
 
 
 def test_fingerprint_is_of_the_data_and_of_how_they_are_read(library: Any, tmp_path: Path) -> None:
