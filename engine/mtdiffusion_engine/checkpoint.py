@@ -13,11 +13,14 @@ lie beside ``config.toml``.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import shlex
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -243,3 +246,25 @@ def read_json(path: Path, remedy: str = "remove it and make it again") -> dict[s
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); {remedy}") from None
     return value
+
+
+@contextmanager
+def alone_in(run: Path) -> Iterator[None]:
+    """Keep other processes out of a run's folder, as far as they ask. The system ends it when a process ends, however.
+
+    Raises:
+        UserError: if another process is in it.
+    """
+    folder = os.open(run, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{run}: another process is training this run. Wait until it is done, or give another folder"
+            ) from None
+        except OSError:  # a file system that knows no locks
+            pass
+        yield
+    finally:
+        os.close(folder)

@@ -188,7 +188,11 @@ class Trainer:
         if self.main:
             for message in messages:
                 on_message(message)
-            self._write_configuration(registry)
+            run.mkdir(parents=True, exist_ok=True)
+            with ckpt.alone_in(run):
+                if not resume:
+                    ckpt.require_free(run)  # another process may have been here since it was looked at first
+                self._write_configuration(registry)
 
     def _write_configuration(self, registry: Registry) -> None:
         try:
@@ -319,9 +323,19 @@ class Trainer:
         Raises:
             Diverged: if the gradient was not finite in the last :data:`PATIENCE` steps, or in half of fewer; the last
                 checkpoint from which one can go on stays.
+            UserError: if another process is training the run.
             KeyboardInterrupt: after Ctrl-C, once the step under way is done and a checkpoint is written; after SIGTERM
                 it is a :class:`Terminated`.
         """
+        with ckpt.alone_in(self.run) if self.main else nullcontext():
+            self._train(on_progress, on_sample, stop_at)
+
+    def _train(
+        self,
+        on_progress: Callable[[Progress], None] | None,
+        on_sample: Callable[[int], None] | None,
+        stop_at: int | None,
+    ) -> None:
         stop = min(self.config.steps, stop_at or self.config.steps)
         started = time.monotonic()
         batches = self.batches(stop)

@@ -29,7 +29,7 @@ from mtdiffusion_engine.experiment import (
     structure_experiment,
     with_absolute_paths,
 )
-from mtdiffusion_engine.trainer import Diverged, Trainer
+from mtdiffusion_engine.trainer import Diverged, Progress, Trainer
 from mtdiffusion_registry import DatasetConfig, UserError
 from mtdiffusion_registry.config import apply_overrides
 from tests.engine import tiny
@@ -195,6 +195,26 @@ def test_another_number_of_samples_is_said(data: Path, tmp_path: Path) -> None:
         "the number of training samples is 13, at the last checkpoint it was 11",
     ]
     trainer.train()
+    assert ckpt.require_run(run).name == "step-00000010"
+
+
+def test_two_processes_do_not_train_one_run(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first, _ = session(toy(), run)
+    second, _ = session(toy(), run, resume=True)
+
+    def intrude(_: Progress) -> None:
+        with pytest.raises(UserError, match="another process is training this run"):
+            second.train()
+        with pytest.raises(UserError, match="another process is training this run"):
+            session(toy(), run, resume=True)
+
+    before = sorted(contents(run))
+    first.train(intrude, stop_at=1)
+    assert sorted(path for path in contents(run) if "/checkpoints" not in path) == before
+    assert first.step == 1
+    assert second.step == 0
+    session(toy(), run, resume=True)[0].train()  # it is free again
     assert ckpt.require_run(run).name == "step-00000010"
 
 
