@@ -8,13 +8,14 @@ import json
 import os
 import subprocess
 import sys
+import wave
 from pathlib import Path
 
 import pytest
 import torch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-PACKAGES = ("mtdiffusion-depth", "mtdiffusion-audio", "mtdiffusion-tokens")
+PACKAGES = ("mtdiffusion-depth", "mtdiffusion-audio", "mtdiffusion-tokens", "mtdiffusion-speech")
 KINDS = {
     "mtdiffusion-depth": {"modality depth"},
     "mtdiffusion-audio": {
@@ -25,6 +26,7 @@ KINDS = {
         "task spoken_digits",
     },
     "mtdiffusion-tokens": {"modality tokens"},
+    "mtdiffusion-speech": {"modality logmel", "field logmel", "dataset spoken_digits"},
 }
 pytestmark = pytest.mark.slow
 
@@ -43,7 +45,7 @@ def mtdiffusion(site: Path, *arguments: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder into which pip has installed the three packages, without their dependencies, which are here already."""
+    """A folder into which pip has installed the packages, without their dependencies, which are here already."""
     folder = tmp_path_factory.mktemp("site")
     # The build backend comes from the registry unless it is here.
     options = ["--no-build-isolation"] if importlib.util.find_spec("hatchling") else []
@@ -64,7 +66,7 @@ def trained(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_they_are_found_and_imported_by_nobody_else(site: Path) -> None:
-    for module in ("mtdiffusion_depth", "mtdiffusion_audio", "mtdiffusion_tokens"):
+    for module in (package.replace("-", "_") for package in PACKAGES):
         assert importlib.util.find_spec(module) is None, f"{module} is installed here, so this file proves nothing"
     lines = mtdiffusion(site, "plugins", "list", cwd=site).splitlines()
     for package, kinds in KINDS.items():
@@ -161,3 +163,52 @@ def test_the_benchmark_takes_modalities_task_and_judge_that_it_does_not_know(sit
     assert "label|audio/accuracy" in cells["spoken__spoken-digits__hearing__0"]["metrics"]
     mtdiffusion(site, "bench", "report", "out", cwd=tmp_path)
     assert "tone_accuracy" in (tmp_path / "out/report.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def spoken_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Recordings named as the Free Spoken Digit Dataset's: a tone of its own for each digit, twice for each split."""
+    folder = tmp_path_factory.mktemp("recordings")
+    time = torch.arange(4000) / 8000
+    for digit in range(10):
+        sound = (10000 * torch.sin(2 * torch.pi * (300 + 300 * digit) * time)).round().numpy().astype("<i2")
+        for number in (0, 1, 5, 6):
+            with wave.open(str(folder / f"{digit}_ann_{number}.wav"), "wb") as file:
+                file.setparams((1, 2, 8000, 0, "NONE", ""))
+                file.writeframes(sound.tobytes())
+    return folder
+
+
+def test_speech_is_trained_with_pictures_and_heard_again(site: Path, spoken_digits: Path, tmp_path: Path) -> None:
+    few = [f"data.root={spoken_digits}", "training.steps=3", "training.batch_size=8", "sampling.steps=2"]
+    config = EXAMPLES / "speech.toml"
+    mtdiffusion(site, "train", config, "--out", "run", "--device", "cpu", "--set", *few, cwd=tmp_path)
+    sample = ["sample", "run", "-n", "2", "--steps", "2", "--device", "cpu"]
+    mtdiffusion(site, *sample, "--observe", "label=3", "--out", "said", cwd=tmp_path)
+    said = tmp_path / "said/speech/0000.wav"
+    mtdiffusion(site, *sample, "--observe", f"speech={said}", "--out", "heard", cwd=tmp_path)
+    assert len(list((tmp_path / "heard/image").glob("*.png"))) == 2
+
+
+def test_the_benchmark_on_real_data_takes_speech(site: Path, spoken_digits: Path, tmp_path: Path) -> None:
+    """The profile that ships, with all its cells sound; and those of speech, three steps of each."""
+    code = f"""
+import sys
+from pathlib import Path
+from attrs import evolve
+from mtdiffusion_benchmarks.profile import load_profile, plan
+from mtdiffusion_benchmarks.runner import Runner
+from mtdiffusion_registry import Registry
+registry = Registry.discover()
+profile, path = load_profile("real", registry)
+Runner(profile, path.parent, Path("all"), registry)._check(plan(profile))
+few = ["training.steps=3", "training.batch_size=8", "sampling.steps=2", "evaluation.steps=2", "backbone.channels=8"]
+judges = 'evaluation.evaluators=[{{kind="judge",epochs=1}},{{kind="judge",name="listener",input="speech",epochs=1}}]'
+profile = evolve(profile, set=("data.root={spoken_digits}", judges, *few))
+states = Runner(profile, path.parent, Path("out"), registry).run(plan(profile, ("speech/*",)))
+assert states == {{"ok": 5}}, states
+"""
+    run(site, sys.executable, "-c", code, cwd=tmp_path)
+    joint = tmp_path / "out/cells/speech__image+label+speech__joint__0.json"
+    metrics = json.loads(joint.read_text(encoding="utf-8"))["metrics"]
+    assert {"speech|image/listener_accuracy", "joint/listener_agreement", "real/listener_accuracy"} <= set(metrics)

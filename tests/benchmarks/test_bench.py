@@ -145,7 +145,8 @@ OURS = [*shipped().values(), *sorted((Path(__file__).parents[2] / "benchmarks").
 def test_our_profiles_are_sound(path: Path, registry: Registry, tmp_path: Path) -> None:
     profile, _ = load_profile(str(path), registry)
     runner = Runner(profile, path.parent, tmp_path, registry, say=lambda _: None)
-    runner._check(plan(profile))  # every cell's configuration can be made
+    # Every cell's configuration can be made; tests/test_examples.py checks those whose plugins are in examples/.
+    runner._check([cell for cell in plan(profile) if cell.setting != "speech"])
 
 
 def test_the_small_profile_has_every_combination_of_the_four_modalities(registry: Registry) -> None:

@@ -1,0 +1,1 @@
+"""Speech as log-mel spectrograms for mtdiffusion, and spoken digits to try them on."""
