@@ -7,6 +7,7 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -34,17 +35,21 @@ def figures_of(
     modalities: Mapping[str, Modality],
     shown: int,
 ) -> list[dict[str, Any]]:
-    """Sheets of the first samples: all modalities of a joint sample together; else one for each target.
+    """Sheets of samples: all modalities of a joint sample together; else one for each target, of held-out samples that
+    are spread evenly over the split, since neighbours in it are often alike.
 
     Below what a person cannot see are the held-out samples nearest to it, by the modality's own similarity, each as its
     picture in another modality of the task.
     """
 
+    count = len(next(iter(generated.values())))
+    rows_of = torch.arange(min(shown, count)) * count // max(min(shown, count), 1)
+
     def render(name: str, x: Tensor, visible: Tensor | None = None) -> Tiles:
-        return _tiles(modalities[name], x[:shown].cpu(), visible)
+        return _tiles(modalities[name], x.cpu()[rows_of], None if visible is None else visible.cpu()[rows_of])
 
     def nearest(name: str) -> dict[str, Tiles]:
-        return _nearest(name, generated[name][:shown].cpu(), test, modalities)
+        return _nearest(name, generated[name].cpu()[rows_of], test, modalities)
 
     if query.joint:
         rows = {name: render(name, x) for name, x in generated.items()}

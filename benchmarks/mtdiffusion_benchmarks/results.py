@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mtdiffusion_benchmarks import perf, startup
@@ -39,6 +39,34 @@ ROWS: Mapping[str, str] = {
     "the same, with the training images' share of each class": "real/fid_judge_balanced",
     "the same, their classes drawn at random as joint samples' are": "real/fid_judge_iid",
 }
+ANSWERS: Sequence[tuple[str, str, str, str, str]] = (
+    ("**Street scenes** (CamVid): picture → mask, mean IoU ↑", "camvid/image+mask", "mask|image/readout_miou",
+     "segmentation", ""),
+    ("mask → picture, Fréchet distance ↓", "camvid/image+mask", "image|mask/fid_segmenter", "from-mask",
+     "real/fid_segmenter"),
+    ("picture and mask together, Fréchet distance ↓", "camvid/image+mask", "joint/fid_segmenter", "",
+     "real/fid_segmenter"),
+    ("the same: a segmenter agrees with the mask, mean IoU ↑", "camvid/image+mask", "joint/segmenter_agreement", "",
+     "real/segmenter_miou"),
+    ("**Objects** (CIFAR-10): picture → label, accuracy ↑", "cifar10/image+label", "label|image/readout_accuracy",
+     "classifier", ""),
+    ("label → picture, Fréchet distance ↓", "cifar10/image+label", "image|label/fid_judge", "from-label",
+     "real/fid_judge"),
+    ("**Spoken digits** (FSDD): speech → label, accuracy ↑", "speech/image+label+speech",
+     "label|speech/readout_accuracy", "hearing", ""),
+    ("speech → picture, a judge reads the digit ↑", "speech/image+label+speech", "image|speech/judge_accuracy",
+     "drawing", "real/judge_accuracy"),
+    ("label → speech, a listener hears the digit ↑", "speech/image+label+speech", "speech|label/listener_accuracy",
+     "speaking", "real/listener_accuracy"),
+    ("picture → speech, a listener hears the digit ↑", "speech/image+label+speech", "speech|image/listener_accuracy",
+     "", "real/listener_accuracy"),
+    ("all three together: the listener hears the label ↑", "speech/image+label+speech", "joint/listener_agreement", "",
+     "real/listener_accuracy"),
+)  # fmt: skip
+"""What the profile of real data answers: a question, SETTING/TASK, the metric, its control's method, real data's metric.
+
+A control or value of real data that is "" was not asked for.
+"""
 RESULTS = Path("benchmarks/results")
 TARGETS = (Path("README.md"), Path("docs/results.md"), Path("docs/performance.md"))
 START, END = "<!-- {} -->", "<!-- /{} -->"
@@ -75,6 +103,23 @@ def benchmark_table(results: Results) -> str:
     return "\n".join(lines)
 
 
+def answers_table(results: Results) -> str:
+    """The joint model's answers on real data, each beside a network trained for that question alone and real data."""
+    found = {(f"{group.setting}/{group.task}", group.method): group for group in results.groups if group.ok}
+
+    def value(where: str, method: str, key: str) -> str:
+        if not (method and key):
+            return ""
+        summary = found[where, method].summary(key) if (where, method) in found else None
+        return "not measured" if summary is None else f"{summary.mean:.3g}"
+
+    lines = ["| | one joint model | a network for this question alone | real held-out data |", "|---|---|---|---|"]
+    for title, where, key, control, real in ANSWERS:
+        cells = (value(where, "joint", key), value(where, control, key), value(where, "joint", real))
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def side_by_side(results: Results, table: variants.Table) -> str:
     """The joint models of a task against their controls, by joint samples' distances and what decides the count."""
     keys = [key for key in table.keys if key.startswith("joint/fid")]
@@ -103,6 +148,8 @@ def blocks(results: Path) -> dict[str, str]:
         benchmark = read_results(path.parent)
         if benchmark.profile.table:
             made[path.parent.name] = benchmark_table(benchmark)
+        if benchmark.profile.name == "real":
+            made[f"{path.parent.name}: answers"] = answers_table(benchmark)
         for table in variants.variants(benchmark):
             made[f"{path.parent.name}: {table.setting}/{table.task}"] = side_by_side(benchmark, table)
     return made

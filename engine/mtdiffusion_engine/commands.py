@@ -159,6 +159,7 @@ def _train(
     trainer = Trainer(experiment, out, registry, resume=resume, init_from=init_from, device=device, on_message=say)
     if not trainer.main:
         trainer.train()
+        trainer.accelerator.end_training()
         return
     try:
         for line in _introduction(trainer, resume):
@@ -169,6 +170,7 @@ def _train(
             trainer.train(monitor.progress, monitor.samples)
     except KeyboardInterrupt as interrupt:
         raise type(interrupt)(_parting(trainer)) from None
+    trainer.accelerator.end_training()  # a process that left while another still listens would end it, too
     print(f"trained: {out}")
 
 

@@ -80,8 +80,17 @@ BENCHMARKS = sorted(path.parent for path in (ROOT / "benchmarks/results").glob("
 def test_a_committed_report_is_what_its_results_say_byte_for_byte(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "cells", tmp_path / "cells")
     shutil.copy(folder / "profile.json", tmp_path)
-    for made in build_report(tmp_path):
-        assert made.read_bytes() == (folder / made.name).read_bytes(), f"run: mtdiffusion bench report {folder}"
+    page, document = build_report(tmp_path)
+    assert document.read_bytes() == (folder / document.name).read_bytes(), f"run: mtdiffusion bench report {folder}"
+    assert page.stat().st_size > 100_000  # with its pictures; it is not committed
+
+
+@pytest.mark.parametrize("folder", [each for each in BENCHMARKS if each.name.startswith("real")], ids=str)
+def test_no_one_s_data_are_committed(folder: Path) -> None:
+    """Of data that do not ship, what is generated is shown, and nothing that is given or true."""
+    cells = [json.loads(path.read_text(encoding="utf-8")) for path in (folder / "cells").glob("*.json")]
+    assert cells
+    assert {figure["name"] for cell in cells for figure in cell["figures"]} <= {"joint"}
 
 
 # Of this version, by their profile. Folders that are not here hold those of an earlier one, which their names tell.

@@ -411,6 +411,7 @@ overrides = ("backbone.dropout=0.0", "conditioning.partial=0.5", "augmentation.f
 experiment = toy(*overrides, f"training.accumulate={{parts}}", "training.steps=6", "training.checkpoint_every=0")
 trainer = Trainer(experiment, run, REGISTRY, resume=resume, device="cpu")
 trainer.train(lambda progress: print("loss", progress.step, progress.means["loss"]), stop_at=stop)
+trainer.accelerator.end_training()
 """
 
 

@@ -75,6 +75,7 @@ def render(results: Results) -> str:
         "direction": results.direction,
         "figures": _figures,
         "controls_elsewhere": lambda groups: _controls_elsewhere(results, groups),
+        "front": _front,
         "floor": lambda groups, key: _floor(results, groups, key),
         "given": given,
         "keys": headline.keys,
@@ -183,6 +184,12 @@ def _floor(results: Results, groups: Sequence[Group], key: str) -> str:
 
 def _panels(groups: Sequence[Group], term: str) -> list[Panel]:
     return [made for group in groups if (made := panel(group, term))]
+
+
+def _front(results: Results) -> list[dict[str, object]]:
+    """The picture that the page opens with, if there is one: joint samples of the first joint model."""
+    leading = [group for group in results.groups if group.method == results.lead]
+    return [picture for picture in _figures(leading) if picture["figure"].name == "joint"][:1]  # type: ignore[attr-defined]
 
 
 def _figures(groups: Sequence[Group]) -> list[dict[str, object]]:
