@@ -63,7 +63,7 @@ ANSWERS: Sequence[tuple[str, str, str, str, str]] = (
     ("all three together: the listener hears the label ↑", "speech/image+label+speech", "joint/listener_agreement", "",
      "real/listener_accuracy"),
 )  # fmt: skip
-"""What the profile of real data answers: a question, SETTING/TASK, the metric, its control's method, real data's metric.
+"""What the profile of real data answers: a question, SETTING/TASK, its metric, its control, the metric of real data.
 
 A control or value of real data that is "" was not asked for.
 """
