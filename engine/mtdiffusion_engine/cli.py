@@ -25,7 +25,7 @@ TRACEBACK_VARIABLE = "MTDIFFUSION_TRACEBACK"
 COMMANDS = "mtdiffusion.commands"
 """Entry points of modules that add a subcommand: ``add_parser(commands)``, which sets the default ``handler``."""
 SOLVERS = ("ancestral", "ddim", "dpmpp_2m")
-SCAFFOLDS = ("modality", "dataset", "backbone", "schedule", "clock-law", "task")
+SCAFFOLDS = ("modality", "dataset", "field", "backbone", "schedule", "clock-law", "task")
 SLOW_IMPORT = 1.0
 """Seconds from which the import of a plugin is called slow: who lists or trains waits for it."""
 

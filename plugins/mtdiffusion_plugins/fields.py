@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -15,8 +16,8 @@ from attrs.validators import in_
 from PIL import Image, ImageColor
 from torch import Tensor
 
-from mtdiffusion_plugins.files import from_levels, read_pixels, read_text, read_vector
-from mtdiffusion_registry.configs import FieldConfig
+from mtdiffusion_plugins.files import from_levels, read_text, read_vector
+from mtdiffusion_registry.configs import FieldConfig, Reader
 from mtdiffusion_registry.errors import UserError
 from mtdiffusion_registry.hookspecs import hookimpl
 from mtdiffusion_registry.pictures import (
@@ -25,6 +26,7 @@ from mtdiffusion_registry.pictures import (
     fit,
     open_picture,
     picture_size,
+    read_levels,
     require_lossless,
     to_colour,
     to_indices,
@@ -49,8 +51,10 @@ class ImageField(FieldConfig):
     channels: Literal[1, 3] = field(default=3, validator=in_((1, 3)))
 
     def read(self, path: Source, size: tuple[int, int] | None = None) -> Tensor:
-        picture = to_colour(open_picture(path, size), path)
-        return read_pixels(picture if size is None else fit(picture, size), self.channels)
+        return torch.from_numpy(read_levels(path, size, self.channels))
+
+    def reader(self) -> Reader:
+        return partial(read_levels, channels=self.channels)
 
     def value(self, stored: Tensor) -> Tensor:
         return from_levels(stored)

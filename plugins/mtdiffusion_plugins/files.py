@@ -16,7 +16,7 @@ from torch import Tensor
 from mtdiffusion_plugins.sizes import Size, sides
 from mtdiffusion_registry.errors import UserError
 from mtdiffusion_registry.pace import LOGGER
-from mtdiffusion_registry.pictures import fit, open_picture, require_lossless, to_colour, to_indices
+from mtdiffusion_registry.pictures import fit, open_picture, require_lossless, to_colour, to_indices, to_levels
 
 __all__ = ["open_picture", "read_image", "read_json_value", "read_mask", "read_text", "read_vector", "write_image"]
 
@@ -60,8 +60,7 @@ def read_image(path: Path, channels: int, size: Size, *, resize: bool = True) ->
 
 def read_pixels(picture: Image.Image, channels: int) -> Tensor:
     """uint8 ``[channels, height, width]`` of an RGB picture."""
-    pixels = np.array(picture.convert("L") if channels == 1 else picture, np.uint8)
-    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).movedim(-1, 0).contiguous()
+    return torch.from_numpy(to_levels(picture, channels))
 
 
 def from_levels(pixels: Tensor) -> Tensor:

@@ -7,10 +7,10 @@ fields are the keys that a configuration file may set, so their types must be on
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from attrs import frozen
 
@@ -18,10 +18,16 @@ from mtdiffusion_registry.errors import UserError
 from mtdiffusion_registry.queries import Query
 
 if TYPE_CHECKING:  # importing the core imports torch, which listing plugins must not
+    import numpy as np
     from torch import Tensor
 
     from mtdiffusion.interfaces import Backbone, ClockLaw, Dataset, FeatureSpec, LatentSpec, Modality, WeightSchedule
     from mtdiffusion_registry.evaluation import Evaluator
+    from mtdiffusion_registry.pictures import Source
+
+
+Reader: TypeAlias = "Callable[[Source, tuple[int, int] | None], np.ndarray]"
+"""Reads a file, on disk or in memory, as :meth:`FieldConfig.read` does, to an array."""
 
 
 @frozen
@@ -161,6 +167,15 @@ class FieldConfig(Config):
             ValueError: if the file is damaged or holds something else; the message names the file.
         """
         raise NotImplementedError(f"field {self.kind}: has suffixes, so it must say how files are read")
+
+    def reader(self) -> Reader | None:
+        """:meth:`read` as a function that other processes can be given, so that many files are read on all processors.
+
+        A module's own function, or a :func:`functools.partial` of one; the module must not import torch, which takes
+        longer than reading thousands of small files. It gives what :meth:`read` does, as an array, and raises the same
+        errors. None, the default: files are read by :meth:`read`, in threads of this process.
+        """
+        return None
 
     def parse(self, content: object) -> Tensor | str | None:
         """What a cell of a table holds (a str; of JSON and Parquet also a number, a bool, a list or None), or an array

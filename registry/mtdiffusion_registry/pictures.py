@@ -82,7 +82,8 @@ def open_picture(path: Source, at_least: tuple[int, int] | None = None) -> Image
         turned = _orientation(picture)
         if at_least is not None:
             height, width = reversed(at_least) if turned in _SWAPS_SIDES else at_least
-            picture.draft(None, (2 * width, 2 * height))  # twice as large: what is left to scale is filtered properly
+            if picture.width >= 4 * width and picture.height >= 4 * height:
+                picture.draft(None, (2 * width, 2 * height))  # twice as large: the rest is filtered properly
         picture.load()
         return picture.transpose(_TURNED[turned]) if turned in _TURNED else picture
 
@@ -147,8 +148,30 @@ def require_lossless(path: Source) -> None:
 def fit(picture: Image.Image, size: tuple[int, int], *, nearest: bool = False) -> Image.Image:
     """A picture scaled until it covers ``size`` (height and width) and cropped to it centrally; bicubic, or of the
     nearest pixel, where values are classes."""
+    if picture.size == (size[1], size[0]):
+        return picture
     how = Image.Resampling.NEAREST if nearest else Image.Resampling.BICUBIC
     return ImageOps.fit(picture, (size[1], size[0]), how)
+
+
+def to_levels(picture: Image.Image, channels: int) -> np.ndarray:
+    """uint8 ``[channels, height, width]`` of an RGB picture: itself, or its grey levels if there is to be 1 channel."""
+    pixels = np.asarray(picture.convert("L") if channels == 1 else picture)
+    return np.array(pixels.reshape(*pixels.shape[:2], channels).transpose(2, 0, 1), np.uint8, order="C")
+
+
+def read_levels(path: Source, size: tuple[int, int] | None, channels: int) -> np.ndarray:
+    """uint8 ``[channels, height, width]`` of a picture's file.
+
+    Args:
+        size: height and width to which it is scaled and cropped centrally; None: as it is.
+        channels: 1 (grey) or 3 (RGB).
+
+    Raises:
+        UserError: as :func:`open_picture` and :func:`to_colour`.
+    """
+    picture = to_colour(open_picture(path, size), path)
+    return to_levels(picture if size is None else fit(picture, size), channels)
 
 
 @contextmanager

@@ -1,13 +1,17 @@
 import io
+import re
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save
+from torch.utils.data import default_collate
 
 from mtdiffusion_plugins.fields import CaptionField, ClassFolderField, EmbeddingField, ImageField, LabelField, MaskField
-from mtdiffusion_registry.testing import check_field, conformance
+from mtdiffusion_registry.pictures import read_levels
+from mtdiffusion_registry.testing import ContractError, check_field, conformance
 
 
 def encoded(mode, format, **options):
@@ -44,6 +48,20 @@ caption = conformance(CaptionField(), cells=[(" é\n", "é"), ("", None), (float
 
 def test_all_at_once():
     check_field(ImageField(), files=PICTURES)
+
+
+@pytest.mark.parametrize(
+    ("reader", "match"),
+    [
+        (lambda *_: np.zeros((3, 40, 60), np.uint8), "can be sent to another process"),
+        (default_collate, "imports no torch.*torch is imported"),
+        (partial(read_levels, channels=1), "equal to what read gives"),
+    ],
+)
+def test_a_reader_that_does_not_do_as_read_is_refused(reader, match, monkeypatch):
+    monkeypatch.setattr(ImageField, "reader", lambda _: reader)
+    with pytest.raises(ContractError, match=re.compile(match, re.S)):
+        check_field(ImageField(), files=PICTURES)
 
 
 @pytest.mark.parametrize("values", [{"colours": ["red", "#ff0000"]}, {"colours": ["reddish"]}])

@@ -21,6 +21,7 @@ GROUPS = MappingProxyType(
     {
         "modality": "modality",
         "dataset": "dataset",
+        "field": "field",
         "backbone": "backbone",
         "schedule": "weight_schedule",
         "clock-law": "clock_law",

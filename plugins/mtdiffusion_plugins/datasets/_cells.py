@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from attrs import frozen
+from attrs import Attribute, frozen
 from PIL import Image
 from torch import Tensor
 
@@ -27,11 +27,41 @@ def by_kind(fields: Mapping[str, FieldConfig | str]) -> dict[str, FieldConfig | 
     return {name: FIELDS[each]() if isinstance(each, str) and each in FIELDS else each for name, each in fields.items()}
 
 
-def require_known(key: str, names: Iterable[str], fields: Collection[str]) -> None:
-    """Raise ``ValueError`` if a key of a configuration names what is no field."""
-    if unknown := [name for name in names if name not in fields]:
-        hint = did_you_mean(unknown[0], fields)
-        raise ValueError(f"{key} names {', '.join(unknown)}, but the fields are {', '.join(fields)}{hint}")
+def names(value: Iterable[str]) -> tuple[str, ...]:
+    """A converter of a key that lists names."""
+    return tuple(value)
+
+
+def of_fields(instance: Any, attribute: Attribute[Any], value: Collection[str]) -> None:
+    """A validator of a key whose names must be among ``fields``.
+
+    Raises:
+        ValueError: if one is not.
+    """
+    if unknown := [name for name in value if name not in instance.fields]:
+        hint = did_you_mean(unknown[0], instance.fields)
+        raise ValueError(
+            f"{attribute.name} names {', '.join(unknown)}, but the fields are {', '.join(instance.fields)}{hint}"
+        )
+
+
+def only(
+    read: Collection[str], fields: Mapping[str, FieldConfig | str], columns: Mapping[str, str], optional: Iterable[str]
+) -> dict[str, Any]:
+    """The keys of a data set of cells that change where some of its fields alone are read; none if it is none of them.
+
+    Args:
+        read: names of these fields.
+        fields: the key ``fields``, and so on.
+    """
+    kept = {name: each for name, each in fields.items() if name in read}
+    if not kept:
+        return {}
+    return {
+        "fields": kept,
+        "columns": {name: column for name, column in columns.items() if name in kept},
+        "allow_missing": [name for name in optional if name in kept],
+    }
 
 
 @frozen(eq=False)

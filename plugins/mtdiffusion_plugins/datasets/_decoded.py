@@ -9,10 +9,13 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from contextlib import ExitStack, suppress
+from itertools import islice
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import attrs
@@ -20,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtdiffusion_plugins.datasets._readers import ReadingProcess, count_for, read_by
 from mtdiffusion_registry.cache import cached, config_key
 from mtdiffusion_registry.configs import FieldConfig
 from mtdiffusion_registry.errors import UserError
@@ -28,7 +32,7 @@ from mtdiffusion_registry.pace import Pace
 CACHE_LIMIT = 50 * 2**30
 """Bytes that one field may take on disk; beyond it, files are decoded at every access."""
 _FORMAT = 1
-_CHUNK, _PART = 1024, 32  # files
+_PART, _AHEAD = 32, 32  # files, and how many times as many are under way
 _SHOWN = 5  # of files that cannot be read
 
 
@@ -94,10 +98,11 @@ def decode(
             kept.unlink(missing_ok=True)
     if stamped(key):
         return Decoded(field, paths, size, key, None)
-    try:
-        field.check_files([Path(path) for path in paths])
-    except ValueError as error:
-        raise UserError(f"field {name!r}: {error}") from error
+    if type(field).check_files is not FieldConfig.check_files:  # tens of thousands of Paths take a while to make
+        try:
+            field.check_files([Path(path) for path in paths])
+        except ValueError as error:
+            raise UserError(f"field {name!r}: {error}") from error
     return _decode(name, field, paths, size, key)
 
 
@@ -166,8 +171,15 @@ def _all(name: str, field: FieldConfig, paths: Sequence[str], size: tuple[int, i
     """
     wrong: list[str] = []
     pace = Pace(f"reading {name}", len(paths))
+    reader = field.reader()
+    free: deque[ReadingProcess] = deque()
 
     def read(part: Sequence[str]) -> list[Tensor | str | UserError]:
+        with suppress(IndexError, EOFError, OSError, UnpicklingError):  # there is none, or it is gone
+            process = free.pop()
+            arrays = process.read(part)
+            free.append(process)
+            return [each if isinstance(each, UserError) else torch.from_numpy(each) for each in arrays]
         found: list[Tensor | str | UserError] = []
         for path in part:
             try:
@@ -176,16 +188,28 @@ def _all(name: str, field: FieldConfig, paths: Sequence[str], size: tuple[int, i
                 found.append(error)
         return found
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # Pillow decodes without Python's lock
-        for start in range(0, len(paths), _CHUNK):
-            # A few at a time: handing over a small picture takes as long as reading it.
-            parts = [paths[part : part + _PART] for part in range(start, min(start + _CHUNK, len(paths)), _PART)]
-            for stored in chain.from_iterable(threads.map(read, parts)):
+    with ExitStack() as stack:
+        if reader is not None:
+            with suppress(OSError):  # none can be started: files are read without
+                for _ in range(count_for(len(paths))):
+                    free.append(process := ReadingProcess(reader, field.kind, size))
+                    stack.callback(process.end)
+        threads = stack.enter_context(ThreadPoolExecutor(len(free) or min(8, os.cpu_count() or 1)))
+        stack.callback(threads.shutdown, cancel_futures=True)
+        # A few at a time: handing over a small picture takes as long as reading it.
+        parts = (paths[start : start + _PART] for start in range(0, len(paths), _PART))
+        ahead = deque(threads.submit(read, part) for part in islice(parts, _AHEAD))
+        done = 0
+        while ahead:
+            found = ahead.popleft().result()
+            ahead.extend(threads.submit(read, part) for part in islice(parts, 1))
+            for stored in found:
                 if isinstance(stored, UserError):
                     wrong.append(str(stored))
                 elif not wrong:
                     yield stored
-            pace.tell(start + _CHUNK)
+            done += len(found)
+            pace.tell(done)
     if wrong:
         more = f"\nand {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         count = f"{len(wrong)} of {len(paths)} files of the field {name!r} cannot be used:\n" if len(wrong) > 1 else ""
@@ -193,12 +217,7 @@ def _all(name: str, field: FieldConfig, paths: Sequence[str], size: tuple[int, i
 
 
 def _read(field: FieldConfig, path: str, size: tuple[int, int] | None) -> Tensor | str:
-    try:
-        stored = field.read(Path(path), size)
-    except UserError:
-        raise
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as {field.kind} ({error})") from error
+    stored = read_by(field.read, field.kind, Path(path), size)
     return stored if isinstance(stored, str) else stored.contiguous()
 
 

@@ -12,12 +12,12 @@ from typing import Any, ClassVar, Literal
 
 import attrs
 import numpy as np
-from attrs import Attribute, field, frozen
+from attrs import field, frozen
 from attrs.validators import and_, deep_mapping, ge, instance_of, le, min_len
 from torch import Tensor
 
 from mtdiffusion.interfaces import Dataset
-from mtdiffusion_plugins.datasets._cells import Cells, by_kind, choice, require_known
+from mtdiffusion_plugins.datasets._cells import Cells, by_kind, choice, names, of_fields, only
 from mtdiffusion_plugins.sizes import Size, positive_size, sides
 from mtdiffusion_registry.configs import DatasetConfig, FieldConfig
 from mtdiffusion_registry.errors import EmptySplit, UserError, did_you_mean
@@ -103,14 +103,6 @@ def _place(value: str | Path) -> str | Path:
     return Path(value) if value.startswith((".", "/", "~")) or Path(value).exists() else value
 
 
-def _names(value: Iterable[str]) -> tuple[str, ...]:
-    return tuple(value)
-
-
-def _of_fields(instance: HuggingFaceConfig, attribute: Attribute[Any], value: Collection[str]) -> None:
-    require_known(attribute.name, value, instance.fields)
-
-
 @frozen(kw_only=True)
 class HuggingFaceConfig(DatasetConfig):
     """A data set of Hugging Face's library ``datasets``, kept as Arrow files that are mapped from disk: any row can be
@@ -154,7 +146,7 @@ class HuggingFaceConfig(DatasetConfig):
         converter=by_kind,
         validator=and_(min_len(1), deep_mapping(min_len(1), instance_of((FieldConfig, str)), instance_of(dict))),
     )
-    columns: dict[str, str] = field(factory=dict, validator=_of_fields)
+    columns: dict[str, str] = field(factory=dict, validator=of_fields)
     name: str | None = None
     revision: str | None = None
     data_files: dict[str, str] = field(factory=dict)
@@ -163,15 +155,10 @@ class HuggingFaceConfig(DatasetConfig):
     test_fraction: float = field(default=0.1, validator=and_(ge(0), le(1)))
     seed: int = field(default=0, validator=ge(0))
     size: Size | None = field(default=None, validator=positive_size)
-    allow_missing: tuple[str, ...] = field(default=(), converter=_names, validator=_of_fields)
+    allow_missing: tuple[str, ...] = field(default=(), converter=names, validator=of_fields)
 
     def reading(self, fields: Collection[str]) -> HuggingFaceConfig:
-        kept = {name: each for name, each in self.fields.items() if name in fields}
-        if not kept:
-            return self
-        columns = {name: column for name, column in self.columns.items() if name in kept}
-        optional = [name for name in self.allow_missing if name in kept]
-        return attrs.evolve(self, fields=kept, columns=columns, allow_missing=optional)
+        return attrs.evolve(self, **only(fields, self.fields, self.columns, self.allow_missing))
 
     def build(self, split: Literal["train", "test"]) -> HuggingFaceDataset:
         cells = Cells.of(self.fields, self.columns, None if self.size is None else sides(self.size), self.allow_missing)

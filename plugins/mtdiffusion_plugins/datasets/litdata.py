@@ -12,7 +12,7 @@ import json
 import os
 import warnings
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,14 +21,14 @@ from typing import Any, ClassVar, Literal
 
 import attrs
 import torch
-from attrs import Attribute, field, frozen
+from attrs import field, frozen
 from attrs.validators import deep_mapping, instance_of, min_len
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from mtdiffusion.interfaces import Dataset
-from mtdiffusion_plugins.datasets._cells import Cells, by_kind, require_known
+from mtdiffusion_plugins.datasets._cells import Cells, by_kind, names, of_fields, only
 from mtdiffusion_plugins.files import from_levels
 from mtdiffusion_plugins.sizes import Size, positive_size, sides
 from mtdiffusion_registry.cache import cached
@@ -226,14 +226,6 @@ def _place(value: str | Path) -> str | Path:
     return value if isinstance(value, str) and ("://" in value or value.startswith("local:")) else Path(value)
 
 
-def _names(value: Iterable[str]) -> tuple[str, ...]:
-    return tuple(value)
-
-
-def _of_fields(instance: LitDataConfig, attribute: Attribute[Any], value: Collection[str]) -> None:
-    require_known(attribute.name, value, instance.fields)
-
-
 @frozen(kw_only=True)
 class LitDataConfig(DatasetConfig):
     """A data set in shards, ``root/train`` and ``root/test`` (or ``val``), in a folder or in an object store, read by
@@ -269,17 +261,12 @@ class LitDataConfig(DatasetConfig):
         converter=by_kind,
         validator=deep_mapping(min_len(1), instance_of((FieldConfig, str)), instance_of(dict)),
     )
-    columns: dict[str, str] = field(factory=dict, validator=_of_fields)
+    columns: dict[str, str] = field(factory=dict, validator=of_fields)
     size: Size | None = field(default=None, validator=positive_size)
-    allow_missing: tuple[str, ...] = field(default=(), converter=_names, validator=_of_fields)
+    allow_missing: tuple[str, ...] = field(default=(), converter=names, validator=of_fields)
 
     def reading(self, fields: Collection[str]) -> LitDataConfig:
-        kept = {name: each for name, each in self.fields.items() if name in fields}
-        if not kept:
-            return self
-        columns = {name: column for name, column in self.columns.items() if name in kept}
-        optional = [name for name in self.allow_missing if name in kept]
-        return attrs.evolve(self, fields=kept, columns=columns, allow_missing=optional)
+        return attrs.evolve(self, **only(fields, self.fields, self.columns, self.allow_missing))
 
     def build(self, split: Literal["train", "test"]) -> LitDataDataset:
         _library()

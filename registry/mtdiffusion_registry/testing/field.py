@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from attrs import frozen
 from torch import Tensor
 
 from mtdiffusion_registry.configs import FieldConfig
+from mtdiffusion_registry.pictures import Encoded
 from mtdiffusion_registry.testing import config as of_config
 from mtdiffusion_registry.testing.contract import Check, NotApplicable, Subject, check, kind_of, require
 
@@ -100,6 +106,38 @@ def damaged(subject: FieldSubject) -> None:
                     require(False, "a damaged file is a ValueError (UserError is one)", found, "catch and rename it")
 
 
+@check("read")
+def reader(subject: FieldSubject) -> None:
+    """reader reads what read does, files in memory too, and can be sent to a process, which then imports no torch."""
+    field = subject.config
+    function = field.reader()
+    if function is None:
+        raise NotApplicable("it has none: files are read in threads")
+    try:
+        sent = pickle.dumps(function)
+    except Exception as error:  # pickle has no error of its own for all that it runs into
+        fix = "return a function of a module, or a functools.partial of one"
+        require(False, "reader can be sent to another process", f"{type(error).__name__}: {error}", fix)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", _RECEIVER], env=environment, input=sent, capture_output=True)
+    found = "torch is imported" if done.returncode == 0 else done.stderr.decode(errors="replace").strip()[-300:]
+    fix = "put the function into a module that does not import torch, nor any that does"
+    require(done.stdout.strip() == b"False", "a process that is given reader imports no torch", found, fix)
+    for suffix, content in (subject.files or {}).items():
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, f"a.b{suffix}")
+            path.write_bytes(content)
+            for size in (None, SIZE) if field.spatial else (None,):
+                for source in (path, Encoded(content, path.name)):
+                    array = function(source, size)
+                    contract = f"reader gives an array, equal to what read gives, of a {suffix} file"
+                    same = isinstance(array, np.ndarray) and _same(torch.from_numpy(array), field.read(path, size))
+                    require(same, contract, f"{kind_of(array)}, which is another", "let read call the same function")
+
+
+_RECEIVER = "import pickle, sys; pickle.load(sys.stdin.buffer); print('torch' in sys.modules)"
+
+
 @check("forms")
 def cells(subject: FieldSubject) -> None:
     """parse gives what cells stand for, and a ValueError for what is no value."""
@@ -134,4 +172,4 @@ def _require_value(value: Tensor, what: str) -> None:
     require(kept, f"value of a {what} is finite, float32 or int64", found, "convert it in value")
 
 
-CHECKS: tuple[Check, ...] = (*of_config.CHECKS, forms, read, damaged, cells)
+CHECKS: tuple[Check, ...] = (*of_config.CHECKS, forms, read, damaged, reader, cells)
