@@ -58,6 +58,7 @@ def toy(setting: Setting) -> dict[str, Any]:
             "kind": "unet",
             "channels": 8 if setting.tiny else 64,
             "multipliers": [1] if setting.tiny else [1, 2, 4],
+            "heads": 1 if setting.tiny else 4,
             "vector": 16 if setting.tiny else 256,
         },
         "conditioning": {"observed": 0.7, "partial": 0.3},
@@ -92,7 +93,7 @@ def _device(setting: Setting) -> dict[str, Any]:
             "capability": f"{properties.major}.{properties.minor}",
             "memory_gib": properties.total_memory / 2**30,
             "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
+            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         }
         if shutil.which("nvidia-smi"):
             query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
