@@ -40,19 +40,22 @@ DRAWN = 16
 """Samples of a turn of sampling: less than elsewhere, as these networks work at every pixel."""
 
 
-def _our_trainer(folder: Path, registry: Registry, setting: Setting) -> Trainer:
-    """An image, every pixel a place of the latent, and a U-Net of the peers' size."""
+def our_tables(setting: Setting) -> dict[str, Any]:
+    """The configuration of an image, every pixel a place of the latent, and a U-Net of the peers' size."""
     backbone: dict[str, Any] = {"channels": 32, "multipliers": [1, 2, 4], "attention": [2], "vector": 64}
     if setting.large:
         backbone = {"channels": 136, "multipliers": [1, 2, 2, 2], "blocks": 2, "attention": [1]}
-    tables = {
+    return {
         "data": {"kind": "shapes", "size": SIDE, "count": 256, "test_count": 8},
         "latent": {"height": SIDE, "width": SIDE},
         "modalities": {"image": {"kind": "image", "size": SIDE}},
         "backbone": {"kind": "unet", **backbone},
         "training": {"batch_size": setting.batch},
     }
-    return ours(structure_experiment(tables, registry, "peers"), folder, registry, setting)
+
+
+def _our_trainer(folder: Path, registry: Registry, setting: Setting) -> Trainer:
+    return ours(structure_experiment(our_tables(setting), registry, "peers"), folder, registry, setting)
 
 
 def _ours_beside(

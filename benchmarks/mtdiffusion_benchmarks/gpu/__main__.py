@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended, too
         own = [str(given.out), "--device", given.device, "--work", str(given.work), "--data", str(data)]
         own += ["--tiny"] * given.tiny
-        run_stages(given.only, own, given.out, limit=given.limit, least=1 if given.tiny else None)
+        run_stages(given.only, own, given.out, limit=given.limit, tiny=given.tiny)
         return 0
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((given.work / "inductor").absolute()))
     os.environ.setdefault("MTDIFFUSION_CACHE", str((given.work / "cache").absolute()))

@@ -31,7 +31,7 @@ def parts(setting: Setting) -> dict[str, Part]:
     }
     kinds: tuple[tuple[Literal["float32", "bfloat16"], bool], ...]
     kinds = (("float32", False), ("bfloat16", False), ("bfloat16", True))
-    for precision, compiled in kinds[:2] if setting.tiny else kinds:  # generating code takes a CPU minutes
+    for precision, compiled in kinds[:1] if setting.tiny else kinds:
         batch = 2 if setting.tiny else 128
         where = Where(setting.device, precision, compiled, large=not setting.tiny, batch=batch)
         for name, make in makes.items():

@@ -56,13 +56,13 @@ def kept(path: Path) -> dict[str, Any]:
 
 
 def run_stages(
-    names: list[str], arguments: list[str], out: Path, *, limit: float, least: float | None = None
+    names: list[str], arguments: list[str], out: Path, *, limit: float, tiny: bool = False
 ) -> dict[str, str]:
     """Measure what is not measured yet, within so many seconds in all.
 
     Args:
         arguments: of a stage's own process, which says where and how it measures.
-        least: seconds below which no stage is started, instead of each stage's own.
+        tiny: a stage may take all that is left, and is started however little it is: a CPU is slow.
 
     Returns:
         What became of each stage.
@@ -71,10 +71,10 @@ def run_stages(
     for name in names:
         stage = STAGES[name]
         left = end - time.monotonic()
-        if left < (stage.least if least is None else least):
+        if left < (1 if tiny else stage.least):
             became[name] = f"not started, {max(left, 0):.0f} s are left"
         else:
-            became[name] = _run_stage(name, arguments, out / f"{name}.json", min(left, stage.limit))
+            became[name] = _run_stage(name, arguments, out / f"{name}.json", left if tiny else min(left, stage.limit))
         print(f"{name}: {became[name]}", flush=True)
     return became
 
