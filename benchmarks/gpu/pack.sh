@@ -3,4 +3,4 @@
 #   benchmarks/gpu/pack.sh [OPTIONS]              see: benchmarks/gpu/pack.sh --help
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-exec "${PYTHON:-python3}" benchmarks/gpu/kit.py pack "$@"
+exec "${PYTHON:-python3}" -P benchmarks/mtdiffusion_benchmarks/gpu/kit.py pack "$@"

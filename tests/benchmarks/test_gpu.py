@@ -24,7 +24,7 @@ from mtdiffusion_benchmarks.gpu.stages import STAGES, run_parts
 from mtdiffusion_benchmarks.startup import write_pictures
 
 ROOT = Path(__file__).parents[2]
-KIT = runpy.run_path(str(ROOT / "benchmarks/gpu/kit.py"))
+KIT = runpy.run_path(str(ROOT / "benchmarks/mtdiffusion_benchmarks/gpu/kit.py"))
 PEERS = ("diffusers", "denoising-diffusion-pytorch")
 
 

@@ -10,18 +10,19 @@ import torch
 from mtdiffusion_benchmarks.gpu.measuring import Part, Setting, experiment_of, timed, trainer_of, turn_of
 from mtdiffusion_benchmarks.perf import of_modalities
 
-COUNTS = (1, 2, 4, 8)
-"""Modalities of a model."""
+FURTHER = (1, 3, 7)
+"""Modalities beside the image."""
 
 
 def parts(setting: Setting) -> dict[str, Part]:
     """By how many of which kind, first without a compiler."""
     found: dict[str, Part] = {}
     for compiled in (False,) if setting.tiny else (False, True):
+        found[f"image alone{', compiled' if compiled else ''}"] = partial(_train, setting, "mask", 0, compiled)
         for kind in ("mask", "label"):
-            for count in COUNTS if kind == "mask" else COUNTS[1:]:
-                name = f"image + {count - 1} {kind}{'' if count == 2 else 's'}" if count > 1 else "image alone"
-                found[f"{name}{', compiled' if compiled else ''}"] = partial(_train, setting, kind, count - 1, compiled)
+            for further in FURTHER:
+                name = f"image + {further} {kind}{'' if further == 1 else 's'}{', compiled' if compiled else ''}"
+                found[name] = partial(_train, setting, kind, further, compiled)
     return found
 
 

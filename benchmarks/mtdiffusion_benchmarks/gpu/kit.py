@@ -1,4 +1,5 @@
-"""What ``run.sh`` needs beside the checkout, torch and what comes with it. Only the standard library is imported.
+"""What ``run.sh`` needs beside the checkout, torch and what comes with it. It is run as a file, as nothing else of ours
+can be imported yet, and imports the standard library alone.
 
 ``pack`` puts wheels and pictures into a folder that travels with the checkout; ``unpack`` installs of it what is
 missing, beside the checkout and not into the system, and writes the metadata by which our plugins are found without an
@@ -8,6 +9,7 @@ installation.
 from __future__ import annotations
 
 import argparse
+import gzip
 import re
 import subprocess
 import sys
@@ -86,13 +88,13 @@ def _pack_pictures(root: Path, archive: Path, most: int) -> None:
         rows[split] = list(zip(*(sorted(each.iterdir()) for each in classes), strict=False))
     if not (rows["train"] and rows["test"]):
         sys.exit(f"pack: {root} has no pictures {{train,test}}/CLASS/*")
-    size = count = 0
-    with tarfile.open(archive, "w:gz") as tar:
+    count = 0
+    with archive.open("wb") as raw, gzip.open(raw, "wb") as packed, tarfile.open(fileobj=packed, mode="w") as tar:
         for turn, row in enumerate(rows["train"]):
             held_out = rows["test"][turn // 5 : turn // 5 + 1] if turn % 5 == 0 else []
             pictures = [path for each in (row, *held_out) for path in each]
-            size += sum(path.stat().st_size + 100 for path in pictures)  # a compressed header is about so long
-            if size > most:
+            packed.flush()  # so that the size is known
+            if raw.tell() + sum(path.stat().st_size for path in pictures) > most:
                 break
             count += len(pictures)
             for path in pictures:
