@@ -135,7 +135,7 @@ def test_an_uninstalled_checkout_has_the_entry_points_of_an_installed_one(
     assert points == wanted | {("console_scripts", name): value for name, value in project["scripts"].items()}
 
 
-@pytest.mark.parametrize(("kib", "expected"), [(1000, 60 + 10), (45, None)])
+@pytest.mark.parametrize(("kib", "expected"), [(1000, 60 + 10), (25, None)])
 def test_pictures_are_packed_evenly_over_classes_as_many_as_fit(kib: int, expected: int | None, tmp_path: Path) -> None:
     write_pictures(tmp_path, 60)
     source = tmp_path / "classes"

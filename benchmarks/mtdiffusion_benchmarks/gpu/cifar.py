@@ -32,6 +32,7 @@ TINY = [
     "training.steps=3",
     "training.batch_size=4",
     "training.compile=false",
+    "training.workers=0",
     "sampling.steps=2",
     "evaluation.steps=2",
     "evaluation.samples=8",

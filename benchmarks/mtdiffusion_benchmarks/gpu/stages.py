@@ -41,7 +41,7 @@ class Stage:
 STAGES: Mapping[str, Stage] = {
     "step": Stage("mtdiffusion_benchmarks.gpu.step", 130, 20),
     "speed": Stage("mtdiffusion_benchmarks.gpu.speed", 110, 20),
-    "dit": Stage("mtdiffusion_benchmarks.gpu.dit", 110, 30),
+    "dit": Stage("mtdiffusion_benchmarks.gpu.dit", 150, 30),
     "modalities": Stage("mtdiffusion_benchmarks.gpu.modalities", 60, 20),
     "cifar": Stage("mtdiffusion_benchmarks.gpu.cifar", 360, 150),
 }

@@ -149,8 +149,20 @@ def _steps(setting: Setting, precision: str, compiled: bool) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def _no_tf32() -> Iterator[None]:
+    """Convolutions of float32 keep its 24 bits: by default they may be computed with 11 (TensorFloat-32)."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def _exactness(setting: Setting, precision: str, compiled: bool) -> dict[str, Any]:
-    """The loss and gradient of one batch beside those in float64, not compiled, of the same weights and draws."""
+    """The loss and gradient of one batch beside those in float64, not compiled, of the same weights and draws, without
+    TensorFloat-32."""
     torch._dynamo.reset()
     trainer = trainer_of(experiment_of(toy(setting), setting), setting)
     turn = turn_of(trainer)
@@ -164,7 +176,7 @@ def _exactness(setting: Setting, precision: str, compiled: bool) -> dict[str, An
     exact = copy.deepcopy(objective).double()
     if compiled:
         objective.compile(backend=TINY_BACKEND if setting.tiny else "inductor", dynamic=False)
-    with torch.autocast(setting.device, torch.bfloat16, enabled=precision == "bfloat16"):
+    with _no_tf32(), torch.autocast(setting.device, torch.bfloat16, enabled=precision == "bfloat16"):
         loss, gradient = _gradient(objective, trainer, batch, visible, draws)
     wide = Batch({name: _wide(x) for name, x in batch.x.items()}, batch.presence.double())
     wanted, direction = _gradient(exact, trainer, wide, visible.double(), Draws(*(each.double() for each in draws)))
