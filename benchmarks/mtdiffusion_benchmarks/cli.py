@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 
@@ -38,12 +39,17 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     perf = actions.add_parser(
         "perf",
         help="what the framework costs in time",
-        description="Time training and sampling beside a loop written by hand, and further modalities, in turn. Run it "
-        "from a clone of the repository, on a machine that does nothing else.",
+        description="Time training and sampling beside a loop written by hand and beside other libraries (where they "
+        "are installed), further modalities, and commands as they start, in turn. Run it from a clone of the "
+        "repository, on a machine that does nothing else.",
     )
     perf.add_argument("--out", type=Path, metavar="FILE.json", help="write what was measured here, too")
     perf.add_argument("--rounds", type=int, default=15, metavar="N", help="turns of each (default: %(default)s)")
     perf.add_argument("--threads", type=int, default=1, metavar="N", help="default: %(default)s")
+    perf.add_argument("--without-memory", action="store_true", help="leave out peak memory, which takes as long again")
+    perf.add_argument(
+        "--only", nargs="+", default=[], metavar="PATTERN", help="groups by title, with * for any, such as 'peers*'"
+    )
 
     data = actions.add_parser(
         "data",
@@ -112,7 +118,10 @@ def _perf(args: argparse.Namespace) -> None:
 
     if missing := [str(path) for path in perf.CONFIGS if not path.is_file()]:
         raise UserError(f"{missing[0]}: no such file; run this from a clone of the repository")
-    result = perf.measure(args.rounds, args.threads, Registry.discover(), say=lambda text: print(text, flush=True))
+    say = partial(print, flush=True)
+    result = perf.measure(
+        args.rounds, args.threads, Registry.discover(), say, args.only, memory=not args.without_memory
+    )
     print(perf.table(result), perf.flops_table(result), sep="\n\n")
     if args.out is not None:
         write_json(args.out, result, sort_keys=False)

@@ -1,7 +1,7 @@
-"""``mtdiffusion bench perf``: what the framework costs beside a loop written by hand, and what further modalities cost.
+"""``mtdiffusion bench perf``: what the framework costs beside a loop written by hand and beside other libraries, what
+further modalities cost, and how long it takes to start.
 
-All in one process, in turn, a few steps each a round, so that a machine whose speed drifts leaves the ratios alone. Of
-a ratio the median over the rounds is told, and the range.
+See :mod:`mtdiffusion_benchmarks.timing`.
 """
 
 from __future__ import annotations
@@ -9,58 +9,44 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatch
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import define, field
+from attrs import frozen
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mtdiffusion import Modality, MultimodalDiffusion, Params, SamplerSettings, composite_loss, sample
+from mtdiffusion_benchmarks import launching, peers
 from mtdiffusion_benchmarks.runner import hardware
+from mtdiffusion_benchmarks.timing import (
+    EVALUATIONS,
+    SAMPLED,
+    STEPS,
+    Contender,
+    Setting,
+    count_parameters,
+    ours,
+    race,
+    ratios,
+    train_ours,
+)
 from mtdiffusion_engine.data import Batch, ModalityData
 from mtdiffusion_engine.experiment import Experiment, structure_experiment
-from mtdiffusion_engine.optimisation import Average, SkippedSteps
-from mtdiffusion_engine.trainer import Means, Trainer
-from mtdiffusion_registry import Registry
+from mtdiffusion_engine.optimisation import Average
+from mtdiffusion_registry import Registry, UserError
 from mtdiffusion_registry.config import apply_overrides, load_toml
 
 CONFIGS = (Path("configs/digits-demo.toml"), Path("configs/shapes.toml"))
-STEPS = 3  # trained in a turn
-SAMPLED = 64
-EVALUATIONS = 5  # of the network, in a turn of sampling
-
-
-@define(eq=False)
-class Contender:
-    """Something whose turns are timed.
-
-    Attributes:
-        name: by which it is told.
-        turn: one turn.
-        against: the contender it is compared with; "" for one that others are compared with.
-        target: the ratio that is wanted at most.
-        seconds: of its turns.
-        memory: in MiB, see :func:`peak_memory`.
-        trainer: of a contender whose work is counted.
-    """
-
-    name: str
-    turn: Callable[[], object]
-    against: str = ""
-    target: float | None = None
-    seconds: list[float] = field(factory=list)
-    memory: float | None = None
-    trainer: Trainer | None = None
 
 
 class Lean(nn.Module):
@@ -78,9 +64,10 @@ class Lean(nn.Module):
         self.channels = [part.encoder.latent.channels for part in self.parts]
         process = model.process
         t = torch.arange(process.steps + 1)[:, None].expand(-1, len(self.names))
+        t = t.to(model.device)
         self.signal, self.sigma = process.signal(t)[:, 0].float(), process.variance(t)[:, 0].sqrt().float()
         self.level = torch.atan2(self.sigma, self.signal) * 2 / math.pi
-        self.frequencies = math.pi * 2.0 ** torch.arange(8)
+        self.frequencies = math.pi * 2.0 ** torch.arange(8, device=model.device)
 
     def by_channel(self, values: Tensor) -> Tensor:
         """``[B, N]`` as ``[B, C, 1, 1]``."""
@@ -103,15 +90,16 @@ class Lean(nn.Module):
 
     def forward(self, x: Mapping[str, Tensor]) -> Tensor:
         e = torch.cat([part.encoder(x[name]) for name, part in zip(self.names, self.parts, strict=True)], 1)
-        batch, n = len(e), len(self.parts)
-        t = torch.randint(1, len(self.signal), (batch,))
-        t[torch.rand(batch) < 0.1] = len(self.signal) - 1
-        seen = (torch.randint(n, (batch, 1)) == torch.arange(n)) & (torch.rand(batch, 1) < 0.8)
+        batch, n, last, device = len(e), len(self.parts), len(self.signal) - 1, e.device
+        t = torch.randint(1, last + 1, (batch,), device=device)
+        t = torch.where(torch.rand(batch, device=device) < 0.1, last, t)
+        chosen = torch.randint(n, (batch, 1), device=device) == torch.arange(n, device=device)
+        seen = chosen & (torch.rand(batch, 1, device=device) < 0.8)
         m, s = self.signal[t][:, None, None, None], self.sigma[t][:, None, None, None]
         z = torch.where(self.by_channel(seen), e, m * e + s * torch.randn_like(e))
         params = self.predict(z, torch.where(seen, 0, self.level[t][:, None]))
         snr = (self.signal[t] / self.sigma[t]).square()
-        total = torch.zeros(batch)
+        total = torch.zeros(batch, device=device)
         for i, (name, part) in enumerate(zip(self.names, self.parts, strict=True)):
             objective = part.decoder.objective(params[i], x[name])
             total = total + part.loss_weight * snr.clamp(*part.snr_clamp) * objective * ~seen[:, i]
@@ -121,7 +109,7 @@ class Lean(nn.Module):
     def sample(self, batch: int, steps: int) -> list[Tensor]:
         """Joint samples, ancestral."""
         latent = self.parts[0].encoder.latent
-        z = torch.randn(batch, sum(self.channels), latent.height, latent.width)
+        z = torch.randn(batch, sum(self.channels), latent.height, latent.width, device=self.signal.device)
         times = torch.linspace(len(self.signal) - 1, 0, steps + 1).round().long().tolist()
         for t, s in pairwise(times):
             params = self.predict(z, self.level[t].expand(batch, len(self.parts)))
@@ -134,34 +122,24 @@ class Lean(nn.Module):
         return [part.decoder.mode(head) for part, head in zip(self.parts, params, strict=True)]
 
 
-def _ours(experiment: Experiment, folder: Path, registry: Registry) -> Trainer:
-    return Trainer(experiment, folder, registry, device="cpu", on_message=lambda _: None)
-
-
-def _train_ours(trainer: Trainer) -> Callable[[], object]:
-    batches, told = trainer.batches(10**6), Means(trainer.accelerator)
-    skipped = SkippedSteps(trainer.accelerator.device)
-    trainer.model.train()
-
-    def turn() -> None:
-        for _ in range(STEPS):
-            trainer.advance(batches, told, skipped)
-
-    return turn
-
-
-def _train_lean(model: MultimodalDiffusion, data: ModalityData, experiment: Experiment) -> Callable[[], object]:
+def _train_lean(
+    model: MultimodalDiffusion, data: ModalityData, experiment: Experiment, setting: Setting
+) -> Callable[[], object]:
     lean = Lean(model).train()
-    every: Batch = data.batch(range(min(len(data), 1024)))
+    if setting.compile:
+        lean.compile(dynamic=False)
+    every: Batch = data.batch(range(min(len(data), 1024))).to(torch.device(setting.device))
     training = experiment.training
     optimizer = torch.optim.AdamW(lean.parameters(), lr=1e-3, betas=(0.9, training.beta2), fused=True)
     average = Average(lean, training.ema)
 
     def turn() -> None:
         for _ in range(STEPS):
-            rows = torch.randint(len(every.presence), (training.batch_size,))
+            rows = torch.randint(len(every.presence), (training.batch_size,), device=setting.device)
             optimizer.zero_grad()
-            torch.autograd.backward(lean({name: x[rows] for name, x in every.x.items()}))
+            with setting.autocast:
+                loss = lean({name: x[rows] for name, x in every.x.items()})
+            torch.autograd.backward(loss)
             nn.utils.clip_grad_norm_(lean.parameters(), training.clip)
             optimizer.step()
             average.update(lean)
@@ -169,24 +147,30 @@ def _train_lean(model: MultimodalDiffusion, data: ModalityData, experiment: Expe
     return turn
 
 
-def overhead(path: Path, folder: Path, registry: Registry) -> list[Contender]:
+def overhead(path: Path, folder: Path, registry: Registry, setting: Setting) -> list[Contender]:
     """Training and sampling of a configuration beside the loop written by hand."""
     name = path.stem
     experiment = structure_experiment(load_toml(path), registry, str(path))
-    trainer = _ours(experiment, folder / name, registry)
-    other = _ours(experiment, folder / f"{name}-lean", registry)
+    return beside_lean(name, experiment, folder, registry, setting)
+
+
+def beside_lean(
+    name: str, experiment: Experiment, folder: Path, registry: Registry, setting: Setting
+) -> list[Contender]:
+    """The same of an experiment."""
+    trainer = ours(experiment, folder / name, registry, setting)
+    other = ours(experiment, folder / f"{name}-lean", registry, setting)
     settings = SamplerSettings(EVALUATIONS, "ancestral")
     lean = Lean(other.model)
+    lean_training = _train_lean(other.model, other.data, experiment, setting)
+    trained = STEPS * experiment.training.batch_size
+    draw = partial(sample, trainer.model, SAMPLED, settings=settings)
+    against = f"{name}, lean training", f"{name}, lean sampling"
     return [
-        Contender(f"{name}, lean training", _train_lean(other.model, other.data, experiment)),
-        Contender(f"{name}, training", _train_ours(trainer), f"{name}, lean training", 1.05),
-        Contender(f"{name}, lean sampling", partial(lean.sample, SAMPLED, EVALUATIONS)),
-        Contender(
-            f"{name}, sampling",
-            partial(sample, trainer.model, SAMPLED, settings=settings),
-            f"{name}, lean sampling",
-            1.05,
-        ),
+        Contender(against[0], lean_training, images=trained),
+        Contender(f"{name}, training", train_ours(trainer), against[0], 1.05, images=trained),
+        Contender(against[1], partial(lean.sample, SAMPLED, EVALUATIONS), images=SAMPLED),
+        Contender(f"{name}, sampling", draw, against[1], 1.05, images=SAMPLED),
     ]
 
 
@@ -202,22 +186,67 @@ FURTHER = {("mask", 1): 1.10, ("mask", 3): 1.20, ("mask", 7): 1.40, ("label", 7)
 """How many of what beside the image, and the cost that is wanted at most, as a multiple of the image's alone."""
 
 
-def further_modalities(folder: Path, registry: Registry) -> list[Contender]:
+def further_modalities(folder: Path, registry: Registry, setting: Setting) -> list[Contender]:
     """Training the image with further modalities beside the image alone."""
     contenders = []
     for (kind, count), target in {("mask", 0): None, **FURTHER}.items():
         name = f"image + {count} {kind}{'s' if count > 1 else ''}" if count else "image alone"
         experiment = structure_experiment(of_modalities(kind, count), registry, name)
-        trainer = _ours(experiment, folder / name.replace(" ", "-"), registry)
-        contenders.append(
-            Contender(name, _train_ours(trainer), "image alone" if count else "", target, trainer=trainer)
-        )
+        trainer = ours(experiment, folder / name.replace(" ", "-"), registry, setting)
+        images = STEPS * experiment.training.batch_size
+        against = "image alone" if count else ""
+        contenders.append(Contender(name, train_ours(trainer), against, target, trainer=trainer, images=images))
     return contenders
 
 
-GROUPS: Mapping[str, Callable[[Path, Registry], list[Contender]]] = {
-    **{f"overhead: {path.stem}": partial(overhead, path) for path in CONFIGS},
-    "further modalities": further_modalities,
+def one_or_many(folder: Path, registry: Registry, setting: Setting) -> list[Contender]:
+    """A step of one model of an image and three masks beside a step of each of four models, of one of them each."""
+    tables = of_modalities("mask", 3)
+    models = {name: {name: table} for name, table in tables["modalities"].items()} | {"all": tables["modalities"]}
+    turns, images, parameters = {}, 0, {}
+    for name, modalities in models.items():
+        experiment = structure_experiment({**tables, "modalities": modalities}, registry, name)
+        trainer = ours(experiment, folder / f"of-{name}", registry, setting)
+        turns[name] = train_ours(trainer)
+        parameters[name] = count_parameters(trainer.model)
+        images = STEPS * experiment.training.batch_size
+    joint, size = turns.pop("all"), parameters.pop("all")
+    many, sizes = f"{len(turns)} models of one modality each", sum(parameters.values())
+    return [
+        Contender(many, lambda: [turn() for turn in turns.values()], images=images, parameters=sizes),
+        Contender(f"one model of {len(turns)} modalities", joint, many, images=images, parameters=size),
+    ]
+
+
+@frozen
+class Group:
+    """Contenders that are timed in turn.
+
+    Attributes:
+        make: builds them; what they write goes into the folder.
+        memory: whether each one's peak is measured, in a process of its own.
+        needs: modules without which the group is left out.
+    """
+
+    make: Callable[[Path, Registry, Setting], list[Contender]]
+    memory: bool = True
+    needs: tuple[str, ...] = ()
+
+    @property
+    def missing(self) -> list[str]:
+        """What of :attr:`needs` is not installed."""
+        return [name for name in self.needs if find_spec(name) is None]
+
+
+GROUPS: Mapping[str, Group] = {
+    **{f"overhead: {path.stem}": Group(partial(overhead, path)) for path in CONFIGS},
+    "further modalities": Group(further_modalities),
+    "one model or many": Group(one_or_many),
+    "peers: diffusers": Group(peers.beside_diffusers, needs=("diffusers",)),
+    "peers: denoising-diffusion-pytorch": Group(
+        peers.beside_denoising_diffusion, needs=("denoising_diffusion_pytorch", "ema_pytorch")
+    ),
+    "start-up": Group(launching.contenders, memory=False),
 }
 """What is timed in turn, by title."""
 
@@ -259,7 +288,7 @@ def peak_memory(group: str, number: int, threads: int) -> float | None:
 def _measure_memory(send: Connection, group: str, number: int, threads: int) -> None:
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as name:
-        contender = GROUPS[group](Path(name), Registry.discover())[number]
+        contender = GROUPS[group].make(Path(name), Registry.discover(), Setting())[number]
         contender.turn()  # after which the optimizer has its state
         resident = _status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak from now on
@@ -272,66 +301,54 @@ def _status(key: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
-def race(contenders: Sequence[Contender], rounds: int, say: Callable[[str], None]) -> None:
-    """Time the contenders' turns, in turn; the first round warms up and is not counted."""
-    for number in range(rounds + 1):
-        for contender in contenders:
-            started = time.perf_counter()
-            contender.turn()
-            if number:
-                contender.seconds.append(time.perf_counter() - started)
-        say(f"round {number} of {rounds}")
+def chosen(only: Sequence[str] = ()) -> dict[str, Group]:
+    """The groups whose titles match one of the patterns, with ``*`` for anything; without patterns all.
+
+    Raises:
+        UserError: if a pattern matches none.
+    """
+    for pattern in only:
+        if not any(fnmatch(title, pattern) for title in GROUPS):
+            raise UserError(f"--only: no group matches {pattern!r}; there are {', '.join(map(repr, GROUPS))}")
+    return {
+        title: group for title, group in GROUPS.items() if not only or any(fnmatch(title, pattern) for pattern in only)
+    }
 
 
-def ratios(contenders: Sequence[Contender]) -> list[dict[str, Any]]:
-    """Each contender that is compared: median, least and greatest ratio over the rounds."""
-    by_name = {contender.name: contender for contender in contenders}
-    rows = []
-    for contender in contenders:
-        if contender.against:
-            pairs = zip(contender.seconds, by_name[contender.against].seconds, strict=True)
-            found = sorted(mine / theirs for mine, theirs in pairs)
-            rows.append(
-                {
-                    "what": contender.name,
-                    "against": contender.against,
-                    "ratio": round(statistics.median(found), 3),
-                    "least": round(found[0], 3),
-                    "greatest": round(found[-1], 3),
-                    "target": contender.target,
-                    "seconds": round(statistics.median(contender.seconds), 4),
-                    "memory": _ratio(contender.memory, by_name[contender.against].memory),
-                }
-            )
-    return rows
-
-
-def _ratio(mine: float | None, theirs: float | None) -> float | None:
-    return None if mine is None or not theirs else round(mine / theirs, 3)
-
-
-def measure(rounds: int, threads: int, registry: Registry, say: Callable[[str], None]) -> dict[str, Any]:
+def measure(
+    rounds: int,
+    threads: int,
+    registry: Registry,
+    say: Callable[[str], None],
+    only: Sequence[str] = (),
+    *,
+    memory: bool = True,
+) -> dict[str, Any]:
     """All that ``bench perf`` measures, as JSON."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        groups = {title: make(folder, registry) for title, make in GROUPS.items()}
-        for title, contenders in groups.items():
-            say(title)
-            race(contenders, rounds, say)
-            for number, contender in enumerate(contenders):
+    groups, setting = chosen(only), Setting()
+    left_out = {title: f"not installed: {', '.join(group.missing)}" for title, group in groups.items() if group.missing}
+    found, work = {}, {}
+    for title, group in groups.items():
+        say(f"{title}: {left_out[title]}" if title in left_out else title)
+        if title in left_out:
+            continue
+        with tempfile.TemporaryDirectory() as name:
+            contenders = group.make(Path(name), registry, setting)
+            race(contenders, rounds, say, setting)
+            for number, contender in enumerate(contenders if memory and group.memory else ()):
                 contender.memory = peak_memory(title, number, threads)
-        batches = {c.name: c.trainer for c in groups["further modalities"] if c.trainer is not None}
-        work = {
-            name: flops(trainer.model, trainer.data.batch(range(trainer.config.batch_size)))
-            for name, trainer in batches.items()
-        }
+        found[title] = ratios(contenders)
+        for contender in contenders:
+            if (trainer := contender.trainer) is not None:
+                work[contender.name] = flops(trainer.model, trainer.data.batch(range(trainer.config.batch_size)))
     return {
         "hardware": hardware("cpu"),
         "version": version("mtdiffusion"),
         "rounds": rounds,
-        "ratios": {title: ratios(contenders) for title, contenders in groups.items()},
+        "ratios": found,
+        "left_out": left_out,
         "flops": work,
     }
 
@@ -341,17 +358,22 @@ def table(result: Mapping[str, Any]) -> str:
     lines = ["| what | beside | time | range | wanted | | peak memory |", "|---|---|---|---|---|---|---|"]
     for rows in result["ratios"].values():
         for row in rows:
-            met = "met" if row["ratio"] <= row["target"] else "not met"
+            wanted = "| |"
+            if row["target"] is not None:
+                wanted = f"{row['target']:.2f} | {'met' if row['ratio'] <= row['target'] else 'not met'} |"
             memory = "not measured" if row["memory"] is None else f"{row['memory']:.2f}"
             lines.append(
                 f"| {row['what']} | {row['against']} | **{row['ratio']:.2f}** "
-                f"| {row['least']:.2f} to {row['greatest']:.2f} | {row['target']:.2f} | {met} | {memory} |"
+                f"| {row['least']:.2f} to {row['greatest']:.2f} | {wanted} {memory} |"
             )
+    lines += [f"| {title} | {why} | not measured | | | | |" for title, why in result.get("left_out", {}).items()]
     return "\n".join(lines)
 
 
 def flops_table(result: Mapping[str, Any]) -> str:
     """What of a step's work is that of encoders and heads."""
+    if not result["flops"]:
+        return "not measured"
     alone = result["flops"]["image alone"]["total"]
     lines = ["| | work of a training step, of the image's alone | of it, encoders and heads |", "|---|---|---|"]
     for name, counts in result["flops"].items():

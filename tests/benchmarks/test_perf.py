@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mtdiffusion_benchmarks import perf
+from mtdiffusion_benchmarks import peers, perf
+from mtdiffusion_benchmarks.timing import Setting, count_parameters
 from mtdiffusion_engine.data import load_data
 from mtdiffusion_engine.experiment import build_model, load_experiment, structure_experiment
-from mtdiffusion_registry import Registry
+from mtdiffusion_registry import Registry, UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,6 +56,41 @@ def test_a_ratio_is_of_the_times_of_one_round() -> None:
 def test_a_race_leaves_its_first_round_out() -> None:
     turns: list[str] = []
     contenders = [perf.Contender(name, lambda name=name: turns.append(name)) for name in ("a", "b")]  # type: ignore[misc]
-    perf.race(contenders, 2, say=lambda _: None)
+    perf.race(contenders, 2, lambda _: None, Setting())
     assert turns == ["a", "b"] * 3
     assert [len(contender.seconds) for contender in contenders] == [2, 2]
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("peer", ["diffusers", "denoising_diffusion_pytorch"])
+def test_other_libraries_networks_are_as_large_as_ours(peer: str, large: bool) -> None:
+    pytest.importorskip(peer)
+    make = {"diffusers": peers.diffusers_network, "denoising_diffusion_pytorch": peers.denoising_diffusion_network}
+    tables = peers.our_tables(Setting(large=large))
+    ours = build_model(structure_experiment(tables, Registry.discover(), "peers"), weightless=True)
+    with torch.device("meta"):
+        theirs = make[peer](large)
+    assert count_parameters(theirs) == pytest.approx(count_parameters(ours), rel=peers.EQUAL)
+
+
+def test_a_peer_trains_and_samples_beside_ours(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    contenders = peers.beside_diffusers(tmp_path, Registry.discover(), Setting(batch=2))
+    perf.race(contenders, 1, lambda _: None, Setting())
+    training, sampling = perf.ratios(contenders)
+    assert training["against"] == "diffusers, training"
+    assert training["ratio"] > 0
+    assert sampling["images_per_second"] > 0
+
+
+def test_groups_are_chosen_by_title_and_what_is_not_installed_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(perf.chosen(["start*"])) == ["start-up"]
+    assert len(perf.chosen()) == len(perf.GROUPS)
+    with pytest.raises(UserError, match="no group matches 'pears'; there are 'overhead: digits-demo'"):
+        perf.chosen(["pears"])
+    absent = perf.Group(peers.beside_diffusers, needs=("no_such_library",))
+    monkeypatch.setattr(perf, "GROUPS", {"peers: absent": absent})
+    result = perf.measure(1, 1, Registry.discover(), lambda _: None)
+    assert result["left_out"] == {"peers: absent": "not installed: no_such_library"}
+    assert perf.table(result).endswith("| peers: absent | not installed: no_such_library | not measured | | | | |")
+    assert perf.flops_table(result) == "not measured"

@@ -1,0 +1,1 @@
+"""What only a GPU can tell, measured by ``benchmarks/gpu/run.sh``, in stages of parts."""
