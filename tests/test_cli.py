@@ -192,7 +192,7 @@ def test_train_says_what_it_is_about_to_do(cli: Cli, tiny_config: Path, tmp_path
     parameters = sum(p.numel() for p in load_run(run).model.parameters()) / 1e6
     assert lines[:3] == [
         f"1,437 training samples; {parameters:.3g} million parameters",
-        "on cpu, 1 process: 1 step of 16 samples (8 samples × 2 micro-batches)",
+        "on cpu, 1 process: 1 step of 8 samples (4 samples × 2 micro-batches)",
         f"the run is written to {run}",
     ]
 

@@ -50,12 +50,13 @@ def middles(figure: dict[str, str | list[str]]) -> dict[str, list[int]]:
 def test_below_an_embedding_are_pictures_of_the_nearest_held_out_samples() -> None:
     test: dict[str, Tensor] = {"label": torch.arange(5), "clip": EMBEDDINGS, "image": IMAGES}
     drawn = F.normalize(torch.tensor([[0.1, 0.2, 9.0], [9.0, 0.1, 0.2]]), dim=1)
-    generated = {"clip": torch.cat([drawn, EMBEDDINGS[2:]])}  # those past the shown ones are not looked at
+    # Of five, two are shown: the first and the third.
+    generated = {"clip": torch.stack([drawn[0], EMBEDDINGS[1], drawn[1], EMBEDDINGS[3], EMBEDDINGS[4]])}
     (figure,) = figures_of(Query(("image",), ("clip",)), generated, test, None, parts(), shown=2)
     names = [f"image by nearest clip, {rank}" for rank in range(1, NEIGHBOURS + 1)]
     assert figure["columns"] == ["given image", "true clip", "generated clip", *names]
     rows = middles(figure)
-    assert rows["given image"] == GREYS[:2]
+    assert rows["given image"] == [GREYS[0], GREYS[2]]
     # By the cosine, by hand: to the first 2, 4 and 3 are nearest; to the second 0, 3 and 4 (0.22; 2 has 0.20).
     assert [rows[name] for name in names] == [
         [GREYS[2], GREYS[0]],
