@@ -34,7 +34,6 @@ ROWS: Mapping[str, str] = {
     "image, mask and label together: judge and label agree": "joint/judge_agreement",
     "joint images: Fréchet distance in the judge's features": "joint/fid_judge",
     "the same, with the training images' share of each class, as the judge reads them": "joint/fid_judge_balanced",
-    "bound, bits per dimension of all modalities": "joint/bound_bits_per_dim",
     "real held-out images: the judge's accuracy": "real/judge_accuracy",
     "real held-out images: Fréchet distance to the training images": "real/fid_judge",
     "the same, with the training images' share of each class": "real/fid_judge_balanced",
