@@ -62,9 +62,7 @@ def test_every_stage_leaves_its_figures_and_is_not_measured_twice(tmp_path: Path
     assert (tmp_path / "out/cifar.png").is_file()
     assert found["step"]["steps: float32, compiled"]["measured"]["graphs"] == 1
     assert sum(path.is_file() for path in (tmp_path / "out").rglob("*")) == len(STAGES) + 1
-    again = run(tmp_path, *data, "--only", "step", "dit", "modalities", "cifar")
-    for stage in ("step", "dit", "modalities", "cifar"):
-        assert again[stage] == found[stage]
+    assert run(tmp_path, *data, "--only", "modalities")["modalities"] == found["modalities"]
 
 
 @pytest.mark.slow
@@ -73,9 +71,6 @@ def test_a_stage_that_fails_and_one_that_is_cut_leave_the_others_be(tmp_path: Pa
     assert states(found["cifar"]) == {"failed"}
     assert "CIFAR-10 is not here" in found["cifar"]["training"]["error"]
     assert states(found["modalities"]) == {"ok"}
-    write_pictures(tmp_path, 60)
-    mended = run(tmp_path, "--only", "cifar", "--data", tmp_path / "classes")  # failed parts are tried again
-    assert states(mended["cifar"]) == {"ok"}
     cut = run(tmp_path / "cut", "--only", "step", "dit", "--limit", "12")
     assert "cut" in states(cut["step"]) or not cut["step"]
     assert "dit" not in cut  # nothing was left for it

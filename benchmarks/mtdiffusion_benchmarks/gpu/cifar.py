@@ -16,7 +16,7 @@ from mtdiffusion_benchmarks.gpu.measuring import Part, Setting
 from mtdiffusion_engine import checkpoint
 from mtdiffusion_registry import UserError
 
-CONFIG = Path("benchmarks/gpu/cifar10.toml")
+CONFIG = Path("benchmarks/gpu/configs/cifar10.toml")
 SECONDS = 240.0
 """Of training."""
 AFTER = 100.0
