@@ -234,7 +234,7 @@ def _card(
             "## Training",
             "",
             f"Data of kind `{experiment.data.kind}`; {state['step']:,} steps of "
-            f"{training.batch_size * training.accumulate} samples (a process), seed {training.seed}; {parameters:.3g} "
+            f"{training.batch_size} samples, seed {training.seed}; {parameters:.3g} "
             f"million parameters. The weights are averages over training (decay {training.ema:g}). All settings are in "
             "`config.toml`.",
             "",

@@ -88,6 +88,14 @@ def test_the_code_of_the_card_runs(exported: Path) -> None:
     assert torch.equal(namespace["more"]["image"], namespace["out"]["image"])
 
 
+def test_the_card_tells_a_step_s_samples_whatever_it_was_shared_out_in(tmp_path: Path, tiny_config: Path) -> None:
+    run = tmp_path / "run"
+    options = ("--device", "cpu", "--set", "training.steps=1", "training.accumulate=4")
+    assert main(["train", str(tiny_config), "--out", str(run), *options]) == 0
+    out = load_run(run, device="cpu").save_pretrained(tmp_path / "out")
+    assert "1 steps of 8 samples, seed" in (out / "README.md").read_text()
+
+
 def test_what_was_not_made_of_these_weights_is_left_out(tiny_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
