@@ -443,8 +443,8 @@ class Trainer:
         start = self.step - streak
         named = ", ".join(told.not_finite()) or "the gradient alone"
         message = (
-            f"training diverged: no gradient was finite from step {start + 1} to step {self.step} (not finite among the "
-            f"loss terms: {named}). "
+            f"training diverged: no gradient was finite from step {start + 1} to step {self.step} (not finite among "
+            f"the loss terms: {named}). "
         )
         # The next steps' samples and noise follow from the seed and the step: from there it would fail like this again.
         useless = [at for at in map(ckpt.step_of, ckpt.list_checkpoints(self.run)) if at and at >= start]
