@@ -14,8 +14,8 @@ from attrs import define, evolve, field, frozen
 from torch import nn
 
 from mtdiffusion_engine.experiment import Experiment
-from mtdiffusion_engine.optimisation import SkippedSteps
-from mtdiffusion_engine.trainer import Means, Trainer
+from mtdiffusion_engine.tally import Tally
+from mtdiffusion_engine.trainer import Trainer
 from mtdiffusion_registry import Registry
 
 STEPS = 3  # trained in a turn
@@ -93,13 +93,12 @@ def ours(experiment: Experiment, folder: Path, registry: Registry, setting: Sett
 
 def train_ours(trainer: Trainer) -> Callable[[], object]:
     """A turn of it."""
-    batches, told = trainer.batches(10**6), Means(trainer.accelerator)
-    skipped = SkippedSteps(trainer.accelerator.device)
+    batches, tally = trainer.batches(10**6), Tally(trainer.accelerator)
     trainer.model.train()
 
     def turn() -> None:
         for _ in range(STEPS):
-            trainer.advance(batches, told, skipped)
+            trainer.advance(batches, tally)
 
     return turn
 

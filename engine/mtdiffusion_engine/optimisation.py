@@ -74,21 +74,3 @@ class Average(Generic[M]):
         if buffers := list(self.module.buffers()):
             torch._foreach_copy_(buffers, list(module.buffers()))
         self.updates += 1
-
-
-class SkippedSteps:
-    """Counts steps that were skipped, on the device, until someone asks."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._all = torch.zeros((), device=device)
-        self._streak = torch.zeros((), device=device)
-
-    def add(self, skipped: Tensor) -> None:
-        """Take in a step's: 1 if it was skipped, else 0."""
-        self._all += skipped
-        self._streak = (self._streak + 1) * skipped
-
-    def read(self) -> tuple[int, int]:
-        """How many were skipped, and how many of them are the last in a row. Waits for the device."""
-        every, streak = torch.stack([self._all, self._streak]).tolist()
-        return int(every), int(streak)

@@ -49,7 +49,8 @@ from mtdiffusion_engine.experiment import (
     with_absolute_paths,
 )
 from mtdiffusion_engine.interrupt import Terminated, deferred_interrupt
-from mtdiffusion_engine.optimisation import Average, SkippedSteps, adamw, learning_rate, step_if_finite
+from mtdiffusion_engine.optimisation import Average, adamw, learning_rate, step_if_finite
+from mtdiffusion_engine.tally import Tally
 from mtdiffusion_engine.watching import HeldOutLoss
 from mtdiffusion_registry import Registry, UserError
 from mtdiffusion_registry.config import dump_toml, load_toml
@@ -339,15 +340,14 @@ class Trainer:
         stop = min(self.config.steps, stop_at or self.config.steps)
         started = time.monotonic()
         batches = self.batches(stop)
-        told = Means(self.accelerator)
-        skipped, told_of = SkippedSteps(self.accelerator.device), 0
+        tally, told_of = Tally(self.accelerator), 0
         first = self.step
         looks = first // max(self.config.held_out_every, 1)
         self.model.train()
         with deferred_interrupt() as interrupted:
             while self.step < stop:
                 try:
-                    rate, norm = self.advance(batches, told, skipped)
+                    rate, norm = self.advance(batches, tally)
                 except RuntimeError:
                     if not (reason := interrupted()):
                         raise
@@ -355,10 +355,10 @@ class Trainer:
                     self.save()
                     raise reason from None
                 if _due(self.step, self.config.log_every) or self.step == stop:
-                    every, _ = self._require_finite(skipped, told, first)
+                    every, _ = self._require_finite(tally, first)
                     seconds = time.monotonic() - started
                     left_out, told_of = every - told_of, every
-                    means, looked = told.take(), looks
+                    means, looked = tally.take(), looks
                     looks = self.step // max(self.config.held_out_every, 1)
                     if on_progress and self.main:
                         watched = self.watched if looks > looked or self.step == stop else None
@@ -368,7 +368,7 @@ class Trainer:
                     on_sample(self.step)
                 reason = self._agree(interrupted())
                 if reason or self.step == stop or _due(self.step, self.config.checkpoint_every):
-                    _, streak = self._require_finite(skipped, told, first)
+                    _, streak = self._require_finite(tally, first)
                     if not streak or reason or self.step == stop:  # it may lead nowhere: keep those before
                         self.save()
                 if reason:
@@ -403,9 +403,8 @@ class Trainer:
             accelerator.num_processes,
         )
 
-    def advance(self, batches: Iterator[Batch], told: Means, skipped: SkippedSteps) -> tuple[float, Tensor]:
-        """One optimizer step; its loss terms go to ``told``, and to ``skipped`` whether its gradient was not finite, in
-        which case the weights stay as they are.
+    def advance(self, batches: Iterator[Batch], tally: Tally) -> tuple[float, Tensor]:
+        """One optimizer step, which the tally takes in; if its gradient is not finite, the weights stay as they are.
 
         Returns:
             The learning rate, and the gradient's norm ``[]`` before clipping, on the device.
@@ -426,22 +425,22 @@ class Trainer:
             with nullcontext() if last else self.accelerator.no_sync(self.objective):
                 with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
                     loss, sums = self.objective(batch.x, batch.presence, visible, draws)
-                told.add(sums)
+                tally.add(sums)
                 self.accelerator.backward(loss / parts)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        skipped.add(step_if_finite(self.optimizer, norm))
+        tally.step(step_if_finite(self.optimizer, norm))
         self.step += 1
         self.ema.update(self.model)
         return rate, norm
 
-    def _require_finite(self, skipped: SkippedSteps, told: Means, first: int) -> tuple[int, int]:
+    def _require_finite(self, tally: Tally, first: int) -> tuple[int, int]:
         """How many steps were left out since step ``first``, and how many of them just now in a row, if that is not too
         many."""
-        every, streak = skipped.read()
+        every, streak = tally.skipped()
         if streak < min(PATIENCE, max((self.step - first) // 2, 1)):
             return every, streak
         start = self.step - streak
-        named = ", ".join(told.not_finite()) or "the gradient alone"
+        named = ", ".join(tally.not_finite()) or "the gradient alone"
         message = (
             f"training diverged: no gradient was finite from step {start + 1} to step {self.step} (not finite among "
             f"the loss terms: {named}). "
@@ -482,40 +481,6 @@ def recompute_activations(backbone: Backbone) -> None:
         )
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-
-
-class Means:
-    """Loss terms, averaged over all processes and all that was trained since they were taken last.
-
-    What is not finite is counted apart.
-    """
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
-        self._names: list[str] = []
-        self._table: Tensor | None = None  # by name: sum, count, batches of which it was not finite
-
-    def add(self, sums: Mapping[str, Tensor]) -> None:
-        self._names = list(sums)
-        pairs = torch.stack(list(sums.values()))
-        finite = pairs.isfinite().all(1, keepdim=True)
-        row = torch.cat([torch.where(finite, pairs, 0), (~finite).to(pairs.dtype)], 1)
-        self._table = row if self._table is None else self._table + row
-
-    def take(self) -> dict[str, float]:
-        """Means by name; those of which nothing was counted are left out."""
-        table = self._reduced()
-        self._table = None
-        return {name: total / count for name, (total, count, _) in table.items() if count > 0}
-
-    def not_finite(self) -> list[str]:
-        """The names of terms that were not finite in some batch."""
-        return [name for name, (_, __, wrong) in self._reduced().items() if wrong > 0]
-
-    def _reduced(self) -> dict[str, list[float]]:
-        if self._table is None:
-            return {}
-        return dict(zip(self._names, self._accelerator.reduce(self._table, "sum").tolist(), strict=True))
 
 
 def _to(device: torch.device, tensor: Tensor) -> Tensor:

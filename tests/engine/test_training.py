@@ -31,8 +31,9 @@ from mtdiffusion_engine.chance import StepChance
 from mtdiffusion_engine.data import Batch, ModalityData, derive_seed, load_data
 from mtdiffusion_engine.experiment import Experiment, build_model, choose_device, load_experiment
 from mtdiffusion_engine.interrupt import ECHO, Terminated, deferred_interrupt, held, raise_terminated, terminable
-from mtdiffusion_engine.optimisation import Average, SkippedSteps, learning_rate
-from mtdiffusion_engine.trainer import Means, Progress, Trainer, recompute_activations
+from mtdiffusion_engine.optimisation import Average, learning_rate
+from mtdiffusion_engine.tally import Tally
+from mtdiffusion_engine.trainer import Progress, Trainer, recompute_activations
 from mtdiffusion_registry import ConfigError, UserError
 from tests.engine.tiny import REGISTRY, toy
 
@@ -180,11 +181,11 @@ def test_workers_that_the_signal_ended_do_not_keep_the_last_step_from_being_save
     trainer = Trainer(toy(), run, REGISTRY, device="cpu")
     advance = trainer.advance
 
-    def lose_workers(batches: Iterator[Batch], told: Means, skipped: SkippedSteps) -> tuple[float, Tensor]:
+    def lose_workers(batches: Iterator[Batch], tally: Tally) -> tuple[float, Tensor]:
         if trainer.step == 3:
             signal.raise_signal(signal.SIGTERM)
             raise RuntimeError("DataLoader worker exited unexpectedly")
-        return advance(batches, told, skipped)
+        return advance(batches, tally)
 
     trainer.advance = lose_workers  # type: ignore[method-assign]
     with pytest.raises(Terminated):
@@ -563,17 +564,17 @@ def test_a_step_does_not_wait_for_the_device(tmp_path: Path, monkeypatch: pytest
     drawn = [[trainer.chance.draw(step, start, 4) for start in (0, 4)] for step in range(3)]
     monkeypatch.setattr(trainer.chance, "draw", lambda step, start, _: drawn[step][start // 4])
     batches = iter(list(trainer.batches(3)))
-    told, skipped = Means(trainer.accelerator), SkippedSteps(torch.device("cpu"))
-    trainer.advance(batches, told, skipped)
+    tally = Tally(trainer.accelerator)
+    trainer.advance(batches, tally)
     waits = Waits(monkeypatch)
     with waits:
         for _ in range(2):
-            trainer.advance(batches, told, skipped)
+            trainer.advance(batches, tally)
     assert waits.found == [], waits.found[0]
     with waits:
-        told.take()
+        tally.take()
         assert len(waits.found) == 1  # the log does, and it is seen
-        assert skipped.read() == (0, 0)
+        assert tally.skipped() == (0, 0)
         assert bool(flat(trainer.model).isfinite().all())
     assert len(waits.found) == 3
 

@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mtdiffusion import Dataset
 from mtdiffusion_engine.experiment import Experiment, structure_experiment
-from mtdiffusion_engine.optimisation import SkippedSteps
-from mtdiffusion_engine.trainer import Means, Trainer
+from mtdiffusion_engine.tally import Tally
+from mtdiffusion_engine.trainer import Trainer
 from mtdiffusion_registry import Registry
 from mtdiffusion_registry.configs import DatasetConfig
 
@@ -110,10 +110,9 @@ def trainer_of(experiment: Experiment, setting: Setting) -> Trainer:
 
 def turn_of(trainer: Trainer) -> Callable[[], object]:
     """A training step of the framework, its batches included."""
-    batches, told = trainer.batches(10**7), Means(trainer.accelerator)
-    skipped = SkippedSteps(trainer.accelerator.device)
+    batches, tally = trainer.batches(10**7), Tally(trainer.accelerator)
     trainer.model.train()
-    return lambda: trainer.advance(batches, told, skipped)
+    return lambda: trainer.advance(batches, tally)
 
 
 def wait(device: str) -> None:

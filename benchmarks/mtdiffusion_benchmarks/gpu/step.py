@@ -28,8 +28,8 @@ from mtdiffusion_benchmarks.gpu.measuring import (
     wait,
 )
 from mtdiffusion_engine.data import Batch
-from mtdiffusion_engine.optimisation import SkippedSteps
-from mtdiffusion_engine.trainer import Means, Objective, Trainer
+from mtdiffusion_engine.tally import Tally
+from mtdiffusion_engine.trainer import Objective, Trainer
 
 STEPS = 10
 """Between two lines of a log, here."""
@@ -121,17 +121,16 @@ def _steps(setting: Setting, precision: str, compiled: bool) -> dict[str, Any]:
     trainer = trainer_of(experiment, setting)
     if compiled and setting.tiny:
         trainer.objective.compile(backend=TINY_BACKEND, dynamic=False)
-    batches, told = trainer.batches(10**7), Means(trainer.accelerator)
-    skipped = SkippedSteps(trainer.accelerator.device)
+    batches, tally = trainer.batches(10**7), Tally(trainer.accelerator)
     trainer.model.train()
     for _ in range(3):
-        trainer.advance(batches, told, skipped)
+        trainer.advance(batches, tally)
     wait(setting.device)
     graphs = counters["stats"]["unique_graphs"]
     with _no_waiting(setting):
         for _ in range(STEPS):
-            trainer.advance(batches, told, skipped)
-    means, (left_out, _) = told.take(), skipped.read()
+            trainer.advance(batches, tally)
+    means, (left_out, _) = tally.take(), tally.skipped()
     compiled_again = counters["stats"]["unique_graphs"] - graphs
     breaks = sum(counters["graph_break"].values())
     if left_out or compiled_again or breaks:
