@@ -31,14 +31,13 @@ from mtdiffusion_engine.experiment import PLUGINS_FILE, TRAINED, Experiment, res
 from mtdiffusion_engine.pictures import sample_sheet
 from mtdiffusion_registry import Registry, UserError
 from mtdiffusion_registry.config import dump_toml
+from mtdiffusion_registry.hub import HUB_NAME, download, first_line
 from mtdiffusion_registry.installed import version
 
 METRICS = "metrics.json"
 GALLERY = "gallery.png"
 CARD = "README.md"
 FILES = "files"
-
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 class TrainedRun(Protocol):
@@ -127,7 +126,7 @@ def push_run(
     """
     from huggingface_hub import HfApi
 
-    if not _HUB_NAME.fullmatch(name):
+    if not HUB_NAME.fullmatch(name):
         raise UserError(f"push: expected OWNER/NAME, found {name!r}")
     api = HfApi(token=token)
     with TemporaryDirectory() as scratch:
@@ -138,7 +137,7 @@ def push_run(
             api.upload_folder(repo_id=name, folder_path=folder, commit_message=said)
         except Exception as error:  # of the network or the Hub: each has exceptions of its own
             raise UserError(
-                f"push: {name} could not be uploaded ({_first_line(error)}); log in with `hf auth login`, as one who "
+                f"push: {name} could not be uploaded ({first_line(error)}); log in with `hf auth login`, as one who "
                 "may write there, or export the run and upload the folder later: mtdiffusion export"
             ) from error
     return str(page)
@@ -154,21 +153,15 @@ def fetch(name: str | Path, revision: str | None = None) -> Path:
         if revision is not None:
             raise UserError(f"{name}: revision = {revision!r} is of the Hub, and this is a folder; leave it out")
         return Path(name)
-    if not _HUB_NAME.fullmatch(str(name)):
+    if not HUB_NAME.fullmatch(str(name)):
         raise UserError(f"{name}: expected the folder of a run, or OWNER/NAME on the Hugging Face Hub")
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(str(name), revision=revision))
-    except Exception as error:  # of the network, the Hub or the disk: each has exceptions of its own
+        return download(str(name), revision)
+    except UserError as error:
         raise UserError(
             f"{name}: there is no such folder, and it could not be downloaded from the Hugging Face Hub "
-            f"({_first_line(error)}); check the name and the network, or give the folder of a copy"
+            f"({error}); check the name and the network, or give the folder of a copy"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 # The model card -------------------------------------------------------------------------------------------------------
@@ -233,10 +226,9 @@ def _card(
             "",
             "## Training",
             "",
-            f"Data of kind `{experiment.data.kind}`; {state['step']:,} steps of "
-            f"{training.batch_size} samples, seed {training.seed}; {parameters:.3g} "
-            f"million parameters. The weights are averages over training (decay {training.ema:g}). All settings are in "
-            "`config.toml`.",
+            f"Data of kind `{experiment.data.kind}`; {state['step']:,} steps of {training.batch_size} samples, seed "
+            f"{training.seed}; {parameters:.3g} million parameters. The weights are averages over training (decay "
+            f"{training.ema:g}). All settings are in `config.toml`.",
             "",
             "## Measured",
             "",

@@ -7,7 +7,6 @@ own initialisation is never used.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from functools import lru_cache
 from importlib.util import find_spec
@@ -19,6 +18,7 @@ from attrs import frozen
 from torch import Tensor, nn
 
 from mtdiffusion_registry.errors import UserError
+from mtdiffusion_registry.hub import download
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 """What diffusers' ``save_pretrained`` calls an autoencoder's files."""
@@ -33,8 +33,6 @@ _SCALES = {"AutoencoderKL": 0.18215}
 """The ``scaling_factor`` that diffusers assumes of a class where a configuration states none; of the others 1."""
 _CHANNELS = {"AutoencoderDC": 32}
 """Its ``latent_channels``, likewise; of the others 4."""
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-"""``OWNER/NAME``."""
 _PIXELS = 2**20  # of pictures that go through at once: 16 of 256 × 256
 
 
@@ -77,19 +75,15 @@ class Place:
 
 @lru_cache  # the Hub is asked once in a process
 def _downloaded(name: str, subfolder: str | None, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
     prefix = f"{subfolder}/" if subfolder else ""
     try:
-        found = snapshot_download(name, revision=revision, allow_patterns=[prefix + CONFIG, prefix + WEIGHTS])
-    except Exception as error:  # of the network, the Hub or the disk: each has exceptions of its own
-        said = str(error).strip().partition("\n")[0]
+        return download(name, revision, [prefix + CONFIG, prefix + WEIGHTS])
+    except UserError as error:
         raise UserError(
-            f"autoencoder = {name!r}: its weights are not on this machine and could not be downloaded ({said}). Where "
+            f"autoencoder = {name!r}: its weights are not on this machine and could not be downloaded ({error}). Where "
             f"there is a network: hf download {name} {prefix}{CONFIG} {prefix}{WEIGHTS} --local-dir FOLDER; then bring "
             'that folder here and set autoencoder = "FOLDER"'
         ) from error
-    return Path(found)
 
 
 @frozen

@@ -21,7 +21,6 @@ from torch import Tensor
 from mtdiffusion import Decoder, Encoder, Features, FeatureSpec, LatentSpec, Modality, Params
 from mtdiffusion.loss import low_before_high
 from mtdiffusion_plugins.autoencoders import (
-    HUB_NAME,
     Autoencoder,
     Place,
     Spec,
@@ -37,6 +36,7 @@ from mtdiffusion_plugins.image import PatchEncoder, picture_metrics
 from mtdiffusion_plugins.sizes import Size, by, positive_size
 from mtdiffusion_registry.configs import ModalityConfig
 from mtdiffusion_registry.hookspecs import hookimpl
+from mtdiffusion_registry.hub import HUB_NAME
 from mtdiffusion_registry.pace import LOGGER
 
 MTDIFFUSION_API = 1
