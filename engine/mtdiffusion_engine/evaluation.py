@@ -376,6 +376,36 @@ def _in_batches(
     return joined(count, parts())
 
 
+def evaluate_joint(
+    model: MultimodalDiffusion,
+    count: int,
+    evaluators: Sequence[Evaluator],
+    settings: SamplerSettings,
+    *,
+    draws: int = 1,
+    batch_size: int = 256,
+    seed: int = 0,
+    real: Samples | None = None,
+    note: Tell = silent,
+) -> Metrics:
+    """Metrics of samples with nothing observed, without held-out ones: the same as :func:`evaluate` of as many has.
+
+    Args:
+        count: samples a draw.
+        draws: independent draws, over which metrics are means (:func:`joint_means`).
+        real: as of :func:`mtdiffusion_engine.judging.judge_joint`.
+        note: is told which metrics are defined in no draw, and so left out.
+
+    Raises:
+        UserError: if two evaluators give a metric of one name, or one fails.
+    """
+    made = []
+    for measure in plan(model.names, model.spatial, ["joint"], joint_draws=draws):
+        generator, pace = _stream(seed, measure.name), Pace(measure.name, count, silent)
+        made.append(joint_draw(model, count, evaluators, settings, batch_size, generator, real, pace))
+    return defined(joint_means(made), note)
+
+
 def joint_draw(
     model: MultimodalDiffusion,
     count: int,

@@ -54,6 +54,16 @@ def test_what_is_chosen_alone_is_measured_and_its_numbers_are_those_of_the_whole
         assert some == {key: whole[key] for key in some}
 
 
+def test_joint_samples_alone_are_those_of_a_whole_evaluation() -> None:
+    run = run_on(Gaps(), JudgeConfig(epochs=1, width=4), joint_draws=3)
+    whole = evaluate_run(run)
+    judge = run.experiment.evaluation.evaluators[0].build(evaluation.complete_samples(run.data("train")))
+    count = int(whole["joint/samples"])
+    alone = evaluation.evaluate_joint(run.model, count, [judge], run.experiment.sampling, draws=3)
+    assert alone == {name: value for name, value in whole.items() if name in alone}
+    assert {"joint/draws", "joint/fid_judge", "joint/fid_judge_std"} <= alone.keys()
+
+
 def test_any_modality_may_be_given_any_others_in_any_order() -> None:
     assert plan(NAMES, SPATIAL, ["image|clip+label", "mask|label+clip", "image|label + clip"]) == [
         Measure("given label+clip", "given", ("image", "mask"), ("label", "clip"))
