@@ -31,7 +31,7 @@ from mtdiffusion_engine.experiment import PLUGINS_FILE, TRAINED, Experiment, res
 from mtdiffusion_engine.pictures import sample_sheet
 from mtdiffusion_registry import Registry, UserError
 from mtdiffusion_registry.config import dump_toml
-from mtdiffusion_registry.hub import HUB_NAME, download, first_line
+from mtdiffusion_registry.hub import HUB_NAME, first_line
 from mtdiffusion_registry.installed import version
 
 METRICS = "metrics.json"
@@ -155,12 +155,14 @@ def fetch(name: str | Path, revision: str | None = None) -> Path:
         return Path(name)
     if not HUB_NAME.fullmatch(str(name)):
         raise UserError(f"{name}: expected the folder of a run, or OWNER/NAME on the Hugging Face Hub")
+    from huggingface_hub import snapshot_download
+
     try:
-        return download(str(name), revision)
-    except UserError as error:
+        return Path(snapshot_download(str(name), revision=revision))
+    except Exception as error:  # of the network, the Hub or the disk: each has exceptions of its own
         raise UserError(
             f"{name}: there is no such folder, and it could not be downloaded from the Hugging Face Hub "
-            f"({error}); check the name and the network, or give the folder of a copy"
+            f"({first_line(error)}); check the name and the network, or give the folder of a copy"
         ) from error
 
 

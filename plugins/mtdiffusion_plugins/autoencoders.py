@@ -18,7 +18,7 @@ from attrs import frozen
 from torch import Tensor, nn
 
 from mtdiffusion_registry.errors import UserError
-from mtdiffusion_registry.hub import download
+from mtdiffusion_registry.hub import first_line
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 """What diffusers' ``save_pretrained`` calls an autoencoder's files."""
@@ -75,15 +75,18 @@ class Place:
 
 @lru_cache  # the Hub is asked once in a process
 def _downloaded(name: str, subfolder: str | None, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
     prefix = f"{subfolder}/" if subfolder else ""
     try:
-        return download(name, revision, [prefix + CONFIG, prefix + WEIGHTS])
-    except UserError as error:
+        found = snapshot_download(name, revision=revision, allow_patterns=[prefix + CONFIG, prefix + WEIGHTS])
+    except Exception as error:  # of the network, the Hub or the disk: each has exceptions of its own
         raise UserError(
-            f"autoencoder = {name!r}: its weights are not on this machine and could not be downloaded ({error}). Where "
-            f"there is a network: hf download {name} {prefix}{CONFIG} {prefix}{WEIGHTS} --local-dir FOLDER; then bring "
-            'that folder here and set autoencoder = "FOLDER"'
+            f"autoencoder = {name!r}: its weights are not on this machine and could not be downloaded "
+            f"({first_line(error)}). Where there is a network: hf download {name} {prefix}{CONFIG} {prefix}{WEIGHTS} "
+            '--local-dir FOLDER; then bring that folder here and set autoencoder = "FOLDER"'
         ) from error
+    return Path(found)
 
 
 @frozen
