@@ -492,6 +492,15 @@ def test_sample_starts_from_something_observed_and_goes_along_a_path(
         assert np.array_equal(written, samples["mask"][i].numpy())
 
 
+def test_several_values_take_turns(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert cli("sample", tiny_run, "-n", 5, "--observe", "label=3, 7", "--out", out).code == 0
+    given = [json.loads(path.read_text())["label"] for path in sorted((out / "label").iterdir())]
+    assert given == [3, 7, 3, 7, 3]
+    error = cli("sample", tiny_run, "--observe", "label=3,eleven", "--out", tmp_path / "none").error
+    assert "label=3,eleven: label: expected a class from 0 to 9, found '3,eleven'" in error
+
+
 def test_sample_generates_only_what_is_asked_for(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()  # an empty folder will do

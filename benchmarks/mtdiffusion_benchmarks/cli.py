@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -43,7 +44,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "are installed), further modalities, and commands as they start, in turn. Run it from a clone of the "
         "repository, on a machine that does nothing else.",
     )
-    perf.add_argument("--out", type=Path, metavar="FILE.json", help="write what was measured here, too")
+    perf.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.json",
+        help="write what was measured here, too; with --only, beside what is there",
+    )
     perf.add_argument("--rounds", type=int, default=15, metavar="N", help="turns of each (default: %(default)s)")
     perf.add_argument("--threads", type=int, default=1, metavar="N", help="default: %(default)s")
     perf.add_argument("--without-memory", action="store_true", help="leave out peak memory, which takes as long again")
@@ -113,18 +119,24 @@ def run(args: argparse.Namespace) -> None:
 
 def _perf(args: argparse.Namespace) -> None:
     from mtdiffusion_benchmarks import perf
-    from mtdiffusion_engine.checkpoint import write_json
+    from mtdiffusion_engine.checkpoint import read_json, write_json
     from mtdiffusion_registry import Registry, UserError
 
     if missing := [str(path) for path in perf.CONFIGS if not path.is_file()]:
         raise UserError(f"{missing[0]}: no such file; run this from a clone of the repository")
     say = partial(print, flush=True)
+
+    def keep(result: dict[str, Any]) -> None:
+        if args.out is not None:
+            write_json(args.out, result, sort_keys=False)
+
+    before = read_json(args.out) if args.only and args.out is not None and args.out.is_file() else None
+    memory = not args.without_memory
     result = perf.measure(
-        args.rounds, args.threads, Registry.discover(), say, args.only, memory=not args.without_memory
+        args.rounds, args.threads, Registry.discover(), say, args.only, memory=memory, before=before, keep=keep
     )
+    keep(result)
     print(perf.table(result), perf.flops_table(result), sep="\n\n")
-    if args.out is not None:
-        write_json(args.out, result, sort_keys=False)
 
 
 def _data(args: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mtdiffusion_benchmarks.timing import Contender, Setting, ours
 from mtdiffusion_engine.experiment import structure_experiment
-from mtdiffusion_registry import Registry
+from mtdiffusion_registry import Registry, UserError
 
 SAMPLES = 4
 _TABLES = {
@@ -41,6 +41,8 @@ def contenders(folder: Path, registry: Registry, setting: Setting) -> list[Conte
 
 def _process(*arguments: str) -> Callable[[], object]:
     def turn() -> None:
-        subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"start-up: {' '.join(arguments)} failed: {done.stderr.strip()[-500:]}")
 
     return turn

@@ -323,34 +323,43 @@ def measure(
     only: Sequence[str] = (),
     *,
     memory: bool = True,
+    before: Mapping[str, Any] | None = None,
+    keep: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """All that ``bench perf`` measures, as JSON."""
+    """All that ``bench perf`` measures, as JSON.
+
+    Args:
+        only: measure these groups.
+        before: what was measured of other groups, by this version on this machine; anything else is left out.
+        keep: given all that is measured so far after each group: a later one may fail, and they take minutes.
+    """
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     groups, setting = chosen(only), Setting()
-    left_out = {title: f"not installed: {', '.join(group.missing)}" for title, group in groups.items() if group.missing}
-    found, work = {}, {}
+    result: dict[str, Any] = {"hardware": hardware("cpu"), "version": version("mtdiffusion"), "rounds": rounds}
+    comparable = before is not None and all(before.get(key) == value for key, value in result.items())
+    for key in ("ratios", "left_out", "flops"):
+        result[key] = dict(before[key]) if before is not None and comparable else {}
     for title, group in groups.items():
-        say(f"{title}: {left_out[title]}" if title in left_out else title)
-        if title in left_out:
+        result["ratios"].pop(title, None)
+        result["left_out"].pop(title, None)
+        if group.missing:
+            result["left_out"][title] = f"not installed: {', '.join(group.missing)}"
+            say(f"{title}: {result['left_out'][title]}")
             continue
+        say(title)
         with tempfile.TemporaryDirectory() as name:
             contenders = group.make(Path(name), registry, setting)
             race(contenders, rounds, say, setting)
             for number, contender in enumerate(contenders if memory and group.memory else ()):
                 contender.memory = peak_memory(title, number, threads)
-        found[title] = ratios(contenders)
+        result["ratios"][title] = ratios(contenders)
         for contender in contenders:
             if (trainer := contender.trainer) is not None:
-                work[contender.name] = flops(trainer.model, trainer.data.batch(range(trainer.config.batch_size)))
-    return {
-        "hardware": hardware("cpu"),
-        "version": version("mtdiffusion"),
-        "rounds": rounds,
-        "ratios": found,
-        "left_out": left_out,
-        "flops": work,
-    }
+                batch = trainer.data.batch(range(trainer.config.batch_size))
+                result["flops"][contender.name] = flops(trainer.model, batch)
+        keep(result)
+    return result
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -372,7 +381,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 def flops_table(result: Mapping[str, Any]) -> str:
     """What of a step's work is that of encoders and heads."""
-    if not result["flops"]:
+    if "image alone" not in result["flops"]:
         return "not measured"
     alone = result["flops"]["image alone"]["total"]
     lines = ["| | work of a training step, of the image's alone | of it, encoders and heads |", "|---|---|---|"]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tomli_w
+import torch
 from attrs import asdict, evolve
 from rich.console import Console
 from rich.markup import escape
@@ -25,10 +26,11 @@ from mtdiffusion_engine.checks import check_held_out
 from mtdiffusion_engine.cost import count_cost, describe_cost
 from mtdiffusion_engine.data import load_data
 from mtdiffusion_engine.experiment import Experiment, build_model, load_experiment, require_resumable
+from mtdiffusion_engine.given import parsed
 from mtdiffusion_engine.hub import GALLERY, METRICS
 from mtdiffusion_engine.interrupt import held
 from mtdiffusion_engine.monitor import Monitor
-from mtdiffusion_engine.pictures import read_visibility, sample_sheet
+from mtdiffusion_engine.pictures import sample_sheet, visibility_of
 from mtdiffusion_engine.run import Run, load_run
 from mtdiffusion_engine.trainer import Trainer
 from mtdiffusion_registry import DatasetConfig, Registry, UserError
@@ -218,8 +220,8 @@ def sample(args: Namespace) -> None:
     run = load_run(args.run, device=args.device, overrides=args.set)
     for modality in run.model.modalities.values():
         modality.resize = args.resize
-    observed = {name: _parse(run, name, text) for name, text in _pairs("--observe", args.observe).items()}
-    visible = {name: read_visibility(Path(text)) for name, text in _pairs("--visible", args.visible).items()}
+    observed = {name: _given(run, name, text, args.n) for name, text in _pairs("--observe", args.observe).items()}
+    visible = {name: visibility_of(text) for name, text in _pairs("--visible", args.visible).items()}
     strength = {name: _share("--strength", name, text) for name, text in _pairs("--strength", args.strength).items()}
     changes = {name: getattr(args, name) for name in ("steps", "solver", "eta", "guidance", "draw")}
     changes["path"] = _path(args.path)
@@ -278,12 +280,14 @@ def _path(text: str | None) -> dict[str, float] | None:
     return {name: _share("--path", name, value) for name, value in _pairs("--path", text.split(",")).items()}
 
 
-def _parse(run: Run, name: str, text: str) -> Tensor:
+def _given(run: Run, name: str, text: str, n: int) -> Tensor:
+    """What is observed of a modality: one value for all samples, or several, which take turns."""
     modality = run.modality(name)
     try:
-        return modality.parse(text)
+        x = parsed(modality, text)
     except (UserError, ValueError) as error:
         raise UserError(f"--observe {name}={text}: {error}") from error
+    return x if x.ndim < modality.placeholder(1).ndim else x[torch.arange(n) % len(x)]
 
 
 @contextmanager

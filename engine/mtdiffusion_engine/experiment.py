@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 import attrs
 import torch
 from attrs import Factory, field, frozen
-from attrs.validators import and_, ge, gt, in_, le, lt, min_len, optional, or_
+from attrs.validators import and_, deep_iterable, ge, gt, in_, le, lt, min_len, optional, or_
 
 from mtdiffusion import (
     DiffusionProcess,
@@ -102,6 +102,10 @@ class ModelConfig:
     show_clean: bool = True
 
 
+TRACKERS = ("wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "swanlab")
+"""What accelerate logs to, beside TensorBoard, which is always there."""
+
+
 @frozen
 class TrainingConfig:
     """The optimisation.
@@ -126,6 +130,8 @@ class TrainingConfig:
         held_out_every: steps between looks at the loss of held-out samples, by the averaged weights; 0 turns it off.
         checkpoint_every, sample_every: in steps; 0 turns it off.
         keep: how many checkpoints are kept.
+        trackers: what the training is logged to beside TensorBoard, by accelerate's names; packages to install.
+        project: what they call the runs together.
     """
 
     steps: int = field(default=5000, validator=ge(1))
@@ -151,6 +157,8 @@ class TrainingConfig:
     checkpoint_every: int = field(default=1000, validator=ge(0))
     sample_every: int = field(default=1000, validator=ge(0))
     keep: int = field(default=2, validator=ge(1))
+    trackers: tuple[str, ...] = field(default=(), validator=deep_iterable(in_(TRACKERS)))
+    project: str = field(default="mtdiffusion", validator=min_len(1))
 
     def __attrs_post_init__(self) -> None:
         if self.batch_size % self.accumulate:
@@ -334,6 +342,8 @@ _SESSION = tuple(
         "checkpoint_every",
         "sample_every",
         "keep",
+        "trackers",
+        "project",
     )
 )
 _NO_WEIGHTS = ("plugins.", "sampling.", "evaluation.", *_SESSION)

@@ -1,11 +1,12 @@
-"""What a training tells: a progress bar or lines for a person, scalars and sample grids for TensorBoard."""
+"""What a training tells: a progress bar or lines for a person; scalars and sample grids for TensorBoard and others."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Mapping
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from rich.progress import Progress as Bar
 from mtdiffusion import LossWeights, sample
 from mtdiffusion_engine.pictures import sample_sheet
 from mtdiffusion_engine.trainer import Progress, Trainer
+
+NAMED = ("wandb", "trackio", "mlflow", "swanlab")
+"""Trackers whose runs have names."""
 
 
 class Monitor:
@@ -53,6 +57,12 @@ class Monitor:
 
     def __enter__(self) -> Self:
         self._writer = self._open()
+        config, name = self._trainer.config, self._trainer.run.absolute().name
+        if config.trackers:
+            # Each has a word of its own for a run's name.
+            names = {tracker: {"run_name" if tracker == "mlflow" else "name": name} for tracker in NAMED}
+            stated = dict(_flat(self._trainer.resolved))
+            self._trainer.accelerator.init_trackers(config.project, config=stated, init_kwargs=names)
         self._bar.start()
         return self
 
@@ -70,12 +80,13 @@ class Monitor:
             "skipped_steps": progress.skipped,
             "iterations_per_second": rate,
         }
+        scalars = {f"train/{name}": value for name, value in scalars.items()}
+        if progress.held_out is not None:
+            scalars |= {f"held_out/{name}": value for name, value in progress.held_out.items()}
         for name, value in scalars.items():
-            self._writer.add_scalar(f"train/{name}", value, progress.step)
+            self._writer.add_scalar(name, value, progress.step)
+        self._trainer.accelerator.log(scalars, progress.step)
         weights = self._trainer.experiment.loss
-        if progress.held_out is not None and self._trainer.watched is not None:
-            for name, value in progress.held_out.items():
-                self._writer.add_scalar(f"held_out/{name}", value, progress.step)
         loss = describe(progress.means, weights)
         if progress.skipped:
             loss += f"  ({progress.skipped} steps left out: their gradient was not finite)"
@@ -99,7 +110,20 @@ class Monitor:
         model = self._trainer.averaged_model
         settings = self._trainer.experiment.sampling
         drawn = sample(model, self._grid, settings=settings, generator=torch.Generator().manual_seed(0))
-        self._writer.add_image("samples", np.asarray(sample_sheet(model, drawn)), step, dataformats="HWC")
+        sheet = np.asarray(sample_sheet(model, drawn))
+        self._writer.add_image("samples", sheet, step, dataformats="HWC")
+        for tracker in self._trainer.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                tracker.log_images({"samples": [sheet]}, step=step)
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | int | float | str]]:
+    """The keys of a configuration with dots between them, as trackers want them."""
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value if isinstance(value, bool | int | float | str) else str(value)
 
 
 def describe(means: dict[str, float], weights: LossWeights) -> str:

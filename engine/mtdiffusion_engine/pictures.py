@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from bisect import bisect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -251,14 +252,19 @@ def to_image(picture: Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 
-def read_visibility(path: Path) -> Tensor:
-    """A visibility map ``[h, w]``: 1 (seen) where the picture is white, 0 (to be filled in) where it is black.
+def visibility_of(value: Any) -> Tensor:
+    """A visibility map: a tensor ``[..., h, w]`` as it is; of a picture, or a file of one, ``[h, w]``: 1 (seen) where
+    it is white, 0 (to be filled in) where it is black.
 
     Raises:
-        UserError: if it is missing, or no picture, or damaged.
+        UserError: if the file is missing, or no picture, or damaged.
     """
-    pixels = np.array(to_colour(open_picture(path), path).convert("L"))
-    return (torch.from_numpy(pixels) >= 128).float()
+    if isinstance(value, str | os.PathLike):
+        path = Path(value)
+        value = to_colour(open_picture(path), path)
+    if isinstance(value, Image.Image):
+        return (torch.from_numpy(np.array(value.convert("L"))) >= 128).float()
+    return torch.as_tensor(value).float()
 
 
 class _Page:

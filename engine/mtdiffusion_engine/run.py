@@ -21,6 +21,8 @@ from mtdiffusion_engine.experiment import (
     load_experiment,
     require_trained,
 )
+from mtdiffusion_engine.given import tensor_of
+from mtdiffusion_engine.pictures import visibility_of
 from mtdiffusion_registry import Registry, UserError
 from mtdiffusion_registry.errors import did_you_mean
 
@@ -148,9 +150,11 @@ class Run:
 
         Args:
             n: how many samples.
-            observed: what is given, by modality name: ``[n, ...]``, or one value (no batch axis) for all samples.
+            observed: what is given, by modality name: ``[n, ...]``, or one value (no batch axis) for all samples; or as
+                on the command line, a file's path, a class's name, a caption; or a picture. See
+                :func:`mtdiffusion_engine.given.tensor_of`.
             visible: for those given in part, a map of 1 (seen) and 0 (to be filled in) of the data's height and width:
-                ``[n, h, w]``, or ``[h, w]`` for all samples.
+                ``[n, h, w]``, or ``[h, w]`` for all samples; or a picture, or its path: white is seen.
             strength: for those given as something to start from, by name, in (0, 1]: 1 forgets it, near 0 keeps it.
             path: how far ahead of the slowest each modality is denoised, by name, in shares of the path; "shared": all
                 together; clocks ``[steps + 1, N]`` (int64): these; None: as the run's configuration and law say.
@@ -210,14 +214,14 @@ class Run:
         """An observed value as a checked batch ``[n, ...]``."""
         modality = self.modality(name)
         example = modality.placeholder(1)
-        x = torch.as_tensor(value)
-        if x.is_floating_point() == example.is_floating_point():
-            x = x.to(example.dtype)
-        if x.ndim == example.ndim - 1:
-            x = x.expand(n, *x.shape)
         try:
+            x = tensor_of(modality, value)
+            if x.is_floating_point() == example.is_floating_point():
+                x = x.to(example.dtype)
+            if x.ndim == example.ndim - 1:
+                x = x.expand(n, *x.shape)
             modality.check(x)
-        except ValueError as error:
+        except (UserError, ValueError) as error:
             raise UserError(f"observed {name}: {error}") from error
         if len(x) != n:
             raise UserError(f"observed {name}: expected one value or a batch of {n}, found a batch of {len(x)}")
@@ -226,7 +230,7 @@ class Run:
     def _visible(self, name: str, value: Any, n: int) -> Tensor:
         """A visibility map as a batch ``[n, h, w]`` at the data's resolution."""
         modality = self.modality(name)
-        x = torch.as_tensor(value).float()
+        x = visibility_of(value)
         if not modality.encoder.spatial:
             raise UserError(f"visible {name}: this modality has no places, so it cannot be observed in part")
         expected = [n, *modality.placeholder(1).shape[-2:]]

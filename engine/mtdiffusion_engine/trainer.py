@@ -144,7 +144,15 @@ class Trainer:
         self.config = experiment.training
         self.run = run
         with without_training_variables():
-            self.accelerator = Accelerator(cpu=choose_device(device).type == "cpu", mixed_precision="no")
+            self.accelerator = Accelerator(
+                cpu=choose_device(device).type == "cpu",
+                mixed_precision="no",
+                log_with=list(self.config.trackers) or None,
+                project_dir=run,
+            )
+        if absent := set(self.config.trackers) - {str(tracker) for tracker in self.accelerator.log_with}:
+            name = min(absent)
+            raise UserError(f"training.trackers: {name} is not installed; run: pip install {name.replace('_', '-')}")
         changed: Changes = {}
         if resume:
             if not (run / "config.toml").is_file():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from mtdiffusion_benchmarks import peers, perf
-from mtdiffusion_benchmarks.timing import Setting, count_parameters
+from mtdiffusion_benchmarks import launching, peers, perf
+from mtdiffusion_benchmarks.timing import Contender, Setting, count_parameters
 from mtdiffusion_engine.data import load_data
 from mtdiffusion_engine.experiment import build_model, load_experiment, structure_experiment
 from mtdiffusion_registry import Registry, UserError
@@ -94,3 +95,31 @@ def test_groups_are_chosen_by_title_and_what_is_not_installed_is_left_out(monkey
     assert result["left_out"] == {"peers: absent": "not installed: no_such_library"}
     assert perf.table(result).endswith("| peers: absent | not installed: no_such_library | not measured | | | | |")
     assert perf.flops_table(result) == "not measured"
+
+
+def test_what_is_measured_is_kept_though_a_later_group_fails_and_is_gone_on_from(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fails(*_: object) -> list[Contender]:
+        raise UserError("no luck")
+
+    def two(*_: object) -> list[Contender]:
+        return [Contender("one", lambda: None), Contender("two", lambda: None, "one")]
+
+    monkeypatch.setattr(perf, "GROUPS", {"a": perf.Group(two, memory=False), "b": perf.Group(fails)})
+    kept: list[str] = []
+    with pytest.raises(UserError, match="no luck"):
+        perf.measure(1, 1, Registry.discover(), lambda _: None, keep=lambda result: kept.append(json.dumps(result)))
+    before = json.loads(kept[-1])
+    assert list(before["ratios"]) == ["a"]
+
+    monkeypatch.setattr(perf, "GROUPS", {"a": perf.Group(fails), "b": perf.Group(two, memory=False)})
+    after = perf.measure(1, 1, Registry.discover(), lambda _: None, ["b"], before=before)
+    assert after["ratios"]["a"] == before["ratios"]["a"] and list(after["ratios"]) == ["a", "b"]
+    other = perf.measure(1, 1, Registry.discover(), lambda _: None, ["b"], before=before | {"version": "0.0"})
+    assert list(other["ratios"]) == ["b"]  # another version's ratios do not stand beside it
+
+
+def test_a_command_that_fails_to_start_is_said_with_why() -> None:
+    with pytest.raises(UserError, match=r"(?s)start-up: -c raise SystemExit\('why'\) failed: why"):
+        launching._process("-c", "raise SystemExit('why')")()

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
+import sqlite3
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mtdiffusion import LossWeights
 from mtdiffusion_engine.monitor import Monitor, describe
 from mtdiffusion_engine.trainer import Trainer
+from mtdiffusion_registry import UserError
 from tests.engine.tiny import REGISTRY, toy
+
+ROOT = Path(__file__).parents[2]
+LOGGED = "SELECT run_name, step, metrics FROM metrics ORDER BY step"
 
 
 def shown(tmp_path: Path, *, terminal: bool, every: float = 0.0) -> str:
@@ -69,3 +79,41 @@ def test_what_was_logged_after_the_last_checkpoint_is_dropped_when_a_run_resumes
             shutil.rmtree(run / "checkpoints" / "step-00000006")  # as if it had crashed: that of step 4 remains
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 11))  # 5 and 6 once
+
+
+def test_a_training_is_logged_to_the_trackers_that_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("trackio")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    asked = ('training.trackers=["trackio"]', "training.project=shelf")
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from rich.console import Console\n"
+        "from mtdiffusion_engine.monitor import Monitor\n"
+        "from mtdiffusion_engine.trainer import Trainer\n"
+        "from tests.engine.tiny import REGISTRY, toy\n"
+        "trainer = Trainer(toy('training.steps=4', *sys.argv[2:]), Path(sys.argv[1]), REGISTRY, device='cpu')\n"
+        "with Monitor(trainer, Console()) as monitor:\n"
+        "    trainer.train(monitor.progress, monitor.samples)\n"
+        "trainer.accelerator.end_training()\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "book"), *asked], check=True, cwd=ROOT)
+    with sqlite3.connect(tmp_path / "trackio" / "shelf.db") as stored:
+        told = [(name, step, json.loads(values)) for name, step, values in stored.execute(LOGGED)]
+        ((config,),) = stored.execute("SELECT config FROM configs")
+    assert [(name, step) for name, step, _ in told] == [("book", step) for step in (1, 2, 3, 4)]
+    assert {"train/loss", "train/l2/image", "train/learning_rate"} <= set(told[0][2])
+    assert "held_out/loss" in told[3][2] and "held_out/loss" not in told[0][2]
+    assert json.loads(config)["training.steps"] == 4 and json.loads(config)["modalities.image.kind"] == "image"
+
+
+def test_a_tracker_that_is_not_there_or_not_known_is_named_before_anything_is_written(tmp_path: Path) -> None:
+    if find_spec("aim") is not None:
+        pytest.skip("aim is installed")
+    with pytest.raises(UserError, match=r"training\.trackers: aim is not installed; run: pip install aim"):
+        Trainer(toy('training.trackers=["aim"]'), tmp_path / "run", REGISTRY, device="cpu")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="trackers"):
+        toy('training.trackers=["notebook"]')

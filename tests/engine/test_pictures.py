@@ -23,11 +23,11 @@ from mtdiffusion_engine.pictures import (
     Legend,
     Row,
     draw_blocks,
-    read_visibility,
     sample_sheet,
     tile,
     tile_size,
     to_image,
+    visibility_of,
 )
 from mtdiffusion_engine.samples import Samples
 from mtdiffusion_registry import UserError
@@ -336,9 +336,9 @@ def test_a_visibility_map_is_white_where_it_is_seen(tmp_path: Path) -> None:
     visible = (torch.rand(5, 7) > 0.5).float()
     path = tmp_path / "map.png"
     to_image(visible.expand(3, -1, -1)).save(path)
-    assert torch.equal(read_visibility(path), visible)
+    assert torch.equal(visibility_of(path), visible)
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(UserError, match=r"map\.png: cannot be read as a picture"):
-        read_visibility(path)
+        visibility_of(path)
     with pytest.raises(UserError, match="no such file"):
-        read_visibility(tmp_path / "none.png")
+        visibility_of(tmp_path / "none.png")

@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mtdiffusion import sample
 from mtdiffusion_engine import Run, load_run
+from mtdiffusion_engine.pictures import to_image
 from mtdiffusion_engine.trainer import Trainer
 from mtdiffusion_registry import UserError
 from tests.engine.tiny import REGISTRY, toy
@@ -80,6 +82,39 @@ def test_one_value_serves_all_samples(run: Run) -> None:
     batch = run.sample(4, observed={"image": image.expand(4, -1, -1, -1), "label": torch.full((4,), 7)})
     array = run.sample(4, observed={"image": image.double().numpy(), "label": np.int32(7)})
     assert all(torch.equal(one[name], batch[name]) and torch.equal(one[name], array[name]) for name in SHAPES)
+
+
+def test_names_paths_and_pictures_are_given_as_they_are(run: Run, tmp_path: Path) -> None:
+    # A picture of 8 bits, so that it is the same in a file and out of it.
+    pixels = (torch.rand(8, 8, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
+    picture = Image.fromarray(pixels.numpy())
+    picture.save(tmp_path / "picture.png")
+    expected = run.sample(2, observed={"image": (pixels.float() / 127.5 - 1)[None], "label": 7})
+    for given in (
+        picture,
+        pixels[..., None].numpy(),
+        tmp_path / "picture.png",
+        str(tmp_path / "picture.png"),
+        [picture] * 2,
+    ):
+        out = run.sample(2, observed={"image": given, "label": "7"})
+        assert all(torch.equal(out[name], expected[name]) for name in SHAPES)
+    assert run.sample(2, observed={"label": ["7", "3"]})["label"].tolist() == [7, 3]
+
+    half = torch.zeros(8, 8)
+    half[:4] = 1
+    to_image(half.expand(3, -1, -1)).save(tmp_path / "holes.png")
+    seen = [run.sample(1, observed={"image": picture}, visible={"image": m}) for m in (half, tmp_path / "holes.png")]
+    assert torch.equal(seen[0]["image"], seen[1]["image"])
+
+
+def test_what_cannot_be_given_is_said(run: Run) -> None:
+    with pytest.raises(UserError, match="observed label: label: expected a class from 0 to 9, found 'horse'"):
+        run.sample(1, observed={"label": "horse"})
+    with pytest.raises(UserError, match="observed image: expected a tensor, a text, a path or a picture, found object"):
+        run.sample(1, observed={"image": object()})
+    with pytest.raises(UserError, match="observed label: expected one value or a batch of 3, found a batch of 2"):
+        run.sample(3, observed={"label": ["1", "2"]})
 
 
 def test_what_is_seen_of_a_modality_stays_and_the_rest_is_filled_in(run: Run) -> None:

@@ -11,19 +11,11 @@ from mtdiffusion_plugins.datasets.digits import DigitsConfig
 from mtdiffusion_plugins.datasets.shapes import PLACES, ShapesConfig
 from mtdiffusion_plugins.embedders import open_clip as embedders
 from mtdiffusion_plugins.embedders.open_clip import WEIGHTS, Preprocessing, load_embedder
-from mtdiffusion_plugins.embedders.train_clip import (
-    RECIPES,
-    Recipe,
-    augment,
-    contrastive_loss,
-    describe,
-    evaluate_digits,
-    evaluate_shapes,
-    save,
-    shapes_captions,
-    train,
-)
+from mtdiffusion_plugins.embedders.own_recipe import recipe_of
+from mtdiffusion_plugins.embedders.recipes import RECIPES, Recipe, evaluate_digits, evaluate_shapes, shapes_captions
+from mtdiffusion_plugins.embedders.train_clip import augment, contrastive_loss, describe, main, save, train
 from mtdiffusion_registry.errors import UserError
+from mtdiffusion_registry.registry import Registry
 
 CONFIG, CHECKPOINT = WEIGHTS / "digits_clip.json", WEIGHTS / "digits_clip.safetensors"
 
@@ -270,3 +262,66 @@ def test_pictures_are_shifted_by_as_much_as_is_asked_for():
 def test_a_third_of_the_training_on_half_the_batch_is_far_above_chance():
     embedder, _ = train(RECIPES["digits"], steps=200, batch=64, report=0)
     assert evaluate_digits(embedder)["label"] > 0.4  # chance is 0.1; 0.6 was measured
+
+
+def test_pictures_are_mirrored_whole():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(64, 3, 4, 6, generator=generator)
+    seen = augment(images, generator, 0, 0.0, flip=True)
+    same, mirrored = (seen == images).flatten(1).all(1), (seen == images.flip(3)).flatten(1).all(1)
+    assert (same ^ mirrored).all() and 20 < mirrored.sum() < 44
+
+
+OWN = """
+[data]
+kind = "{kind}"
+{options}
+[modalities.label]
+kind = "label"
+classes = {classes}
+{names}
+"""
+NUMBERS = 'names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]'
+
+
+def own(folder, kind, options="", classes=10, names=NUMBERS):
+    path = folder / "own.toml"
+    path.write_text(OWN.format(kind=kind, options=options, classes=classes, names=names))
+    return path
+
+
+@pytest.mark.slow
+def test_an_embedder_of_ones_own_classes_is_trained_by_a_command_and_used(tmp_path, capsys):
+    config = own(tmp_path, "digits")
+    assert main([str(config), "--text", "label", "--out", str(tmp_path / "made"), "--steps", "100"]) == 0
+    said = capsys.readouterr().out
+    stem = tmp_path / "made" / "own_clip"
+    assert f'model = "{stem}.json"' in said and f'checkpoint = "{stem}.safetensors"' in said and "dim = 64" in said
+    assert json.loads(stem.with_suffix(".json").read_text())["zero_shot_test_accuracy"]["class"] > 0.2  # chance is 0.1
+    embedder = load_embedder(f"{stem}.json", checkpoint=f"{stem}.safetensors")
+    assert embedder.embed_text(["a picture of seven"]).shape == (1, 64)
+
+
+def test_an_embedder_of_ones_own_captions_knows_words_that_they_do_not_have(tmp_path):
+    recipe = recipe_of(own(tmp_path, "shapes", "size = 16\ncount = 64"), Registry.discover())
+    embedder, description = train(recipe, steps=2, batch=8, report=0)
+    assert "vocabulary" not in description and not recipe.flip
+    assert embedder.embed_text(["a purple cat"]).shape == (1, 64)
+    assert set(recipe.evaluate(embedder)) == {"image_to_text_at_1", "image_to_text_at_5"}
+
+
+def test_what_an_embedder_cannot_be_trained_on_is_said(tmp_path, capsys):
+    def refused(config, *options):
+        assert main([str(config), "--out", str(tmp_path / "none"), *options]) == 2
+        assert not (tmp_path / "none").exists()
+        return capsys.readouterr().err
+
+    assert "no such file" in refused(tmp_path / "none.toml")
+    assert "samples with a field 'sound', found" in refused(own(tmp_path, "digits"), "--text", "sound")
+    assert "pictures in the field 'label'" in refused(own(tmp_path, "digits"), "--image", "label")
+    nameless = own(tmp_path, "digits", names="")
+    assert "no modality says what they are called; give the modality 'label' names" in refused(
+        nameless, "--text", "label"
+    )
+    (tmp_path / "own.toml").write_text("steps = 3\n")
+    assert "expected a table [data]" in refused(tmp_path / "own.toml")
