@@ -28,7 +28,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mtdiffusion_registry import UserError
 
@@ -243,10 +242,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
 
 def _as_it_lies(tensor: Tensor, counterpart: Tensor) -> Tensor:
     """A whole tensor; where its counterpart is split over processes, split like that."""
-    if not isinstance(counterpart, DTensor):
+    if not hasattr(counterpart, "placements"):  # to ask whether it is a DTensor takes an import of a second
         return tensor
-    mesh, placements = counterpart.device_mesh, counterpart.placements
-    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)  # each process has it whole
+    from torch.distributed.tensor import distribute_tensor
+
+    # Each process has it whole: nothing is sent.
+    return distribute_tensor(tensor, counterpart.device_mesh, counterpart.placements, src_data_rank=None)
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:

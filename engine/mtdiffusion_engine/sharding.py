@@ -22,12 +22,12 @@ from typing import Any, BinaryIO
 import torch
 from safetensors.torch import save
 from torch import Tensor, distributed, nn
-from torch.distributed.checkpoint import async_save
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.futures import Future as TorchFuture
@@ -48,6 +48,13 @@ def require_shardable(model: MultimodalDiffusion) -> None:
                 f'training.parallel = "fsdp": the parameter {name} is a scalar, which cannot be split over processes. '
                 'Give it the shape [1] in the plugin that it belongs to, or set training.parallel = "ddp"'
             )
+
+
+def all_processes(device: torch.device) -> tuple[DeviceMesh, distributed.ProcessGroup]:
+    """All processes by their devices, and, for what is done beside the training, on the CPU."""
+    group = distributed.new_group(backend="gloo")
+    assert isinstance(group, distributed.ProcessGroup)
+    return init_device_mesh(device.type, (distributed.get_world_size(),)), group
 
 
 def synchronise(module: nn.Module, group: distributed.ProcessGroup) -> None:
@@ -132,7 +139,7 @@ class _Writer(StorageWriter):
                 assert isinstance(rows, Tensor)
                 file, _, name = item.index.fqn.partition("/")
                 files[file].seek(self._layouts[file][1][name] + _values_before(item) * rows.element_size())
-                files[file].write(rows.contiguous().flatten().view(torch.uint8).numpy())
+                files[file].write(rows.contiguous().flatten().view(torch.uint8).numpy().data)
         done: TorchFuture[list[WriteResult]] = TorchFuture()
         done.set_result([])
         return done

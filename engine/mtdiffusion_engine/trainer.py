@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from attrs import frozen
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mtdiffusion import Backbone, Draws, LossWeights, MultimodalDiffusion, composite_loss
@@ -215,9 +215,8 @@ class Trainer:
 
             sharding.require_shardable(self.model)
             if self.sharded:
-                self._group = distributed.new_group(backend="gloo")
+                mesh, self._group = sharding.all_processes(device)
                 self._whole = copy.deepcopy(self.ema.module) if self.main else None
-                mesh = distributed.init_device_mesh(device.type, (self.accelerator.num_processes,))
                 average = self.ema.module
                 for module, parts in ((objective, blocks), (average, average.backbone.repeated_blocks())):
                     sharding.synchronise(module, self._group)
