@@ -139,7 +139,7 @@ class _Writer(StorageWriter):
                 assert isinstance(rows, Tensor)
                 file, _, name = item.index.fqn.partition("/")
                 files[file].seek(self._layouts[file][1][name] + _values_before(item) * rows.element_size())
-                files[file].write(rows.contiguous().flatten().view(torch.uint8).numpy().data)
+                files[file].write(rows.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         done: TorchFuture[list[WriteResult]] = TorchFuture()
         done.set_result([])
         return done

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load, load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mtdiffusion import sample
 from mtdiffusion_engine import checkpoint as ckpt
@@ -69,7 +70,18 @@ def session(
 
     trainer.train(progress, draw, stop_at=stop_at)
     trainer.accelerator.wait_for_everyone()
+    share = held(trainer)
+    # Not quite a part in n: some tensors have fewer rows than there are processes.
+    assert share <= 1.5 / trainer.accelerator.num_processes if trainer.sharded else share == 1
     return told
+
+
+def held(trainer: Trainer) -> float:
+    """The share of weights, averages and moments that this process has."""
+    moments = [x for entry in trainer.optimizer.state.values() for x in entry.values() if x.dim()]
+    tensors = [*trainer.model.parameters(), *trainer.ema.module.parameters(), *moments]
+    own = [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
+    return sum(x.numel() for x in own) / sum(x.numel() for x in tensors)
 
 
 def flat(told: list[dict[str, Any]]) -> dict[str, float]:
