@@ -242,12 +242,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
 
 def _as_it_lies(tensor: Tensor, counterpart: Tensor) -> Tensor:
     """A whole tensor; where its counterpart is split over processes, split like that."""
-    if not hasattr(counterpart, "placements"):  # to ask whether it is a DTensor takes an import of a second
+    mesh = getattr(counterpart, "device_mesh", None)  # whether it is a DTensor; its import takes a second
+    if mesh is None:
         return tensor
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
-    # Each process has it whole: nothing is sent.
-    return distribute_tensor(tensor, counterpart.device_mesh, counterpart.placements, src_data_rank=None)
+    assert isinstance(counterpart, DTensor)
+    return distribute_tensor(tensor, mesh, counterpart.placements, src_data_rank=None)  # each has it whole
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
