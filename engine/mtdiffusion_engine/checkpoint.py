@@ -89,21 +89,30 @@ def save_checkpoint(
 
     What else lies beside checkpoints is its owner's, and stays.
     """
-    folder = run / "checkpoints"
-    for stale in folder.glob(f".{PREFIX}*"):
-        if _PARTIAL.fullmatch(stale.name):  # of a process that was killed as it wrote
-            shutil.rmtree(stale, ignore_errors=True)
-    final = folder / name_of(step)
-    partial = folder / f".{final.name}.{os.getpid()}"
+    remove_partial(run)
+    partial = partial_checkpoint(run, step, os.getpid())
     partial.mkdir(parents=True)
     save_file(_storable(model), partial / "model.safetensors")
     save_file(_storable(ema), partial / "ema.safetensors")
-    moments = {
-        f"{index}.{key}": value if isinstance(value, Tensor) else torch.tensor(value)
-        for index, entry in optimizer.state_dict()["state"].items()
-        for key, value in entry.items()
-    }
-    save_file(_storable(moments), partial / "optimizer.safetensors")
+    save_file(_storable(moments(optimizer)), partial / "optimizer.safetensors")
+    return finish_checkpoint(run, step, partial, state, keep)
+
+
+def partial_checkpoint(run: Path, step: int, writer: int = 0) -> Path:
+    """Where a checkpoint is written before it is one; ``writer`` tells it from others' of the same step."""
+    return run / "checkpoints" / f".{name_of(step)}.{writer}"
+
+
+def remove_partial(run: Path) -> None:
+    """Remove checkpoints of which the writing was cut short."""
+    for stale in (run / "checkpoints").glob(f".{PREFIX}*"):
+        if _PARTIAL.fullmatch(stale.name):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def finish_checkpoint(run: Path, step: int, partial: Path, state: dict[str, Any], keep: int) -> Path:
+    """Make a checkpoint of what is written but for ``state.json``; then older ones are removed."""
+    final = run / "checkpoints" / name_of(step)
     write_json(partial / "state.json", {**state, "step": step, "format": FORMAT})
     shutil.rmtree(final, ignore_errors=True)
     partial.replace(final)
@@ -111,6 +120,15 @@ def save_checkpoint(
         if not old.is_symlink():  # which we never make
             shutil.rmtree(old)
     return final
+
+
+def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimizer's state as ``INDEX.KEY``, by the place of each parameter in it."""
+    return {
+        f"{index}.{key}": value if isinstance(value, Tensor) else torch.tensor(value)
+        for index, entry in optimizer.state_dict()["state"].items()
+        for key, value in entry.items()
+    }
 
 
 def name_of(step: int) -> str:
@@ -190,8 +208,9 @@ def load_weights(module: torch.nn.Module, path: Path) -> None:
     tensors = load_tensors(path)
     if misfit := misfits(module, tensors):
         raise UserError(f"{path}: these weights belong to another model than config.toml describes ({misfit})")
+    state = module.state_dict()
     try:
-        module.load_state_dict(tensors)
+        module.load_state_dict({key: _as_it_lies(x, state[key]) for key, x in tensors.items()})
     except RuntimeError as error:  # of a module that reads them in a way of its own
         detail = " ".join(str(error).split())[:400]
         raise UserError(f"{path}: these weights cannot be loaded ({detail})") from None
@@ -211,11 +230,25 @@ def misfits(module: torch.nn.Module, tensors: dict[str, Tensor], most: int = 3) 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     """Restore an optimizer's state, over the same parameters in the same order."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in load_tensors(path).items():
         index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
+        parameter = parameters[int(index)]
+        of_each_weight = value.shape == parameter.shape
+        state.setdefault(int(index), {})[name] = _as_it_lies(value, parameter) if of_each_weight else value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def _as_it_lies(tensor: Tensor, counterpart: Tensor) -> Tensor:
+    """A whole tensor; where its counterpart is split over processes, split like that."""
+    mesh = getattr(counterpart, "device_mesh", None)  # whether it is a DTensor; its import takes a second
+    if mesh is None:
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(counterpart, DTensor)
+    return distribute_tensor(tensor, mesh, counterpart.placements, src_data_rank=None)  # each has it whole
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ _DECIDES = (
     "ACCELERATE_USE_PARALLELISM_CONFIG",
 )
 """Beginnings of the names of variables that tell Accelerate how to train. Those that tell it where to run stay."""
+_YES = ("1", "true", "yes", "on")
 
 
 @contextmanager
@@ -52,8 +53,12 @@ def ignored_variables(config: TrainingConfig, environment: Mapping[str, str]) ->
             if config.compile:
                 continue
             remedy = "; set training.compile = true instead (it is false)"
-        elif name.startswith("ACCELERATE_USE_") and name.startswith(_DECIDES) and asked in ("1", "true", "yes", "on"):
-            remedy = ": several processes train in data parallel, and no key changes that"
+        elif name == "ACCELERATE_USE_FSDP" and asked in _YES:
+            if config.parallel == "fsdp":
+                continue
+            remedy = '; set training.parallel = "fsdp" instead (it is "ddp")'
+        elif name.startswith("ACCELERATE_USE_") and name.startswith(_DECIDES) and asked in _YES:
+            remedy = ": several processes train in data parallel, as training.parallel says"
         else:
             continue
         said.append(f"the environment's {name}={value} is ignored{remedy}")

@@ -121,6 +121,8 @@ class TrainingConfig:
         clip: largest norm of the gradient.
         ema: decay of the averaged weights, which sampling uses.
         precision: "float32" or "bfloat16" (autocast; weights, moments and the average stay float32).
+        parallel: what several processes have of the model: "ddp": each has all of it; "fsdp": weights, gradients,
+            moments and the average are split over them (FSDP2: Zhao et al. 2023). Either trains the same run.
         checkpoint_activations: forget what happens inside of the backbone's blocks and compute it again on the way back
             (Chen et al. 2016): less memory, about a third more work.
         compile: compile the network and its loss (torch.compile): a minute or more at the start, faster steps after it.
@@ -148,6 +150,7 @@ class TrainingConfig:
     clip: float = field(default=1.0, validator=gt(0.0))
     ema: float = field(default=0.998, validator=_share)
     precision: Literal["float32", "bfloat16"] = field(default="float32", validator=in_(("float32", "bfloat16")))
+    parallel: Literal["ddp", "fsdp"] = field(default="ddp", validator=in_(("ddp", "fsdp")))
     checkpoint_activations: bool = False
     compile: bool = False
     seed: int = field(default=0, validator=ge(0))
@@ -334,6 +337,7 @@ def resolved(experiment: Experiment, registry: Registry) -> dict[str, Any]:
 _SESSION = tuple(
     f"training.{key}."
     for key in (
+        "parallel",
         "checkpoint_activations",
         "compile",
         "workers",

@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mtdiffusion_engine.experiment import TrainingConfig
 
@@ -38,6 +39,18 @@ def adamw(module: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     )
 
 
+def clip_gradient(module: nn.Module, largest: float) -> Tensor:
+    """Scale a module's gradient down to a norm of ``largest`` at most; its norm before ``[]``.
+
+    Of parameters that are split over processes it is the norm of the whole.
+    """
+    norm = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    nn.utils.clip_grads_with_norm_(module.parameters(), largest, norm)
+    return norm
+
+
 def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> Tensor:
     """One step of a fused optimizer unless its gradient's norm ``[]`` is not finite: 1 if it was skipped, else 0.
 
@@ -65,8 +78,7 @@ class Average(Generic[M]):
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
         """Take in the module's present weights."""
-        ours: list[Tensor] = list(self.module.parameters())
-        theirs: list[Tensor] = list(module.parameters())
+        ours, theirs = ([_own_part(p) for p in each.parameters()] for each in (self.module, module))
         if self.updates == 0:
             torch._foreach_copy_(ours, theirs)
         else:
@@ -74,3 +86,8 @@ class Average(Generic[M]):
         if buffers := list(self.module.buffers()):
             torch._foreach_copy_(buffers, list(module.buffers()))
         self.updates += 1
+
+
+def _own_part(parameter: Tensor) -> Tensor:
+    """What this process has of a parameter: all of it, unless it is split over processes."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

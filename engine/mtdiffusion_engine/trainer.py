@@ -1,19 +1,23 @@
 """Training: one loop, on one process or many, that continues exactly where it was interrupted.
 
 All randomness of a step is a function of the seed, the step and the place of each sample in its batch, so the state to
-restore is the step itself, and the number of processes and of micro-batches changes nothing but the order of sums
-(dropout apart, which draws where it runs). Between reports the training process never waits for the device.
+restore is the step itself, and the number of processes and of micro-batches, and whether the model is split over the
+processes, change nothing but the order of sums (dropout apart, which draws where it runs). Between reports the training
+process never waits for the device.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext, suppress
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -49,7 +53,7 @@ from mtdiffusion_engine.experiment import (
     with_absolute_paths,
 )
 from mtdiffusion_engine.interrupt import Terminated, deferred_interrupt
-from mtdiffusion_engine.optimisation import Average, adamw, learning_rate, step_if_finite
+from mtdiffusion_engine.optimisation import Average, adamw, clip_gradient, learning_rate, step_if_finite
 from mtdiffusion_engine.tally import Tally
 from mtdiffusion_engine.watching import HeldOutLoss
 from mtdiffusion_registry import Registry, UserError
@@ -110,6 +114,8 @@ class Trainer:
     """Trains an experiment into a run folder.
 
     It sets torch to flush denormal numbers to zero on the CPU, in this thread and all that it starts.
+
+    Of a sharded training (``training.parallel = "fsdp"``, several processes) each process has a part of the model.
 
     Args:
         run: the folder; made if need be.
@@ -176,8 +182,13 @@ class Trainer:
         if warning := terminal_warning(self.model.process):
             messages.append(f"warning: {warning}")
         self.watched = self._watched() if evaluated and self.main else None
-        self.model.to(self.accelerator.device)
         self.ema = Average(self.model, self.config.ema)
+        if self.config.checkpoint_activations:
+            recompute_activations(self.model.backbone)
+        objective = Objective(self.model, experiment.loss)
+        self._whole: MultimodalDiffusion | None = None  # of a sharded training, the averaged weights for sampling
+        self._saving: Future[Any] | None = None
+        messages += self._place(objective)
         self.optimizer = adamw(self.model, self.config)
         self.chance = StepChance(self.model, experiment.conditioning, self.config.seed, self.config.batch_size)
         if resume and (checkpoints := ckpt.list_checkpoints(run)):
@@ -186,13 +197,10 @@ class Trainer:
             keys = (f"{key} from {old} to {new}" for key, (old, new) in changed.items())
             messages.append(f"changed since the last session: {'; '.join(keys)}")
         self.resolved = resolved(experiment, registry)
-        if self.config.checkpoint_activations:
-            recompute_activations(self.model.backbone)
-        objective = Objective(self.model, experiment.loss)
-        if self.config.compile:
-            objective.compile(dynamic=False)
-        with without_training_variables():
-            self.objective = self.accelerator.prepare_model(objective)
+        self.objective: nn.Module = objective
+        if not self.sharded:
+            with without_training_variables():
+                self.objective = self.accelerator.prepare_model(objective)
         self._made = None if resume or not self.main else not run.exists()
         if self.main:
             for message in messages:
@@ -202,6 +210,34 @@ class Trainer:
                 if not resume:
                     ckpt.require_free(run)  # another process may have been here since it was looked at first
                 self._write_configuration(registry)
+
+    def _place(self, objective: Objective) -> list[str]:
+        """Bring the model and its average to the device, or this process's part of them; what to tell of it."""
+        config, device, blocks = self.config, self.accelerator.device, self.model.backbone.repeated_blocks()
+        if config.compile:
+            for module in blocks if self.sharded else [objective]:  # a graph does not reach over what is gathered
+                module.compile(dynamic=False)
+        said = []
+        if config.parallel == "fsdp":
+            from mtdiffusion_engine import sharding  # it takes a while
+
+            sharding.require_shardable(self.model)
+            if self.sharded:
+                mesh, self._group = sharding.all_processes(device)
+                self._whole = copy.deepcopy(self.ema.module) if self.main else None
+                average = self.ema.module
+                for module, parts in ((objective, blocks), (average, average.backbone.repeated_blocks())):
+                    sharding.synchronise(module, self._group)
+                    sharding.shard(module, parts, mesh)
+            if self.sharded and not blocks:
+                name = type(self.model.backbone).__name__
+                said.append(
+                    f"warning: the backbone {name} does not tell its repeated blocks, so that all of its weights are "
+                    "gathered at once, and nothing is compiled"
+                )
+        objective.to(device)
+        self.ema.module.to(device)
+        return said
 
     def _write_configuration(self, registry: Registry) -> None:
         try:
@@ -259,6 +295,7 @@ class Trainer:
                 "more"
             )
         self.ema.updates = int(state["ema_updates"])
+        self._gather()
         self._origin = state.get("init_from")
         count = len(self.data)
         if state.get("samples", count) == count:
@@ -291,31 +328,91 @@ class Trainer:
         return bool(self.accelerator.is_main_process)
 
     @property
+    def sharded(self) -> bool:
+        """Whether the model is split over processes."""
+        return self.config.parallel == "fsdp" and bool(self.accelerator.num_processes > 1)
+
+    @property
     def averaged_model(self) -> MultimodalDiffusion:
-        """The model with averaged weights, which is for sampling."""
-        return self.ema.module
+        """The model with averaged weights, which is for sampling.
+
+        Of a sharded training, as it was when it was last sampled, looked at with held-out samples or done; in the main
+        process only, others have a part of it.
+        """
+        return self.ema.module if self._whole is None else self._whole
+
+    @contextmanager
+    def _gathered(self) -> Iterator[None]:
+        """While this lasts, the averaged model is the present one, and on the device; all processes enter it."""
+        self._gather()
+        try:
+            if self._whole is not None:
+                self._whole.to(self.accelerator.device)
+            yield
+        finally:
+            if self._whole is not None:  # between uses the device's memory is the training's
+                self._whole.to("cpu")
+
+    def _gather(self) -> None:
+        """Bring the averaged weights together, if they are split; all processes call it."""
+        if self.sharded:
+            from mtdiffusion_engine import sharding
+
+            sharding.gather(self.ema.module, self._whole)
 
     def save(self) -> None:
-        """Write a checkpoint of the present step, unless there is one (main process only)."""
-        if not self.main or self._saved == self.step:
+        """Write a checkpoint of the present step, unless there is one.
+
+        Of a sharded training all processes call it, and it is written while training goes on: it is there when the next
+        one is begun, or :meth:`train` returns.
+        """
+        if self._saved == self.step:
             return
-        ckpt.save_checkpoint(
-            self.run,
-            self.step,
-            model=self.model.state_dict(),
-            ema=self.ema.module.state_dict(),
-            optimizer=self.optimizer,
-            # Data order and noise are functions of the seed and the step: with them the state is whole.
-            state={
-                "ema_updates": self.ema.updates,
-                "seed": self.config.seed,
-                "samples": len(self.data),
-                "experiment": self.resolved,
-                **({"init_from": self._origin} if self._origin else {}),
-            },
-            keep=self.config.keep,
-        )
-        self._saved = self.step
+        self._finish_saving()
+        # Data order and noise are functions of the seed and the step: with them the state is whole.
+        state = {
+            "ema_updates": self.ema.updates,
+            "seed": self.config.seed,
+            "samples": len(self.data),
+            "experiment": self.resolved,
+            **({"init_from": self._origin} if self._origin else {}),
+        }
+        run, step, keep = self.run, self.step, self.config.keep
+        if self.sharded and step:
+            from mtdiffusion_engine import sharding
+
+            partial = ckpt.partial_checkpoint(run, step)
+            if self.main:
+                ckpt.remove_partial(run)
+                partial.mkdir(parents=True)
+            files = {
+                "model": self.model.state_dict(),
+                "ema": self.ema.module.state_dict(),
+                "optimizer": ckpt.moments(self.optimizer),
+            }
+            self._saving = sharding.save_shards(
+                partial, files, self._group, lambda: ckpt.finish_checkpoint(run, step, partial, state, keep)
+            )
+        elif self.main:  # before the first step, the whole is here
+            model, ema = (self._whole or each for each in (self.model, self.ema.module))
+            ckpt.save_checkpoint(
+                run,
+                step,
+                model=model.state_dict(),
+                ema=ema.state_dict(),
+                optimizer=self.optimizer,
+                state=state,
+                keep=keep,
+            )
+        self._saved = step
+
+    def _finish_saving(self) -> None:
+        """Wait until the checkpoint that is being written is there."""
+        writing, self._saving = self._saving, None
+        if writing is not None:
+            from mtdiffusion_engine import sharding
+
+            sharding.wait_for(writing, f"{self.run}: the checkpoint of step {self._saved}")
 
     def train(
         self,
@@ -332,12 +429,23 @@ class Trainer:
         Raises:
             Diverged: if the gradient was not finite in the last :data:`PATIENCE` steps, or in half of fewer; the last
                 checkpoint from which one can go on stays.
-            UserError: if another process is training the run.
+            UserError: if another process is training the run, or a process of a sharded training does not see it.
             KeyboardInterrupt: after Ctrl-C, once the step under way is done and a checkpoint is written; after SIGTERM
                 it is a :class:`Terminated`.
         """
+        if self.sharded:
+            self.accelerator.wait_for_everyone()
+            if not (self.run / "config.toml").is_file():
+                raise UserError(
+                    f"{self.run}: process {self.accelerator.process_index} does not see the run that the first one "
+                    'made. With training.parallel = "fsdp" all processes write its checkpoints: give a folder on a '
+                    "file system that all machines share"
+                )
         with ckpt.alone_in(self.run) if self.main else nullcontext():
-            self._train(on_progress, on_sample, stop_at)
+            try:
+                self._train(on_progress, on_sample, stop_at)
+            finally:
+                self._finish_saving()
 
     def _train(
         self,
@@ -350,7 +458,7 @@ class Trainer:
         batches = self.batches(stop)
         tally, told_of = Tally(self.accelerator), 0
         first = self.step
-        looks = first // max(self.config.held_out_every, 1)
+        looks = self._looks()
         self.model.train()
         with deferred_interrupt() as interrupted:
             while self.step < stop:
@@ -359,21 +467,27 @@ class Trainer:
                 except RuntimeError:
                     if not (reason := interrupted()):
                         raise
-                    # A signal to the whole group ended the workers: without them this step cannot be, the last one can.
-                    self.save()
+                    # A signal to the whole group ended the workers: without them this step cannot be, the last one can,
+                    # unless it takes other processes, which may be elsewhere.
+                    if not self.sharded:
+                        self.save()
                     raise reason from None
                 if _due(self.step, self.config.log_every) or self.step == stop:
                     every, _ = self._require_finite(tally, first)
                     seconds = time.monotonic() - started
                     left_out, told_of = every - told_of, every
-                    means, looked = tally.take(), looks
-                    looks = self.step // max(self.config.held_out_every, 1)
+                    means, looked, looks = tally.take(), looks, self._looks()
+                    held_out = None
+                    if looks > looked or self.step == stop:
+                        with self._gathered():
+                            if on_progress and self.watched:
+                                held_out = self.watched.of(self.averaged_model)
                     if on_progress and self.main:
-                        watched = self.watched if looks > looked or self.step == stop else None
-                        held_out = watched.of(self.averaged_model) if watched else None
                         on_progress(Progress(self.step, means, rate, float(norm), left_out, seconds, held_out))
-                if on_sample and self.main and _due(self.step, self.config.sample_every):
-                    on_sample(self.step)
+                if _due(self.step, self.config.sample_every):
+                    with self._gathered():
+                        if on_sample and self.main:
+                            on_sample(self.step)
                 reason = self._agree(interrupted())
                 if reason or self.step == stop or _due(self.step, self.config.checkpoint_every):
                     _, streak = self._require_finite(tally, first)
@@ -381,6 +495,11 @@ class Trainer:
                         self.save()
                 if reason:
                     raise reason
+
+    def _looks(self) -> int:
+        """How many times held-out samples should have been looked at by now."""
+        every = self.config.held_out_every
+        return self.step // every if every else 0
 
     def _agree(self, reason: type[KeyboardInterrupt] | None) -> type[KeyboardInterrupt] | None:
         """Why to stop after this step, if any process is to: one that stopped alone would leave the others waiting."""
@@ -430,12 +549,13 @@ class Trainer:
             visible, draws = _to(device, visible), Draws(*(_to(device, each) for each in draws))
             batch = batch.to(device)
             last = part == parts - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.objective):
+            # Of a sharded model, each micro-batch's gradient is summed at once: that of the whole is never kept.
+            with nullcontext() if last or self.sharded else self.accelerator.no_sync(self.objective):
                 with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
                     loss, sums = self.objective(batch.x, batch.presence, visible, draws)
                 tally.add(sums)
                 self.accelerator.backward(loss / parts)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        norm = clip_gradient(self.model, self.config.clip)
         tally.step(step_if_finite(self.optimizer, norm))
         self.step += 1
         self.ema.update(self.model)
@@ -447,6 +567,7 @@ class Trainer:
         every, streak = tally.skipped()
         if streak < min(PATIENCE, max((self.step - first) // 2, 1)):
             return every, streak
+        self._finish_saving()
         start = self.step - streak
         named = ", ".join(tally.not_finite()) or "the gradient alone"
         message = (

@@ -338,6 +338,7 @@ ASKS = {
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
     "ACCELERATE_DYNAMO_BACKEND": "EAGER",
     "ACCELERATE_USE_FSDP": "true",
+    "ACCELERATE_USE_DEEPSPEED": "true",
     "ACCELERATE_USE_CPU": "true",
 }
 
@@ -358,7 +359,8 @@ assert all(os.environ[name] == before[name] for name in {list(ASKS)})
         'MIXED_PRECISION=bf16 is ignored; set training.precision = "bfloat16" instead (it is "float32")',
         "GRADIENT_ACCUMULATION_STEPS=4 is ignored; set training.accumulate = 4 instead (it is 2)",
         "DYNAMO_BACKEND=EAGER is ignored; set training.compile = true instead (it is false)",
-        "USE_FSDP=true is ignored: several processes train in data parallel",
+        'USE_FSDP=true is ignored; set training.parallel = "fsdp" instead (it is "ddp")',
+        "USE_DEEPSPEED=true is ignored: several processes train in data parallel, as training.parallel says",
     ):
         assert told in done.stdout
     assert "USE_CPU" not in done.stdout
@@ -373,3 +375,4 @@ def test_what_a_launcher_sets_by_itself_is_not_mentioned() -> None:
     assert names(**{f"ACCELERATE_{name}": value for name, value in default.items()}) == []
     assert names(ACCELERATE_MIXED_PRECISION="bf16", ACCELERATE_GRADIENT_ACCUMULATION_STEPS="2") == []
     assert len(names(ACCELERATE_MIXED_PRECISION="fp16", ACCELERATE_GRADIENT_ACCUMULATION_STEPS="3")) == 2
+    assert ignored_variables(toy("training.parallel=fsdp").training, {"ACCELERATE_USE_FSDP": "1"}) == []
