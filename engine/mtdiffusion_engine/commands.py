@@ -116,8 +116,9 @@ def plot_process(args: Namespace) -> None:
     law = experiment.clocks.kind if experiment.clocks else "shared"
     process = experiment.process
     said = f"T = {process.steps}, curve {process.curve}, retention {process.retention}"
-    title = {"all": f"{said}; clocks: {law}", "noise": said, "clocks": f"clocks: {law}"}[args.part]
-    picture = draw_process(experiment, f"{args.config.stem}: {title}", args.part)
+    law = f"law of clocks: {law}"
+    title = {"all": f"{said}; {law}", "noise": said, "clocks": law}[args.part]
+    picture = draw_process(experiment, f"{args.config.name}: {title}", args.part)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     picture.quantize(64).save(args.out, optimize=True)
     print(f"drawn: {args.out}")

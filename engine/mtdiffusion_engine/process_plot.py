@@ -136,14 +136,16 @@ def _clock_panels(model: MultimodalDiffusion, experiment: Experiment, seed: int)
     names, colours = model.names, _palette(len(model.names))
     settings = experiment.sampling
     path = model.path(settings.steps, settings.path).double() / model.process.steps
-    if len(names) > 1:
+    others = len(names) - 1
+    if others:
         drawn = model.law.draw(DRAWS, len(names), torch.Generator().manual_seed(seed)).double()
         yield Panel(
             "Trained together (dots), sampled along (lines)",
             f"clock of {names[0]}",
             "clock of another modality",
             _series(path[:, 0], path[:, 1:], colours[1:]),
-            [Series(drawn[:, 0], drawn[:, i], [colours[i]]) for i in range(1, len(names))],
+            # Each sample shows one of the others, in turn: dots that coincide would hide one another.
+            [Series(drawn[i - 1 :: others, 0], drawn[i - 1 :: others, i], [colours[i]]) for i in range(1, len(names))],
         )
     done = torch.linspace(0, 1, len(path), dtype=torch.float64)
     yield Panel("The path of sampling", "share of the steps taken", "clock", _series(done, path, colours))
@@ -211,7 +213,7 @@ class _Canvas:
         at = [(x * self._scale, y * self._scale) for x, y in points]
         self._pen.line(at, fill=colour, width=max(round(width * self._scale), 1), joint="curve")
 
-    def dot(self, x: float, y: float, colour: Colour, radius: float = 1.6) -> None:
+    def dot(self, x: float, y: float, colour: Colour, radius: float = 2.4) -> None:
         box = [(value + side) * self._scale for side in (-radius, radius) for value in (x, y)]
         self._pen.ellipse(box, fill=colour)
 
@@ -243,9 +245,10 @@ class _Canvas:
             for x, y in _inside(series, panel):
                 self.dot(*place(x, y), series.colours[0])
         for series in panel.lines:
-            self._striped([place(x, y) for x, y in _inside(series, panel)], series.colours)
+            width = 1.2 if panel.dots else 2.4
+            self._striped([place(x, y) for x, y in _inside(series, panel)], series.colours, width)
 
-    def _striped(self, points: Sequence[tuple[float, float]], colours: Sequence[Colour]) -> None:
+    def _striped(self, points: Sequence[tuple[float, float]], colours: Sequence[Colour], width: float) -> None:
         """A line in the colours in turn, each for a stretch."""
         length = 0.0
         for start, end in pairwise(points):
@@ -255,7 +258,7 @@ class _Canvas:
                     (start[0] + (end[0] - start[0]) * s / parts, start[1] + (end[1] - start[1]) * s / parts)
                     for s in (k, k + 1)
                 )
-                self.line([a, b], colours[int(length / _STRIPE) % len(colours)], 2.4)
+                self.line([a, b], colours[int(length / _STRIPE) % len(colours)], width)
                 length += math.dist(a, b)
 
 
@@ -274,4 +277,4 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _number(value: float) -> str:
-    return f"{value:.3g}".replace("-", "−") if abs(value) > 1e-12 else "0"
+    return f"{value:.3g}" if abs(value) > 1e-12 else "0"
