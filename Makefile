@@ -1,11 +1,12 @@
 # make demo   set up, train one model over four modalities on real digits, evaluate it, draw gallery.png
 # make test   set up, then lint, type-check and test
+# make docs   set up, then build the documentation as a site: site/index.html
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
 
-.PHONY: setup demo test lint types format clean
+.PHONY: setup demo test lint types format docs docs-serve clean
 
 setup: $(VENV)/.installed
 
@@ -32,5 +33,11 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: setup
+	$(BIN)/mkdocs build --strict
+
+docs-serve: setup
+	$(BIN)/mkdocs serve
+
 clean:
-	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) runs site .mypy_cache .ruff_cache .pytest_cache

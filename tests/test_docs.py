@@ -36,11 +36,11 @@ SECTIONS = {
 
 def complete_configurations() -> list[tuple[str, dict]]:
     found = []
-    for name in ("README.md", "docs/configuration.md"):
-        for block in re.findall(r"```toml\n(.*?)```", (ROOT / name).read_text(), re.S):
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for block in re.findall(r"^```toml.*?\n(.*?)^```", path.read_text(), re.M | re.S):
             table = tomllib.loads(block)
             if {"data", "modalities", "latent", "backbone"} <= set(table):
-                found.append((name, table))
+                found.append((path.name, table))
     return found
 
 
@@ -71,7 +71,7 @@ def default_of(attribute: attrs.Attribute, cls: type) -> str:
 
 
 def test_there_are_complete_configurations_to_check() -> None:
-    assert len(complete_configurations()) >= 3
+    assert len(complete_configurations()) >= 9
 
 
 @pytest.mark.parametrize("table", [table for _, table in complete_configurations()])

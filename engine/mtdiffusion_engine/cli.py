@@ -25,6 +25,7 @@ TRACEBACK_VARIABLE = "MTDIFFUSION_TRACEBACK"
 COMMANDS = "mtdiffusion.commands"
 """Entry points of modules that add a subcommand: ``add_parser(commands)``, which sets the default ``handler``."""
 SOLVERS = ("ancestral", "ddim", "dpmpp_2m")
+PARTS = ("all", "noise", "clocks")
 SCAFFOLDS = ("modality", "dataset", "field", "backbone", "schedule", "clock-law", "task")
 SLOW_IMPORT = 1.0
 """Seconds from which the import of a plugin is called slow: who lists or trains waits for it."""
@@ -230,6 +231,23 @@ def _parser() -> argparse.ArgumentParser:
     setting(look, "change the configuration")
     look.set_defaults(handler=_check_config)
 
+    process = command("process", "look at a configuration's noise")
+    actions = process.add_subparsers(dest="action", metavar="ACTION", required=True)
+    plotting = actions.add_parser(
+        "plot",
+        help="draw the noise and weight schedules, the law of clocks and the path of sampling",
+        description="Draw what a configuration says of noise: the noise and weight schedules, which clocks are trained "
+        "together, and the path of sampling. Nothing is trained or read.",
+        allow_abbrev=False,
+    )
+    plotting.add_argument("config", type=Path, metavar="CONFIG", help="TOML file")
+    plotting.add_argument("--out", required=True, type=Path, metavar="PNG", help="the picture to write")
+    plotting.add_argument(
+        "--part", choices=PARTS, default="all", help="the schedules alone, or the clocks alone (default: %(default)s)"
+    )
+    setting(plotting, "change the configuration")
+    plotting.set_defaults(handler=_plot_process)
+
     data = command("data", "prepare data")
     actions = data.add_subparsers(dest="action", metavar="ACTION", required=True)
     packing = actions.add_parser(
@@ -334,6 +352,13 @@ def _check_config(args: argparse.Namespace) -> None:
 
     commands.show_log()
     commands.check_config(args)
+
+
+def _plot_process(args: argparse.Namespace) -> None:
+    with held():
+        from mtdiffusion_engine import commands
+
+    commands.plot_process(args)
 
 
 def _pack_data(args: argparse.Namespace) -> None:

@@ -31,6 +31,7 @@ from mtdiffusion_engine.hub import GALLERY, METRICS
 from mtdiffusion_engine.interrupt import held
 from mtdiffusion_engine.monitor import Monitor
 from mtdiffusion_engine.pictures import sample_sheet, visibility_of
+from mtdiffusion_engine.process_plot import draw_process
 from mtdiffusion_engine.run import Run, load_run
 from mtdiffusion_engine.trainer import Trainer
 from mtdiffusion_registry import DatasetConfig, Registry, UserError
@@ -105,6 +106,24 @@ def check_config(args: Namespace) -> None:
     for warning in warnings:
         print(f"warning: {warning}")
     print(f"ready: mtdiffusion train {args.config} --out runs/{args.config.stem}")
+
+
+def plot_process(args: Namespace) -> None:
+    """Draw what a configuration says of noise and of clocks."""
+    if args.out.suffix.lower() != ".png":
+        raise UserError(f"--out {args.out}: expected the name of a PNG file, such as {args.out.with_suffix('.png')}")
+    registry = Registry.discover()
+    with held():
+        experiment = load_experiment(args.config, args.set, registry)
+    law = experiment.clocks.kind if experiment.clocks else "shared"
+    process = experiment.process
+    said = f"T = {process.steps}, curve {process.curve}, retention {process.retention}"
+    law = f"law of clocks: {law}"
+    title = {"all": f"{said}; {law}", "noise": said, "clocks": law}[args.part]
+    picture = draw_process(experiment, f"{args.config.name}: {title}", args.part)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    picture.quantize(64).save(args.out, optimize=True)
+    print(f"drawn: {args.out}")
 
 
 def pack_data(args: Namespace) -> None:
