@@ -53,19 +53,30 @@ _DRAWING = ((0, 0, 0), (255, 255, 255), (128, 128, 128), (220, 50, 40), (245, 20
 _BLANK = (((0, 0, 0), "Black"), ((255, 255, 255), "White"))
 _NOTHING = '<p class="quiet">Its samples will be here.</p>'
 _CSS = """
-.gradio-container {max-width: 1180px !important; margin: 0 auto !important}
+.gradio-container > main {max-width: 1180px; margin: 0 auto; padding: 16px}
+.html-container {padding: 0 !important}
+#sample, #stop {align-self: center; height: 48px}
+.uses label {padding: 5px 9px}
+.uses .wrap {gap: 6px}
 .card {border: 1px solid var(--border-color-primary); border-radius: 10px; padding: 14px 16px}
 .tiles {display: flex; flex-wrap: wrap; gap: 6px}
 .tiles figure {margin: 0; max-width: 100%}
 .tiles img {display: block; max-width: 100%; image-rendering: pixelated; border-radius: 3px}
+.tiles a {display: block}
+.sheet img {max-width: 100%; border: 1px solid var(--border-color-primary)}
 .tiles audio {display: block; width: 220px; max-width: 100%; height: 36px; margin-top: 4px}
 .tiles p {margin: 0; padding: 6px 10px; border-radius: 6px; background: var(--background-fill-secondary)}
-.tiles figcaption {font-size: 12px}
 .legend {display: flex; flex-wrap: wrap; gap: 2px 12px; font-size: 13px; max-height: 96px; overflow-y: auto}
 .legend span {white-space: nowrap}
 .legend i {display: inline-block; width: 12px; height: 12px; margin-right: 5px; border: 1px solid #888}
 .quiet, .quiet p {color: var(--body-text-color-subdued); font-size: 14px; margin: 0}
-progress {width: 100%; accent-color: var(--color-accent)}
+@media (max-width: 480px) {
+  .gradio-container > main {padding: 10px}
+  .card {padding: 10px}
+  .uses label {padding: 4px 7px; font-size: 13px}
+}
+.bar {height: 6px; margin-top: 6px; border-radius: 3px; background: var(--border-color-primary)}
+.bar div {height: 6px; border-radius: 3px; background: var(--color-accent)}
 """
 _POLICY = (
     b"default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
@@ -241,7 +252,7 @@ def look(folder: str | Path) -> dict[str, Any]:
     Args:
         folder: whose files may be asked for.
     """
-    theme = gr.themes.Soft(
+    theme = gr.themes.Default(
         primary_hue="blue",
         neutral_hue="gray",
         font=["system-ui", "sans-serif"],
@@ -286,17 +297,17 @@ def build_page(run: Run, folder: Path) -> gr.Blocks:
     name = run.path.absolute().name
     sampling = run.settings()
     shared = run.model.layout.shared_clock
-    with gr.Blocks(title=f"{name} · mtdiffusion", analytics_enabled=False) as page:
+    with gr.Blocks(title=f"{name} · mtdiffusion", analytics_enabled=False, fill_width=True) as page:
         gr.Markdown(
             f"# {html.escape(name)}\nOne model of {_listed(run.model.names)}. Choose what is given, then press "
             "**Sample**: the rest is generated."
         )
-        with gr.Row(equal_height=True):
+        with gr.Row():
             sample = gr.Button("Sample", variant="primary", min_width=120, elem_id="sample")
             stop = gr.Button("Stop", min_width=80, elem_id="stop")
             count = gr.Slider(1, MOST_SAMPLES, 8, step=1, label="Samples", min_width=200, elem_id="count")
-            seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=90, elem_id="seed")
-            fresh = gr.Checkbox(True, label="New seed each time", min_width=90, elem_id="fresh")
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=130, elem_id="seed")
+            fresh = gr.Checkbox(True, label="New seed each time", min_width=190, elem_id="fresh")
         with gr.Accordion("How it is sampled", open=False):
             with gr.Row():
                 most = run.model.process.steps
@@ -324,14 +335,18 @@ def build_page(run: Run, folder: Path) -> gr.Blocks:
             )
             with gr.Row(visible=False) as offsets:
                 ahead = {
-                    each: None if shared else gr.Slider(0, 0.95, 0, step=0.05, label=f"{each} ahead by", min_width=160)
+                    each: None
+                    if shared
+                    else gr.Slider(
+                        0, 0.95, 0, step=0.05, label=f"{each} ahead by", min_width=160, elem_id=f"ahead-{each}"
+                    )
                     for each in run.model.names
                 }
         status = gr.HTML("", elem_id="status")
         cards = [_card(run, each, ahead[each]) for each in run.model.names]
         with gr.Column(elem_classes="card", visible=False) as whole:
             gr.Markdown("### All at a glance")
-            sheet = gr.Image(show_label=False, format="png", interactive=False, buttons=["fullscreen"], elem_id="sheet")
+            sheet = gr.HTML("", elem_classes="sheet", elem_id="sheet")
             archive = gr.DownloadButton("Download all files", size="sm", elem_id="archive")
 
         solver.change(
@@ -370,7 +385,7 @@ def build_page(run: Run, folder: Path) -> gr.Blocks:
                 yield _result(run, cards, request, running[key].samples, out) | {
                     status: _done(request),
                     whole: gr.update(visible=True),
-                    sheet: out / "files" / "samples.png",
+                    sheet: _sheet(out / "files" / "samples.png"),
                     archive: out / f"{name}-samples.zip",
                 }
             except Stopped:
@@ -473,12 +488,20 @@ def _card(run: Run, name: str, ahead: Component | None) -> Card:
     with gr.Column(elem_classes="card", elem_id=f"card-{name}"), gr.Row():
         with gr.Column(scale=2, min_width=280):
             gr.Markdown(f"### {html.escape(name)}")
-            use = gr.Radio(uses, value=GENERATE, show_label=False, container=False, elem_id=f"use-{name}")
+            use = gr.Radio(
+                uses, value=GENERATE, show_label=False, container=False, elem_classes="uses", elem_id=f"use-{name}"
+            )
             noise = None
             with gr.Column(visible=False) as giving:
                 if START in uses:
                     noise = gr.Slider(
-                        0.02, 1, 0.5, step=0.02, label="Its clock: near 0 keeps it, 1 forgets it", visible=False
+                        0.02,
+                        1,
+                        0.5,
+                        step=0.02,
+                        label="Its clock: near 0 keeps it, 1 forgets it",
+                        visible=False,
+                        elem_id=f"noise-{name}",
                     )
                 entered, canvas = _ways_to_give(modality, name)
         with gr.Column(scale=3, min_width=280):
@@ -526,7 +549,7 @@ def _canvas(modality: Modality, name: str) -> tuple[dict[str, Component], Canvas
         palette.append(("hole", HOLE))
         hint += " What is painted pink is a hole: it is filled in."
     gr.HTML(f'<p class="quiet">{hint}</p>{_legend(palette)}')
-    side = min(canvas.size)
+    radius = max(round(0.7 * canvas.scale), min(canvas.size) // 40)
     editor = gr.ImageEditor(
         _filled(canvas, brushes[0] if spec.form == "classes" else (0, 0, 0)),
         type="pil",
@@ -536,12 +559,12 @@ def _canvas(modality: Modality, name: str) -> tuple[dict[str, Component], Canvas
         transforms=[],
         layers=gr.LayerOptions(disabled=True),
         brush=gr.Brush(
-            default_size=max(canvas.scale, side // 16),
+            default_size=radius,
             colors=[_hex(colour) for colour in brushes],
             default_color=_hex(brushes[1 % len(brushes)]),
             color_mode="fixed" if spec.form == "classes" else "defaults",
         ),
-        eraser=gr.Eraser(default_size=max(canvas.scale, side // 16)),
+        eraser=gr.Eraser(default_size=radius),
         canvas_size=canvas.size,
         fixed_canvas=True,
         show_label=False,
@@ -625,13 +648,12 @@ def _tiles(card: Card, x: Tensor, request: Request, files: Sequence[Path] = ()) 
     figures = []
     for i, picture in enumerate(pictures):
         assert picture is not None
-        address = f"gradio_api/file={quote(str(files[i]))}" if files else ""
-        figures.append(_figure(card.written, picture, files[i] if files else None, address))
+        figures.append(_figure(card.written, picture, files[i] if files else None))
     head = '<p class="quiet">given</p>' if given else ""
     return f'{head}<div class="tiles">{"".join(figures)}</div>'
 
 
-def _figure(suffix: str, picture: Image.Image, file: Path | None, address: str) -> str:
+def _figure(suffix: str, picture: Image.Image, file: Path | None) -> str:
     """One sample; without a file, what is expected of it."""
     if file is not None and suffix in TEXTS:
         text = html.escape(file.read_text(encoding="utf-8").strip()) or "<em>(empty)</em>"
@@ -642,12 +664,20 @@ def _figure(suffix: str, picture: Image.Image, file: Path | None, address: str) 
     image = f'<img src="{source}" width="{picture.width}" height="{picture.height}" alt="">'
     if file is None:
         return f"<figure>{image}</figure>"
+    address = _address(file)
     if suffix in SOUNDS:
         return f'<figure>{image}<audio controls preload="metadata" src="{address}"></audio></figure>'
-    if suffix in PICTURES:
-        return f'<figure><a href="{address}" target="_blank">{image}</a></figure>'
-    link = f'<a href="{address}" download="{file.name}">{file.name}</a>'
-    return f"<figure>{image}<figcaption>{link}</figcaption></figure>"
+    opens = 'target="_blank"' if suffix in PICTURES else f'download="{file.name}" title="Download {file.name}"'
+    return f'<figure><a href="{address}" {opens}>{image}</a></figure>'
+
+
+def _sheet(file: Path) -> str:
+    return f'<a href="{_address(file)}" target="_blank"><img src="{_address(file)}" alt="All samples at a glance"></a>'
+
+
+def _address(file: Path) -> str:
+    """Of a file, for the page."""
+    return f"gradio_api/file={quote(str(file))}"
 
 
 def _legend(palette: Sequence[tuple[str, Colour]]) -> str:
@@ -658,7 +688,8 @@ def _legend(palette: Sequence[tuple[str, Colour]]) -> str:
 
 
 def _progress(done: int, of: int) -> str:
-    return f'<p class="quiet">step {done} of {of}</p><progress value="{done}" max="{of}"></progress>'
+    bar = f'<div class="bar"><div style="width:{100 * done / of:.0f}%"></div></div>'
+    return f'<p class="quiet">step {done} of {of}</p>{bar}'
 
 
 def _done(request: Request) -> str:
