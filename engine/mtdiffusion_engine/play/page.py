@@ -47,6 +47,7 @@ MOST_SAMPLES, KEPT = 64, 8
 """Samples at a time, and results whose files are kept to be looked at."""
 
 _PREVIEW = 0.3  # seconds between previews
+_READING = 20  # seconds that an error stays
 _TILES = 16  # of a preview
 _FEW = 12  # choices that are shown side by side
 _DRAWING = ((0, 0, 0), (255, 255, 255), (128, 128, 128), (220, 50, 40), (245, 200, 60), (50, 150, 70), (40, 100, 200))
@@ -62,8 +63,8 @@ _CSS = """
 .tiles {display: flex; flex-wrap: wrap; gap: 6px}
 .tiles figure {margin: 0; max-width: 100%}
 .tiles img {display: block; max-width: 100%; image-rendering: pixelated; border-radius: 3px}
-.tiles a {display: block}
-.sheet img {max-width: 100%; border: 1px solid var(--border-color-primary)}
+.tiles a, .sheet a {display: block; padding: 0 !important}
+.sheet img {margin: 0; max-width: 100%; border: 1px solid var(--border-color-primary)}
 .tiles audio {display: block; width: 220px; max-width: 100%; height: 36px; margin-top: 4px}
 .tiles p {margin: 0; padding: 6px 10px; border-radius: 6px; background: var(--background-fill-secondary)}
 .legend {display: flex; flex-wrap: wrap; gap: 2px 12px; font-size: 13px; max-height: 96px; overflow-y: auto}
@@ -395,12 +396,7 @@ def build_page(run: Run, folder: Path) -> gr.Blocks:
                 raise _refusal(str(error)) from None
             except Exception:
                 logging.getLogger(__name__).exception("sampling failed")
-                raise gr.Error(
-                    "This is a fault of the program or of a plugin; the terminal says where.",
-                    title="Something went wrong",
-                    duration=None,
-                    print_exception=False,
-                ) from None
+                raise _refusal("This is a fault of the program or of a plugin; the terminal says where.") from None
             finally:
                 running.pop(key, None)
 
@@ -446,7 +442,8 @@ def read_request(
         try:
             _read_card(card, entered, request, folder)
         except UserError as error:
-            raise UserError(f"{card.name}: {error}") from None
+            said = str(error)  # which may name it itself
+            raise UserError(said if said.startswith(f"{card.name}:") else f"{card.name}: {said}") from None
         if entered[card.use] == START and card.noise is not None:
             request.strength[card.name] = entered[card.noise]
     return request
@@ -530,7 +527,13 @@ def _ways_to_give(modality: Modality, name: str) -> tuple[dict[str, Component], 
     if written in TEXTS:
         return {"text": gr.Textbox(label="Type a text", lines=2, elem_id=f"text-{name}")}, None
     if written in SOUNDS:
-        sound = gr.Audio(sources=["upload", "microphone"], type="filepath", label="A sound", elem_id=f"sound-{name}")
+        sound = gr.Audio(
+            sources=["upload", "microphone"],
+            type="filepath",
+            label="A sound",
+            buttons=["download"],
+            elem_id=f"sound-{name}",
+        )
         return {"sound": sound}, None
     file = gr.File(label="A file", height=120, elem_id=f"file-{name}")
     return {"file": file, "line": gr.Textbox(label="Or a value, as --observe takes it", elem_id=f"line-{name}")}, None
@@ -605,8 +608,8 @@ def _hex(colour: Colour) -> str:
 
 
 def _refusal(message: str) -> gr.Error:
-    """An error that a person can mend, as the page says it."""
-    return gr.Error(html.escape(message), title="That cannot be done", duration=None, print_exception=False)
+    """What the page says where a request cannot be met."""
+    return gr.Error(html.escape(message), duration=_READING, print_exception=False)
 
 
 def _result(
@@ -694,7 +697,10 @@ def _progress(done: int, of: int) -> str:
 
 def _done(request: Request) -> str:
     number = "1 sample" if request.count == 1 else f"{request.count} samples"
-    given = [f"{name} {request.said.get(name, '')}".strip() for name in request.observed]
+    given = [
+        f"{name} {request.said.get(name, '')}".strip() + (" with holes" if name in request.visible else "")
+        for name in request.observed
+    ]
     told = f", from {_listed(given)}" if given else ", everything generated together"
     return f'<p class="quiet">{number} with seed {request.seed}{html.escape(told)}.</p>'
 

@@ -157,7 +157,10 @@ def read_text(modality: Modality, text: str, folder: Path) -> Tensor:
     """
     path = folder / f"text{written_suffix(modality)}"
     path.write_text(text, encoding="utf-8")
-    return read_file(modality, path)
+    try:
+        return modality.parse(str(path))
+    except (UserError, ValueError) as error:
+        raise UserError(str(error).replace(f"{path}: ", "").replace(str(path), "the text")) from None
 
 
 def read_line(modality: Modality, line: str) -> Tensor:

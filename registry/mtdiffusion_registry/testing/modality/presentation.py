@@ -172,7 +172,7 @@ def input_spec(subject: ModalitySubject) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "given.png"
             for value in values:
-                Image.new(mode, (width, height), value).save(path)  # type: ignore[arg-type]
+                Image.new(mode, (width, height), value).save(path)
                 _parses(modality, str(path), f"a PNG of mode {mode}, {width} × {height} pixels, all of them {value}")
 
 
