@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import signal
-import socket
-import subprocess
-import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +21,7 @@ from mtdiffusion_engine.play import values
 from mtdiffusion_engine.play.values import HOLE, Canvas, Painting
 from mtdiffusion_registry import Registry, UserError
 from mtdiffusion_registry.config import structure
+from tests.pages import chromium, served
 
 pytest.importorskip("gradio")
 
@@ -314,35 +310,15 @@ def test_a_page_needs_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.fixture(scope="module")
-def address(tiny_run: Path) -> Iterator[str]:
-    """Of the page that ``mtdiffusion play`` shows."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mtdiffusion_engine.cli", "play", tiny_run, "--device", "cpu", "--port", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        assert process.stdout is not None
-        told = process.stdout.readline()
-        try:
-            assert f"http://127.0.0.1:{port}/" in told, told + process.stdout.read()
-            yield f"http://127.0.0.1:{port}/"
-        finally:
-            process.send_signal(signal.SIGINT)
-            rest = process.stdout.read()
-    assert process.returncode == 130 and "Traceback" not in rest, rest
+def browser() -> Iterator[Any]:
+    with chromium() as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """A headless Chromium, if there is one."""
-    sync_api = pytest.importorskip("playwright.sync_api")
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.skip("no Chromium is installed")
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
+def address(browser: Any, tiny_run: Path) -> Iterator[str]:
+    with served(tiny_run) as address:
+        yield address
 
 
 @pytest.mark.slow
