@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -299,6 +301,24 @@ def test_old_results_are_removed(page: Page) -> None:
 def test_nothing_is_sent_to_its_makers(page: Page) -> None:
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
     assert page.blocks.analytics_enabled is False
+
+
+def test_without_gradio_it_says_what_to_install(
+    tiny_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "mtdiffusion_engine.play.page", raising=False)
+    assert main(["play", str(tiny_run)]) == 2
+    assert "pip install 'mtdiffusion[play]'" in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_said(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert main(["play", str(tiny_run), "--device", "cpu", "--port", port]) == 2
+    assert f"--port {port}: cannot listen there" in capsys.readouterr().err
 
 
 def test_a_page_needs_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
