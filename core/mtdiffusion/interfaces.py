@@ -218,7 +218,7 @@ class Modality(nn.Module, ABC):
         return ()
 
     @property
-    def input(self) -> InputSpec:
+    def input_spec(self) -> InputSpec:
         """How a person may give one x on a page; by default as on the command line, a file or a line of text."""
         return InputSpec()
 

@@ -137,7 +137,7 @@ class ImageModality(Modality):
         return ((rgb + 1) / 2).clamp(0, 1)
 
     @property
-    def input(self) -> InputSpec:
+    def input_spec(self) -> InputSpec:
         return InputSpec("picture")
 
     def metrics(self, generated: Tensor, truth: Tensor) -> dict[str, float]:

@@ -84,7 +84,7 @@ class LabelModality(Modality):
         return text_tiles([self.class_names[k] for k in x.tolist()])
 
     @property
-    def input(self) -> InputSpec:
+    def input_spec(self) -> InputSpec:
         return InputSpec("choice", self.class_names)
 
     def metrics(self, generated: Tensor, truth: Tensor) -> dict[str, float]:

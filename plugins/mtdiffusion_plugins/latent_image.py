@@ -225,7 +225,7 @@ class LatentImageModality(Modality):
         return ((self.judged(x).expand(-1, 3, -1, -1) + 1) / 2).clamp(0, 1)
 
     @property
-    def input(self) -> InputSpec:
+    def input_spec(self) -> InputSpec:
         return InputSpec("picture")
 
     def metrics(self, generated: Tensor, truth: Tensor) -> dict[str, float]:

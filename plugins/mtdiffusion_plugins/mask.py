@@ -174,7 +174,7 @@ class MaskModality(Modality):
         return [*((name, self._colour(index)) for index, name in enumerate(self.class_names)), *void]
 
     @property
-    def input(self) -> InputSpec:
+    def input_spec(self) -> InputSpec:
         names = self.class_names or tuple(map(str, range(self.classes)))
         return InputSpec("classes", names, tuple(map(self._colour, range(self.classes))))
 

@@ -72,7 +72,7 @@ def test_what_is_painted_pink_is_a_hole_and_keeps_what_is_below(tmp_path: Path) 
 
 def test_a_painted_place_has_the_class_of_most_of_its_pixels(tmp_path: Path) -> None:
     mask = modality("mask", size=8, classes=4)
-    canvas, spec = Canvas.of(mask), mask.input
+    canvas, spec = Canvas.of(mask), mask.input_spec
     assert spec.form == "classes" and len(spec.colours) == 4
     soft = tuple(c - 9 if c > 9 else c + 9 for c in spec.colours[3])  # as the edge of a stroke is
     layer = strokes(canvas.size, ((0, 0, 40, 40), spec.colours[2]), ((40, 0, 70, 40), soft))
@@ -147,10 +147,10 @@ def test_a_sound_is_resampled_without_aliases_and_cut_to_its_loudest_part() -> N
 
 
 def test_by_default_a_modality_is_given_by_a_file_or_a_line() -> None:
-    assert modality("clip", dim=4).input == InputSpec("file")
-    assert modality("text", length=4).input == InputSpec("file")
-    assert modality("label", classes=2, names=["cat", "dog"]).input == InputSpec("choice", ("cat", "dog"))
-    assert modality("image", size=8).input == InputSpec("picture")
+    assert modality("clip", dim=4).input_spec == InputSpec("file")
+    assert modality("text", length=4).input_spec == InputSpec("file")
+    assert modality("label", classes=2, names=["cat", "dog"]).input_spec == InputSpec("choice", ("cat", "dog"))
+    assert modality("image", size=8).input_spec == InputSpec("picture")
 
 
 # --- the page, called as gradio calls it ----------------------------------------------------------------------------
@@ -296,6 +296,16 @@ def test_old_results_are_removed(page: Page) -> None:
     archives = [Path(page.sample(count=1, steps=1)[-1]["archive"]) for _ in range(KEPT + 1)]
     assert not archives[0].exists()
     assert all(path.exists() for path in archives[1:])
+
+
+def test_one_clock_leaves_out_what_takes_several(tiny_config: Path, tmp_path: Path) -> None:
+    train = ["train", str(tiny_config), "--out", str(tmp_path / "run"), "--device", "cpu"]
+    assert main([*train, "--set", "latent.layout=shared", "training.steps=1"]) == 0
+    page = Page(tmp_path / "run", tmp_path / "results")
+    assert page.controls["path"].visible is False
+    assert [value for _, value in page.controls["use-image"].choices] == ["generate", "given"]
+    assert not any(name.startswith(("noise-", "ahead-")) for name in page.controls)
+    assert page.sample(count=2, use_label="given", choice_label="4")[-1]["shown-image"].count("<img") == 2
 
 
 def test_nothing_is_sent_to_its_makers(page: Page) -> None:

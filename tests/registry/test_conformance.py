@@ -446,31 +446,31 @@ class ParseLeaks(Picture):
 
 class UnknownForm(Picture):
     @property
-    def input(self) -> InputSpec:
+    def input_spec(self) -> InputSpec:
         return InputSpec("drawing")  # type: ignore[arg-type]
 
 
 class RefusesDrawings(Picture):
     @property
-    def input(self) -> InputSpec:
+    def input_spec(self) -> InputSpec:
         return InputSpec("picture")
 
 
 class NothingToChoose(Label):
     @property
-    def input(self) -> InputSpec:
+    def input_spec(self) -> InputSpec:
         return InputSpec("choice")
 
 
 class UnknownChoice(Label):
     @property
-    def input(self) -> InputSpec:
+    def input_spec(self) -> InputSpec:
         return InputSpec("choice", ["0", "one"])
 
 
 class OneColour(Label):
     @property
-    def input(self) -> InputSpec:
+    def input_spec(self) -> InputSpec:
         return InputSpec("classes", ["cat", "dog"], [(0, 0, 0), (0, 0, 0)])
 
 

@@ -1,7 +1,7 @@
 """The page of ``mtdiffusion play``: a card for each modality, and what is sampled beside what is given.
 
-It asks each modality how its values may be given (:attr:`mtdiffusion.Modality.input`) and looks at what it writes, so
-that a modality of a third party is shown as ours are.
+It asks each modality how its values may be given (:attr:`mtdiffusion.Modality.input_spec`) and looks at what it writes,
+so that a modality of a third party is shown as ours are.
 """
 
 from __future__ import annotations
@@ -316,15 +316,20 @@ def build_page(run: Run, folder: Path) -> gr.Blocks:
                 solver = gr.Dropdown(list(SOLVERS), value=sampling.solver, label="Solver", elem_id="solver")
                 eta = gr.Slider(
                     0,
-                    1,
-                    min(sampling.eta, 1.0),
+                    max(1.0, sampling.eta),
+                    sampling.eta,
                     step=0.05,
                     label="η: noise of a step",
                     visible=sampling.solver == "ddim",
                     elem_id="eta",
                 )
                 guidance = gr.Slider(
-                    0, 10, sampling.guidance, step=0.1, label="Guidance on what is given (1: none)", elem_id="guidance"
+                    0,
+                    max(10.0, sampling.guidance),
+                    sampling.guidance,
+                    step=0.1,
+                    label="Guidance on what is given (1: none)",
+                    elem_id="guidance",
                 )
             draw = gr.Checkbox(sampling.draw, label="Draw from the final distributions, instead of their modes")
             path = gr.Radio(
@@ -503,7 +508,7 @@ def _card(run: Run, name: str, ahead: Component | None) -> Card:
                 entered, canvas = _ways_to_give(modality, name)
         with gr.Column(scale=3, min_width=280):
             shown = gr.HTML(_NOTHING, elem_id=f"shown-{name}")
-            if modality.legend and modality.input.form != "classes":
+            if modality.legend and modality.input_spec.form != "classes":
                 gr.HTML(_legend(modality.legend))
 
     def on_use(chosen: str) -> dict[Component, Any]:
@@ -517,8 +522,8 @@ def _card(run: Run, name: str, ahead: Component | None) -> Card:
 
 
 def _ways_to_give(modality: Modality, name: str) -> tuple[dict[str, Component], Canvas | None]:
-    """What a modality may be given by, as its input says or as it writes, and its canvas if there is one."""
-    spec, written = modality.input, values.written_suffix(modality)
+    """What a modality may be given by, as its input_spec says or as it writes, and its canvas if there is one."""
+    spec, written = modality.input_spec, values.written_suffix(modality)
     if spec.form in ("picture", "classes"):
         return _canvas(modality, name)
     if spec.form == "choice":
@@ -541,7 +546,7 @@ def _ways_to_give(modality: Modality, name: str) -> tuple[dict[str, Component], 
 
 def _canvas(modality: Modality, name: str) -> tuple[dict[str, Component], Canvas]:
     """A canvas to draw or paint on, and what fills it."""
-    spec, canvas = modality.input, Canvas.of(modality)
+    spec, canvas = modality.input_spec, Canvas.of(modality)
     brushes = list(spec.colours) if spec.form == "classes" else list(_DRAWING)
     palette = [*zip(spec.names, spec.colours, strict=True)] if spec.form == "classes" else []
     hint = "Draw, or open a file."

@@ -105,7 +105,7 @@ def opened(modality: Modality, path: Path, canvas: Canvas) -> Image.Image:
     Raises:
         UserError: if it cannot be read.
     """
-    if modality.input.form == "picture":
+    if modality.input_spec.form == "picture":
         with _said_of(path):
             return canvas.enlarged(fit(to_colour(open_picture(path), path), (canvas.height, canvas.width)))
     x = read_file(modality, path)[None]
@@ -120,7 +120,7 @@ def read_painting(modality: Modality, painting: Painting, canvas: Canvas, folder
     Raises:
         UserError: if the modality refuses it.
     """
-    spec = modality.input
+    spec = modality.input_spec
     path = folder / "drawing.png"
     if spec.form == "picture":
         shrunk = Image.fromarray(painting.colours).resize((canvas.width, canvas.height), Image.Resampling.BOX)

@@ -139,14 +139,14 @@ def files(subject: ModalitySubject) -> None:
 
 @check("files")
 def input_spec(subject: ModalitySubject) -> None:
-    """input says how a person may give x, and parse takes what is then entered."""
+    """input_spec says how a person may give x, and parse takes what is then entered."""
     modality = subject.cases[0].modality
-    spec = modality.input
+    spec = modality.input_spec
     require(
         isinstance(spec, InputSpec) and spec.form in _FORMS,
-        f"input is an InputSpec, its form one of {', '.join(_FORMS)}",
+        f"input_spec is an InputSpec, its form one of {', '.join(_FORMS)}",
         repr(spec),
-        "return mtdiffusion.InputSpec(form, ...), or leave input out: a file or a line of text",
+        "return mtdiffusion.InputSpec(form, ...), or leave input_spec out: a file or a line of text",
     )
     names, colours = list(spec.names), [tuple(colour) for colour in spec.colours]
     if spec.form == "choice":
@@ -185,6 +185,6 @@ def _parses(modality: Modality, text: str, what: str) -> None:
         x = modality.parse(text)
     except (UserError, ValueError) as error:
         raise contract_error(
-            "parse takes what its input asks for", f"{what}: {error}", "let parse take it, or change input"
+            "parse takes what its input_spec asks for", f"{what}: {error}", "let parse take it, or change input_spec"
         ) from error
     accepts(modality, x[None], f"what parse makes of {what}", "return a valid x from parse")
