@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.pages import chromium, served
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PACKAGES = ("mtdiffusion-depth", "mtdiffusion-audio", "mtdiffusion-tokens", "mtdiffusion-speech")
 KINDS = {
@@ -108,6 +110,38 @@ def test_any_of_them_from_any(site: Path, trained: Path) -> None:
     mtdiffusion(site, *sample, *given, "--out", "heard", cwd=trained)
     assert len(list((trained / "heard" / "label").glob("*.json"))) == 2
     assert (trained / "heard" / "audio" / "0000.wav").read_bytes() == made["audio"][0].read_bytes()
+
+
+def test_the_page_shows_them_as_it_does_ours(site: Path, trained: Path, tmp_path: Path) -> None:
+    """A recording of another rate and length is heard, a text is typed, and what is sampled plays."""
+    time = torch.arange(44100) / 44100
+    sound = (10000 * torch.sin(2 * torch.pi * 697 * time) * (time > 0.5)).round().numpy().astype("<i2")
+    with wave.open(str(tmp_path / "recording.wav"), "wb") as file:
+        file.setparams((1, 2, 44100, 0, "NONE", ""))
+        file.writeframes(sound.tobytes())
+    with chromium() as browser, served(trained / "run", {"PYTHONPATH": str(site)}) as address:
+        view = browser.new_page()
+        view.goto(address)
+        view.click("#use-audio label:nth-child(2)")
+        view.set_input_files("#card-audio input[type=file]", tmp_path / "recording.wav")
+        view.wait_for_selector("#card-audio #waveform")
+        view.click("#sample")
+        view.wait_for_selector("text=the loudest 0.13 s are taken, at 8000 Hz")
+        view.wait_for_selector("#sheet img")
+        assert view.locator("#shown-audio audio").count() == 1  # given
+        view.click("#use-audio label:nth-child(1)")
+        view.click("#use-tokens label:nth-child(2)")
+        view.fill("#text-tokens textarea", "three dark")
+        view.click("#sample")
+        view.wait_for_function("document.querySelectorAll('#shown-audio audio').length == 8")
+        assert view.inner_text("#shown-tokens p:not(.quiet)") == "three dark"
+        played = view.evaluate("""async () => {
+            const audio = document.querySelector("#shown-audio audio");
+            await audio.play();
+            await new Promise(ended => audio.addEventListener("ended", ended));
+            return audio.duration;
+        }""")
+        assert played == pytest.approx(1024 / 8000)
 
 
 def test_they_are_evaluated_by_their_own_judges(site: Path, trained: Path) -> None:

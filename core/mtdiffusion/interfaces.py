@@ -70,6 +70,24 @@ class Features(NamedTuple):
     vector: Tensor
 
 
+@frozen
+class InputSpec:
+    """How a person may give one x on a page or in a form. What is entered goes through :meth:`Modality.parse`.
+
+    Attributes:
+        form: "file": a file, or a line of text. What :meth:`Modality.write` writes says more: where that is a ``.wav``
+            a sound may be recorded, and where it is a ``.txt`` a text may be typed. "picture": a file, or a drawing,
+            handed over as a PNG in RGB of the size of :meth:`Modality.render`'s pictures. "classes": a file, or a
+            painting, handed over as a PNG of class indices of that size. "choice": one of ``names``.
+        names: of a "choice", what there is to choose from, each as parse takes it; of "classes", theirs, from index 0.
+        colours: of "classes", RGB in 0..255 of each, all different.
+    """
+
+    form: Literal["file", "picture", "classes", "choice"] = "file"
+    names: Sequence[str] = ()
+    colours: Sequence[tuple[int, int, int]] = ()
+
+
 class Encoder(nn.Module, ABC):
     """E_i: maps a modality to its code e_i in its share of the diffusion space.
 
@@ -198,6 +216,11 @@ class Modality(nn.Module, ABC):
     def legend(self) -> Sequence[tuple[str, tuple[int, int, int]]]:
         """What colours of :meth:`render` mean, names and RGB in 0..255, where a person must be told; () by default."""
         return ()
+
+    @property
+    def input_spec(self) -> InputSpec:
+        """How a person may give one x on a page; by default as on the command line, a file or a line of text."""
+        return InputSpec()
 
     @abstractmethod
     def metrics(self, generated: Tensor, truth: Tensor) -> dict[str, float]:

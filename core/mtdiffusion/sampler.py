@@ -128,6 +128,7 @@ def sample(
     settings: SamplerSettings | None = None,
     path: Tensor | None = None,
     generator: torch.Generator | None = None,
+    on_step: Callable[[int, int, Mapping[str, Params]], None] | None = None,
 ) -> dict[str, Tensor]:
     """Generate every modality, or the rest given any subset.
 
@@ -141,6 +142,8 @@ def sample(
             of the whole, so the wanted have the law that they have among all.
         path: clocks ``[K + 1, N]`` to go along, from T for all to 0 for all, instead of what the settings say.
         generator: where all randomness comes from.
+        on_step: is told of each step, when the network has been asked: how many steps are done, of how many, and the
+            parameters of p(x_i | z_t, observed) of all modalities by name. What it raises ends the sampling.
 
     Returns:
         Observed and generated modalities by name, each ``[B, ...]``; the observed as given where they were seen.
@@ -177,6 +180,8 @@ def sample(
     step = solver(model, settings, generator)
     for k in range(len(steps) - 1):
         prediction = predict(z, steps[k])
+        if on_step is not None:
+            on_step(k, len(steps) - 1, prediction.params)
         t, s = layout.clocks(steps[k], seen), layout.clocks(steps[k + 1], seen)
         z = torch.where(layout.spread(s < t) > 0, step(z, prediction, t, s), z)
         arrived = [n for i, n in enumerate(model.names) if clocks[k, i] > 0 == clocks[k + 1, i] and n not in fixed]

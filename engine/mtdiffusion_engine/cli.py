@@ -170,6 +170,13 @@ def _parser() -> argparse.ArgumentParser:
     setting(sample, of_a_run)
     on_device(sample)
 
+    play = command("play", "play with a run on a page in the browser: give some modalities, watch the others appear")
+    play.add_argument("run", type=Path, metavar="RUN")
+    play.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine)")
+    play.add_argument("--port", type=_positive, help="default: 7860, or the next that is free")
+    setting(play, of_a_run)
+    on_device(play)
+
     evaluate = command("evaluate", "measure a run on held-out data")
     evaluate.add_argument("run", type=Path, metavar="RUN")
     evaluate.add_argument(

@@ -272,6 +272,21 @@ def sample(args: Namespace) -> None:
     print(f"{args.n} samples of {', '.join(samples)}: {args.out} (at a glance: {args.out / 'samples.png'})")
 
 
+def play(args: Namespace) -> None:
+    """Show the page of a run until Ctrl-C."""
+    try:
+        with held():
+            from mtdiffusion_engine.play.page import serve
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise UserError("play: the page needs gradio: pip install 'mtdiffusion[play]'") from None
+    run = load_run(args.run, device=args.device, overrides=args.set)
+    if args.host not in ("127.0.0.1", "localhost", "::1"):
+        _say(f"warning: --host {args.host}: whoever reaches this machine over the network can use the page")
+    serve(run, args.host, args.port, lambda address: print(f"{args.run}: {address} (Ctrl-C ends it)", flush=True))
+
+
 def _pairs(option: str, arguments: list[str]) -> dict[str, str]:
     """NAME=VALUE arguments as a dict."""
     pairs: dict[str, str] = {}

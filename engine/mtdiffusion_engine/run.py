@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ import torch
 from attrs import evolve, field, frozen
 from torch import Tensor
 
-from mtdiffusion import Modality, MultimodalDiffusion, SamplerSettings, sample
+from mtdiffusion import Modality, MultimodalDiffusion, Params, SamplerSettings, sample
 from mtdiffusion_engine import checkpoint as ckpt
 from mtdiffusion_engine import hub
 from mtdiffusion_engine.data import ModalityData, load_data
@@ -145,6 +145,7 @@ class Run:
         conditioning: Literal["observed", "replacement"] | None = None,
         draw: bool | None = None,
         seed: int = 0,
+        on_step: Callable[[int, int, Mapping[str, Params]], None] | None = None,
     ) -> dict[str, Tensor]:
         """Generate every modality, or the rest given any subset; see :func:`mtdiffusion.sample`.
 
@@ -162,6 +163,7 @@ class Run:
             steps, solver, eta, guidance, conditioning, draw: as in :class:`mtdiffusion.SamplerSettings`; None: as the
                 run's configuration says.
             seed: of all randomness. The same request on the same kind of device gives the same samples.
+            on_step: is told of each step, as in :func:`mtdiffusion.sample`; of many samples, batch after batch.
 
         Returns:
             Observed and generated modalities by name, each ``[n, ...]``, on the model's device.
@@ -204,6 +206,7 @@ class Run:
                     settings=settings,
                     path=clocks,
                     generator=generator,
+                    on_step=on_step,
                 )
             except ValueError as error:
                 raise UserError(str(error)) from error

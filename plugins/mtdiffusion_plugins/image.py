@@ -14,7 +14,7 @@ from attrs.validators import ge, gt, in_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mtdiffusion import Decoder, Encoder, Features, FeatureSpec, LatentSpec, Modality, Params
+from mtdiffusion import Decoder, Encoder, Features, FeatureSpec, InputSpec, LatentSpec, Modality, Params
 from mtdiffusion.loss import low_before_high
 from mtdiffusion_plugins.files import read_image, write_image
 from mtdiffusion_plugins.heads import (
@@ -135,6 +135,10 @@ class ImageModality(Modality):
     def render(self, x: Tensor) -> Tensor:
         rgb = x if self.shape[0] == 3 else x[:, :1].expand(-1, 3, -1, -1)
         return ((rgb + 1) / 2).clamp(0, 1)
+
+    @property
+    def input_spec(self) -> InputSpec:
+        return InputSpec("picture")
 
     def metrics(self, generated: Tensor, truth: Tensor) -> dict[str, float]:
         return picture_metrics(generated, truth)

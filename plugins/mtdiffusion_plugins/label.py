@@ -14,7 +14,7 @@ from attrs.validators import ge, gt, optional
 from torch import Tensor
 from torch.nn import functional as F
 
-from mtdiffusion import Decoder, Encoder, Features, FeatureSpec, LatentSpec, Modality, Params
+from mtdiffusion import Decoder, Encoder, Features, FeatureSpec, InputSpec, LatentSpec, Modality, Params
 from mtdiffusion.loss import low_before_high
 from mtdiffusion_plugins.drawing import text_tiles
 from mtdiffusion_plugins.files import read_json_value
@@ -82,6 +82,10 @@ class LabelModality(Modality):
 
     def render(self, x: Tensor) -> Tensor:
         return text_tiles([self.class_names[k] for k in x.tolist()])
+
+    @property
+    def input_spec(self) -> InputSpec:
+        return InputSpec("choice", self.class_names)
 
     def metrics(self, generated: Tensor, truth: Tensor) -> dict[str, float]:
         """``accuracy``: the share that agrees."""

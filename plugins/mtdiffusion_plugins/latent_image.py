@@ -18,7 +18,7 @@ from attrs import field, frozen
 from attrs.validators import gt, in_
 from torch import Tensor
 
-from mtdiffusion import Decoder, Encoder, Features, FeatureSpec, LatentSpec, Modality, Params
+from mtdiffusion import Decoder, Encoder, Features, FeatureSpec, InputSpec, LatentSpec, Modality, Params
 from mtdiffusion.loss import low_before_high
 from mtdiffusion_plugins.autoencoders import (
     Autoencoder,
@@ -223,6 +223,10 @@ class LatentImageModality(Modality):
 
     def render(self, x: Tensor) -> Tensor:
         return ((self.judged(x).expand(-1, 3, -1, -1) + 1) / 2).clamp(0, 1)
+
+    @property
+    def input_spec(self) -> InputSpec:
+        return InputSpec("picture")
 
     def metrics(self, generated: Tensor, truth: Tensor) -> dict[str, float]:
         """``latent_mse``, per number of normalised latents; and of their pictures, both decoded, ``mse``, ``psnr`` and

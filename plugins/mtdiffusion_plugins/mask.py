@@ -14,7 +14,7 @@ from attrs.validators import deep_iterable, ge, gt
 from torch import Tensor
 from torch.nn import functional as F
 
-from mtdiffusion import Decoder, Encoder, Features, FeatureSpec, LatentSpec, Modality, Params
+from mtdiffusion import Decoder, Encoder, Features, FeatureSpec, InputSpec, LatentSpec, Modality, Params
 from mtdiffusion.loss import low_before_high
 from mtdiffusion_plugins.files import VOID_COLOUR, colour_of_class, read_mask, write_mask
 from mtdiffusion_plugins.heads import SIZE_HINT, MapHead, check_batch, check_channels, patch_channels, picture_size
@@ -172,6 +172,11 @@ class MaskModality(Modality):
     def legend(self) -> list[tuple[str, tuple[int, int, int]]]:
         void = [] if self.ignore is None else [("void", VOID_COLOUR)]
         return [*((name, self._colour(index)) for index, name in enumerate(self.class_names)), *void]
+
+    @property
+    def input_spec(self) -> InputSpec:
+        names = self.class_names or tuple(map(str, range(self.classes)))
+        return InputSpec("classes", names, tuple(map(self._colour, range(self.classes))))
 
     def metrics(self, generated: Tensor, truth: Tensor) -> dict[str, float]:
         """``miou``: intersection over union of each class summed over the batch, mean over the classes that occur in

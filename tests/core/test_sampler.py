@@ -761,6 +761,30 @@ def test_a_step_is_one_call_of_the_network(solver: str, guidance: float, path: d
     assert calls == [2] * 7
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_each_step_tells_what_is_expected_and_may_end_the_sampling(solver: str) -> None:
+    model, x = picture_and_label(), data(3)
+    told: list[tuple[int, int, Tensor]] = []
+
+    def on_step(done: int, of: int, params: Any) -> None:
+        assert set(params) == {"picture", "label"}
+        told.append((done, of, model.modality("picture").decoder.mode(params["picture"])))
+        if limit == len(told):
+            raise StopIteration
+
+    limit = 0
+    settings, observed = SamplerSettings(4, solver), {"label": x["label"]}  # type: ignore[arg-type]
+    out = sample(model, 3, observed=observed, settings=settings, on_step=on_step)
+    assert [step[:2] for step in told] == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    assert torch.equal(told[-1][2], out["picture"])
+    assert not torch.equal(told[0][2], out["picture"])
+    told.clear()
+    limit = 2
+    with pytest.raises(StopIteration):
+        sample(model, 3, observed=observed, settings=settings, on_step=on_step)
+    assert len(told) == 2
+
+
 @layouts
 def test_steps_beyond_those_of_the_process_are_not_taken(layout: str) -> None:
     model = picture_and_label(layout, steps=4)

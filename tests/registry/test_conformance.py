@@ -25,6 +25,7 @@ from mtdiffusion.interfaces import (
     Encoder,
     Features,
     FeatureSpec,
+    InputSpec,
     LatentSpec,
     Modality,
     Params,
@@ -443,6 +444,36 @@ class ParseLeaks(Picture):
         return torch.load(text)
 
 
+class UnknownForm(Picture):
+    @property
+    def input_spec(self) -> InputSpec:
+        return InputSpec("drawing")  # type: ignore[arg-type]
+
+
+class RefusesDrawings(Picture):
+    @property
+    def input_spec(self) -> InputSpec:
+        return InputSpec("picture")
+
+
+class NothingToChoose(Label):
+    @property
+    def input_spec(self) -> InputSpec:
+        return InputSpec("choice")
+
+
+class UnknownChoice(Label):
+    @property
+    def input_spec(self) -> InputSpec:
+        return InputSpec("choice", ["0", "one"])
+
+
+class OneColour(Label):
+    @property
+    def input_spec(self) -> InputSpec:
+        return InputSpec("classes", ["cat", "dog"], [(0, 0, 0), (0, 0, 0)])
+
+
 class NoWeight(Picture):
     loss_weight = 0.0
 
@@ -554,6 +585,11 @@ PARTS: list[tuple[type, str]] = [
     (ParsesWithBatch, "files"),
     (ParsesNoFile, "files"),
     (ParseLeaks, "files"),
+    (UnknownForm, "input_spec"),
+    (RefusesDrawings, "input_spec"),
+    (NothingToChoose, "input_spec"),
+    (UnknownChoice, "input_spec"),
+    (OneColour, "input_spec"),
 ]
 
 

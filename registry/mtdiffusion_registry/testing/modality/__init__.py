@@ -36,6 +36,7 @@ CHECKS: tuple[contract.Check, ...] = (
     presentation.metrics,
     presentation.directions,
     presentation.files,
+    presentation.input_spec,
     modules.state,
     modules.dtype,
     modules.device,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 
+from mtdiffusion.interfaces import InputSpec, Modality
 from mtdiffusion_registry.errors import UserError, did_you_mean
 from mtdiffusion_registry.testing.contract import (
     BATCHES,
@@ -21,6 +24,8 @@ from mtdiffusion_registry.testing.contract import (
 from mtdiffusion_registry.testing.modality.subject import ModalitySubject, accepts
 
 __tracebackhide__ = True
+
+_FORMS = ("file", "picture", "classes", "choice")
 
 
 @check("examples")
@@ -130,3 +135,56 @@ def files(subject: ModalitySubject) -> None:
             f"{type(error).__name__}: {error}",
             "raise a ValueError",
         ) from error
+
+
+@check("files")
+def input_spec(subject: ModalitySubject) -> None:
+    """input_spec says how a person may give x, and parse takes what is then entered."""
+    modality = subject.cases[0].modality
+    spec = modality.input_spec
+    require(
+        isinstance(spec, InputSpec) and spec.form in _FORMS,
+        f"input_spec is an InputSpec, its form one of {', '.join(_FORMS)}",
+        repr(spec),
+        "return mtdiffusion.InputSpec(form, ...), or leave input_spec out: a file or a line of text",
+    )
+    names, colours = list(spec.names), [tuple(colour) for colour in spec.colours]
+    if spec.form == "choice":
+        require(
+            len(names) > 0 and all(isinstance(name, str) and name for name in names) and _differ(names),
+            "names of the form choice are texts, at least one, all different",
+            repr(names),
+            "name each choice once",
+        )
+        for name in names:
+            _parses(modality, name, f"the choice {name!r}")
+    if spec.form == "classes":
+        in_range = all(len(colour) == 3 and set(colour) <= set(range(256)) for colour in colours)
+        require(
+            len(colours) == len(names) > 0 and _differ(colours) and in_range,
+            "the form classes has a name and a colour of its own of each class, RGB in 0..255",
+            f"{len(names)} names and the colours {colours[:9]}",
+            "list both in the order of the indices",
+        )
+    if spec.form in ("picture", "classes"):
+        height, width = modality.render(modality.placeholder(1)).shape[-2:]
+        mode, values = ("RGB", [(0, 0, 0), (255, 128, 0)]) if spec.form == "picture" else ("L", range(len(names[:256])))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "given.png"
+            for value in values:
+                Image.new(mode, (width, height), value).save(path)
+                _parses(modality, str(path), f"a PNG of mode {mode}, {width} × {height} pixels, all of them {value}")
+
+
+def _differ(values: Sequence[object]) -> bool:
+    return len(set(values)) == len(values)
+
+
+def _parses(modality: Modality, text: str, what: str) -> None:
+    try:
+        x = modality.parse(text)
+    except (UserError, ValueError) as error:
+        raise contract_error(
+            "parse takes what its input_spec asks for", f"{what}: {error}", "let parse take it, or change input_spec"
+        ) from error
+    accepts(modality, x[None], f"what parse makes of {what}", "return a valid x from parse")
