@@ -22,6 +22,7 @@ from mtdiffusion_registry.registry import Registry
 TEMPLATES = ("{}", "a picture of {}", "a small picture of {}", "this is {}")
 """What is said of a picture of a class."""
 _COMPARED = 1000  # pictures and captions of the test split among which each looks for its own
+_CHUNK = 256  # pictures embedded at a time
 _PATCHES = 8  # along a picture's shorter side: an eighth of it is what a patch sees
 
 
@@ -115,8 +116,8 @@ def _evaluate(
         prompts = embedder.embed_text([template.format(name) for name in names for template in TEMPLATES])
         classes = normalize(prompts.reshape(len(names), len(TEMPLATES), -1).mean(1), dim=1)
         right = 0
-        for part in torch.arange(len(data)).split(256):
-            samples = [data[index] for index in part.tolist()]
+        for start in range(0, len(data), _CHUNK):
+            samples = [data[index] for index in range(start, min(start + _CHUNK, len(data)))]
             codes = embedder.embed(torch.stack([sample[image] for sample in samples]))  # type: ignore[misc]
             truth = torch.stack([sample[text] for sample in samples])  # type: ignore[misc]
             right += int(((codes @ classes.T).argmax(1) == truth).sum())
