@@ -800,3 +800,27 @@ def test_a_fault_of_ours_is_not_dressed_up_as_one_of_the_user(
     result = cli("evaluate", tiny_run)
     assert result.code == 1
     assert "Traceback" in result.err
+
+
+def test_a_shell_completes_commands_options_and_files(cli: Cli, tmp_path: Path) -> None:
+    script = tmp_path / "completion"
+    script.write_text(cli("completion", "bash").out)
+    (tmp_path / "runs-here").mkdir()
+
+    def completed(*words: str) -> set[str]:
+        asked = f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _shtab_mtdiffusion"
+        code = f"source {script}; {asked}; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+        done = subprocess.run(["bash", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return set(done.stdout.split())
+
+    assert completed("mtdiffusion", "ev") == {"evaluate"}
+    assert completed("mtdiffusion", "sample", "--st") == {"--steps", "--strength"}
+    assert "runs-here" in " ".join(completed("mtdiffusion", "evaluate", "runs"))
+
+
+def test_results_and_plugins_are_printed_for_machines_too(cli: Cli, copy: Path) -> None:
+    result = cli("evaluate", copy, "--json", "--device", "cpu", "--only", "label|image", "--samples", 4)
+    assert json.loads(result.out) == json.loads((copy / "metrics.json").read_text())
+    listed = json.loads(cli("plugins", "list", "--json").out)
+    (image,) = [each for each in listed if (each["group"], each["kind"]) == ("modality", "image")]
+    assert (image["distribution"], image["status"]) == ("mtdiffusion", "ok")

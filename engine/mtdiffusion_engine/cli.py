@@ -195,6 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--steps", type=_positive, help="solver steps of the conditionals")
     evaluate.add_argument("--seed", type=_natural)
+    evaluate.add_argument("--json", action="store_true", help="print what metrics.json holds instead of a table")
     setting(evaluate, of_a_run)
     on_device(evaluate)
 
@@ -273,6 +274,7 @@ def _parser() -> argparse.ArgumentParser:
     plugins = command("plugins", "what is installed")
     actions = plugins.add_subparsers(dest="action", metavar="ACTION", required=True)
     listing = actions.add_parser("list", help="list plugins; imports none", description="List plugins; imports none.")
+    listing.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
     listing.add_argument("--verbose", action="store_true", help="show modules, and import each plugin to time it")
     listing.set_defaults(handler=_list_plugins)
     new = actions.add_parser(
@@ -296,6 +298,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     checking.add_argument("--latent", type=_positive, metavar="SIDE", help="of the largest latent (default: 8)")
     checking.set_defaults(handler=_check_plugin)
+
+    completion = command("completion", "print a script that completes commands and options in a shell")
+    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"), metavar="SHELL", help="bash, zsh or tcsh")
+    completion.set_defaults(handler=_complete)
 
     listing.set_defaults(broken_commands=_add_commands(commands))  # last: none may take the name of one of ours
     return parser
@@ -376,7 +382,27 @@ def _pack_data(args: argparse.Namespace) -> None:
     commands.pack_data(args)
 
 
+def _complete(args: argparse.Namespace) -> None:
+    import shtab
+
+    parser = _parser()
+    _complete_files(parser, shtab.FILE)
+    print(shtab.complete(parser, args.shell))
+
+
+def _complete_files(parser: argparse.ArgumentParser, files: dict[str, str]) -> None:
+    """Have the arguments that are paths completed by files' names, of all subcommands."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                _complete_files(inner, files)
+        elif action.type is Path:
+            action.complete = files  # type: ignore[attr-defined]  # where shtab looks for it
+
+
 def _list_plugins(args: argparse.Namespace) -> None:
+    import json
+
     from mtdiffusion_registry import Registry
 
     registry = Registry.discover()
@@ -403,6 +429,10 @@ def _list_plugins(args: argparse.Namespace) -> None:
         more = ["-", point.value] if args.verbose else []
         rows.append(["command", point.name, point.distribution, point.version, "broken", *more])
         notes.append(f"command {point.name} of {point.owner}: broken: {point.problem}")
+    if args.json:
+        names, *rows = rows
+        print(json.dumps([dict(zip(map(str.lower, names), row, strict=True)) for row in rows], indent=1))
+        return
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

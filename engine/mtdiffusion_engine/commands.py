@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shlex
@@ -372,7 +373,11 @@ def evaluate(args: Namespace) -> None:
     if args.only:
         changes["conditionals"] = tuple(args.only)
     evaluation = evolve(run.experiment.evaluation, **changes)
-    print_metrics(_evaluate(evolve(run, experiment=evolve(run.experiment, evaluation=evaluation))))
+    metrics = _evaluate(evolve(run, experiment=evolve(run.experiment, evaluation=evaluation)))
+    if args.json:
+        print(json.dumps(metrics, indent=1))
+        return
+    print_metrics(metrics)
     print(f"metrics: {args.run / METRICS}")
 
 
