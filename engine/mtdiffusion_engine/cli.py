@@ -390,7 +390,7 @@ def _complete(args: argparse.Namespace) -> None:
     print(shtab.complete(parser, args.shell))
 
 
-def _complete_files(parser: argparse.ArgumentParser, files: dict[str, str]) -> None:
+def _complete_files(parser: argparse.ArgumentParser, files: object) -> None:
     """Have the arguments that are paths completed by files' names, of all subcommands."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
