@@ -248,8 +248,8 @@ def sample(args: Namespace) -> None:
         if args.shards is None:
             if args.n > MANY:
                 _say(
-                    f"{args.n:,} samples are written as files, all or nothing. --shards tar writes fewer files, and the "
-                    "same command goes on where it was stopped"
+                    f"{args.n:,} samples are written as files, all or nothing. --shards tar writes fewer files, and "
+                    "the same command goes on where it was stopped"
                 )
             with _new_folder(args.out) as folder, _progress("sampling", args.n) as tell:
                 sampling.write_folder(request, folder, tell)

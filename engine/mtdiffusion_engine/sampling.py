@@ -332,11 +332,19 @@ def processes() -> Iterator[tuple[int, int]]:
     """Which of how many processes this is, as torchrun says in the environment; on CUDA each has a GPU of its own.
 
     They draw without one another, and only wait for all at the beginning and at the end.
+
+    Raises:
+        UserError: if the environment names several processes but not where they meet.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         yield 0, 1
         return
+    if absent := {"RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
+        raise UserError(
+            f"WORLD_SIZE is {world} in the environment, but there is no {min(absent)}: start several processes by "
+            "torchrun, or unset it for one"
+        )
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
     torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))  # one may be at its last shard for long
