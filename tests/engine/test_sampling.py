@@ -231,6 +231,7 @@ def test_what_a_killed_process_left_is_gone_on_with(whole: Path, tiny_run: Path,
     assert files(out) == files(whole)
 
 
+@pytest.mark.slow
 def test_several_processes_need_shards_and_torchrun(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
