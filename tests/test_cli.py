@@ -428,16 +428,12 @@ def test_sample_writes_what_suits_each_modality(cli: Cli, tiny_run: Path, tmp_pa
     files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
     stems = ("0000", "0001", "0002")
     assert files == sorted(
-        [
-            f"{name}/{stem}.{suffix}"
-            for name, suffix in (("image", "png"), ("mask", "png"), ("label", "json"))
-            for stem in stems
-        ]
-        + ["request.json", "samples.png"]
+        [f"{name}/{stem}.png" for name in ("image", "mask") for stem in stems]
+        + ["label.csv", "request.json", "samples.png"]
     )
     assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert (out / "label.csv").read_text() == "stem,value,name\n0000,3,3\n0001,3,3\n0002,3,3\n"
     for stem in stems:
-        assert json.loads((out / "label" / f"{stem}.json").read_text())["label"] == 3
         assert (np.asarray(Image.open(out / "image" / f"{stem}.png"))[:, :4] == 255).all()
     assert json.loads((out / "request.json").read_text()) == {
         "run": str(tiny_run),
@@ -458,6 +454,8 @@ def test_sample_writes_what_suits_each_modality(cli: Cli, tiny_run: Path, tmp_pa
             "draw": True,
         },
         "seed": 4,
+        "batch_size": 256,
+        "device": "cpu",
     }
     # The same request from Python gives what was written.
     observed = {"label": 3, "image": load_run(tiny_run).modality("image").parse(str(picture))}
@@ -495,8 +493,8 @@ def test_sample_starts_from_something_observed_and_goes_along_a_path(
 def test_several_values_take_turns(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert cli("sample", tiny_run, "-n", 5, "--observe", "label=3, 7", "--out", out).code == 0
-    given = [json.loads(path.read_text())["label"] for path in sorted((out / "label").iterdir())]
-    assert given == [3, 7, 3, 7, 3]
+    given = [line.split(",")[1] for line in (out / "label.csv").read_text().splitlines()[1:]]
+    assert given == ["3", "7", "3", "7", "3"]
     error = cli("sample", tiny_run, "--observe", "label=3,eleven", "--out", tmp_path / "none").error
     assert "label=3,eleven: label: expected a class from 0 to 9, found '3,eleven'" in error
 
@@ -506,7 +504,7 @@ def test_sample_generates_only_what_is_asked_for(cli: Cli, tiny_run: Path, tmp_p
     out.mkdir()  # an empty folder will do
     result = cli("sample", tiny_run, "-n", 1, "--observe", "label=3", "--generate", "mask", "--out", out)
     assert result.code == 0
-    assert sorted(path.name for path in out.iterdir()) == ["label", "mask", "request.json", "samples.png"]
+    assert sorted(path.name for path in out.iterdir()) == ["label.csv", "mask", "request.json", "samples.png"]
 
 
 @pytest.mark.parametrize("command", [("sample", "-n", 1, "--out", "out"), ("evaluate",), ("gallery",)])

@@ -294,6 +294,15 @@ class Modality(nn.Module, ABC):
     def write(self, x: Tensor, folder: Path, stem: str) -> Path:
         """Write one x (no batch axis) to ``folder/stem.<suffix that suits it>``; returns the path."""
 
+    def cells(self, x: Tensor) -> Mapping[str, int | float | str]:
+        """One x (no batch axis) as a row of a table, for what is a number or a word: many small files serve nobody.
+
+        Returns:
+            Cells by column. ``value`` is x, as a data set of tables reads it in this modality's field; others tell a
+            person more. By default none: x is written to a file, by :meth:`write`.
+        """
+        return {}
+
 
 class Backbone(nn.Module, ABC):
     """The shared denoiser. Knows nothing of modalities.

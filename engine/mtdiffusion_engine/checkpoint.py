@@ -282,8 +282,12 @@ def read_json(path: Path, remedy: str = "remove it and make it again") -> dict[s
 
 
 @contextmanager
-def alone_in(run: Path) -> Iterator[None]:
-    """Keep other processes out of a run's folder, as far as they ask. The system ends it when a process ends, however.
+def alone_in(run: Path, doing: str = "training this run") -> Iterator[None]:
+    """Keep other processes out of a folder, as far as they ask. The system ends it when a process ends, however.
+
+    Args:
+        run: the folder.
+        doing: what the process that is in it is doing.
 
     Raises:
         UserError: if another process is in it.
@@ -294,7 +298,7 @@ def alone_in(run: Path) -> Iterator[None]:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"{run}: another process is training this run. Wait until it is done, or give another folder"
+                f"{run}: another process is {doing}. Wait until it is done, or give another folder"
             ) from None
         except OSError:  # a file system that knows no locks
             pass

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tomli_w
-import torch
-from attrs import asdict, evolve
+from attrs import evolve
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
 from mtdiffusion_engine import checkpoint as ckpt
-from mtdiffusion_engine import packing
+from mtdiffusion_engine import packing, sampling
 from mtdiffusion_engine.checks import check_held_out
 from mtdiffusion_engine.cost import count_cost, describe_cost
 from mtdiffusion_engine.data import load_data
@@ -31,19 +31,21 @@ from mtdiffusion_engine.given import parsed
 from mtdiffusion_engine.hub import GALLERY, METRICS
 from mtdiffusion_engine.interrupt import held
 from mtdiffusion_engine.monitor import Monitor
-from mtdiffusion_engine.pictures import sample_sheet, visibility_of
+from mtdiffusion_engine.pictures import visibility_of
 from mtdiffusion_engine.process_plot import draw_process
 from mtdiffusion_engine.run import Run, load_run
 from mtdiffusion_engine.trainer import Trainer
 from mtdiffusion_registry import DatasetConfig, Registry, UserError
-from mtdiffusion_registry.installed import version
-from mtdiffusion_registry.pace import LOGGER
+from mtdiffusion_registry.pace import LOGGER, Pace
 
 if TYPE_CHECKING:
     from mtdiffusion_engine.measures import Kept
 
 PARTIAL = "metrics.partial.json"
 """What an evaluation has measured before it is done: it goes on from there if it is stopped."""
+
+MANY = 10_000
+"""Samples above which files are many, and what is lost when it stops is much."""
 
 
 def _console() -> Console:
@@ -235,42 +237,79 @@ def _parting(trainer: Trainer) -> str:
 
 
 def sample(args: Namespace) -> None:
-    """Sample from a run, given any subset, into a new folder."""
-    ckpt.require_free(args.out)
+    """Sample from a run, given any subset, into a new folder, or into shards of which some may be there."""
+    if args.shards is None:
+        if args.shard_size:
+            raise UserError(f"--shard-size {args.shard_size}: only shards have a size; add --shards tar")
+        ckpt.require_free(args.out)
+    with sampling.processes() as (rank, world):
+        if args.shards is None and world > 1:
+            raise UserError(f"{world} processes can only sample into shards: add --shards tar")
+        request = _request(args)
+        if args.shards is None:
+            if args.n > MANY:
+                _say(
+                    f"{args.n:,} samples are written as files, all or nothing. --shards tar writes fewer files, and "
+                    "the same command goes on where it was stopped"
+                )
+            with _new_folder(args.out) as folder, _progress("sampling", args.n) as tell:
+                sampling.write_folder(request, folder, tell)
+        else:
+            _sample_shards(request, args.out, args.shard_size or sampling.SHARD_SIZE, rank, world)
+    if rank == 0:
+        glance = args.out / sampling.SHEET
+        print(f"{args.n:,} samples of {', '.join(request.names)}: {args.out} (at a glance: {glance})")
+
+
+def _request(args: Namespace) -> sampling.Request:
+    """What is asked of a run on the command line."""
     run = load_run(args.run, device=args.device, overrides=args.set)
     for modality in run.model.modalities.values():
         modality.resize = args.resize
-    observed = {name: _given(run, name, text, args.n) for name, text in _pairs("--observe", args.observe).items()}
-    visible = {name: visibility_of(text) for name, text in _pairs("--visible", args.visible).items()}
-    strength = {name: _share("--strength", name, text) for name, text in _pairs("--strength", args.strength).items()}
+    stated = {"observed": _pairs("--observe", args.observe), "visible": _pairs("--visible", args.visible)}
     changes = {name: getattr(args, name) for name in ("steps", "solver", "eta", "guidance", "draw")}
-    changes["path"] = _path(args.path)
-    samples = run.sample(
+    return sampling.Request(
+        run,
         args.n,
-        observed=observed,
-        visible=visible,
-        strength=strength,
+        observed={name: _given(run, name, text) for name, text in stated["observed"].items()},
+        visible={name: visibility_of(text) for name, text in stated["visible"].items()},
+        strength={name: _share("--strength", name, text) for name, text in _pairs("--strength", args.strength).items()},
         generate=args.generate,
+        changes={**changes, "path": _path(args.path)},
         seed=args.seed,
-        **changes,
+        stated=stated,
     )
-    samples = {name: x.cpu() for name, x in samples.items()}
-    request = {
-        "run": str(run.path),
-        "checkpoint": run.checkpoint.name,
-        "version": version("mtdiffusion"),
-        "n": args.n,
-        "observed": _pairs("--observe", args.observe),
-        "visible": _pairs("--visible", args.visible),
-        "strength": strength,
-        "generated": [name for name in samples if name not in observed or name in visible or name in strength],
-        "settings": asdict(run.settings(**changes)),
-        "seed": args.seed,
-    }
-    with _new_folder(args.out) as folder:
-        _write_samples(run, samples, observed, visible, strength, request["observed"], folder)
-        ckpt.write_json(folder / "request.json", request)
-    print(f"{args.n} samples of {', '.join(samples)}: {args.out} (at a glance: {args.out / 'samples.png'})")
+
+
+def _sample_shards(request: sampling.Request, out: Path, size: int, rank: int, world: int) -> None:
+    record = {**request.record(), "shards": "tar", "shard_size": size}
+    with sampling.shards_in(out, record, rank, world):
+        missing = sampling.missing_shards(out, request.n, size, rank, world)
+        count = sum(min(size, request.n - shard * size) for shard in missing)
+        shards = -(-request.n // size)
+        if rank == 0 and (there := shards - len(sampling.missing_shards(out, request.n, size))):
+            _say(f"{there} of {_count(shards, 'shard')} are there" + "; the others are drawn" * (there < shards))
+        what = "sampling" if world == 1 else f"sampling, process {rank + 1} of {world}"
+        try:
+            with _progress(what, count, rank == 0) as tell:
+                sampling.write_shards(request, out, size, rank, world, tell)
+        except KeyboardInterrupt as interrupt:
+            there = shards - len(sampling.missing_shards(out, request.n, size))
+            said = f"stopped; {there} of {_count(shards, 'shard')} are there. The same command goes on with the others"
+            raise type(interrupt)(said if rank == 0 else "") from None
+
+
+@contextmanager
+def _progress(what: str, total: int, shown: bool = True) -> Iterator[Callable[[int], object]]:
+    """Tells how far work of a known amount is: a bar on a terminal, lines elsewhere."""
+    console = _console()
+    if not console.is_terminal:
+        yield Pace(what, total).tell
+        return
+    columns = (TextColumn(what), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not shown) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda done: bar.update(task, completed=done)
 
 
 def play(args: Namespace) -> None:
@@ -315,14 +354,13 @@ def _path(text: str | None) -> dict[str, float] | None:
     return {name: _share("--path", name, value) for name, value in _pairs("--path", text.split(",")).items()}
 
 
-def _given(run: Run, name: str, text: str, n: int) -> Tensor:
-    """What is observed of a modality: one value for all samples, or several, which take turns."""
+def _given(run: Run, name: str, text: str) -> Tensor:
+    """What is observed of a modality: one value for all samples, or several ``[k, ...]``, which take turns."""
     modality = run.modality(name)
     try:
-        x = parsed(modality, text)
+        return parsed(modality, text)
     except (UserError, ValueError) as error:
         raise UserError(f"--observe {name}={text}: {error}") from error
-    return x if x.ndim < modality.placeholder(1).ndim else x[torch.arange(n) % len(x)]
 
 
 @contextmanager
@@ -336,34 +374,6 @@ def _new_folder(out: Path) -> Iterator[Path]:
         partial.replace(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _write_samples(
-    run: Run,
-    samples: Mapping[str, Tensor],
-    observed: Mapping[str, Tensor],
-    visible: Mapping[str, Tensor],
-    strength: Mapping[str, float],
-    values: Mapping[str, str],
-    folder: Path,
-) -> None:
-    """A folder for each modality, a file a sample, and all at a glance; ``values``: those observed as asked for."""
-    for name, x in samples.items():
-        (folder / name).mkdir()
-        for i, one in enumerate(x):
-            run.modality(name).write(one, folder / name, f"{i:04d}")
-    # Not Path.is_file, which raises for a caption too long to be a file's name.
-    values = {name: Path(text).name if os.path.isfile(text) else text for name, text in values.items()}  # noqa: PTH113
-    sheet = sample_sheet(
-        run.model,
-        samples,
-        f"Samples of {run.path.absolute().name}",
-        observed=observed,
-        visible=visible,
-        strength=strength,
-        values=values,
-    )
-    sheet.save(folder / "samples.png")
 
 
 def evaluate(args: Namespace) -> None:

@@ -209,6 +209,7 @@ def sample_sheet(
     strength: Mapping[str, float] | None = None,
     values: Mapping[str, str] | None = None,
     most: int = 64,
+    total: int | None = None,
 ) -> Image.Image:
     """The first samples in lines, a row for each modality: above what was given, with its holes, below what was made.
 
@@ -217,10 +218,11 @@ def sample_sheet(
         observed, visible, strength: what they were made from, as :meth:`Run.sample` takes them.
         values: of those observed that are one value, what it is called: ``{"label": "horse"}``.
         most: how many are drawn; if there are more, the sheet says so.
+        total: how many there are; None: these.
     """
     observed, visible, strength = observed or {}, visible or {}, strength or {}
-    total = len(next(iter(samples.values())))
-    n = min(total, most)
+    count = len(next(iter(samples.values())))
+    n, total = min(count, most), total or count
     columns = sheet_columns(model, 16)
     given = {name: _batch(model.modality(name), observed[name], n) for name in model.names if name in observed}
     maps = {name: seen[:n] if seen.ndim == 3 else seen.expand(n, *seen.shape) for name, seen in visible.items()}
@@ -238,12 +240,18 @@ def sample_sheet(
     blocks = []
     for start in range(0, n, columns):
         stop = min(start + columns, n)
-        numbers = f"samples {start:04d} to {stop - 1:04d}"  # as their files are numbered
+        numbers = f"samples {stem_of(start, total)} to {stem_of(stop - 1, total)}"
         blocks.append(Block(numbers if n > columns else "", list(line(slice(start, stop)))))
     told = _told(given, visible, strength, values or {})
     if total > n:
         told += f"; first {n} of {total}"
     return draw_blocks(title, blocks, legends(model), told)
+
+
+def stem_of(place: int, total: int) -> str:
+    """How a sample's files are named, by its place among all: with as many digits as the last of them has, at least
+    four."""
+    return str(place).zfill(max(4, len(str(total - 1))))
 
 
 def to_image(picture: Tensor) -> Image.Image:

@@ -13,7 +13,7 @@ from torch import Tensor
 from mtdiffusion import Modality, MultimodalDiffusion, Params, SamplerSettings, sample
 from mtdiffusion_engine import checkpoint as ckpt
 from mtdiffusion_engine import hub
-from mtdiffusion_engine.data import ModalityData, load_data
+from mtdiffusion_engine.data import ModalityData, derive_seed, load_data
 from mtdiffusion_engine.experiment import (
     Experiment,
     build_model,
@@ -25,6 +25,8 @@ from mtdiffusion_engine.given import tensor_of
 from mtdiffusion_engine.pictures import visibility_of
 from mtdiffusion_registry import Registry, UserError
 from mtdiffusion_registry.errors import did_you_mean
+
+_SAMPLES = 4  # tells the seeds of samples from those of a training
 
 
 @frozen(eq=False)
@@ -145,9 +147,13 @@ class Run:
         conditioning: Literal["observed", "replacement"] | None = None,
         draw: bool | None = None,
         seed: int = 0,
+        first: int = 0,
         on_step: Callable[[int, int, Mapping[str, Params]], None] | None = None,
     ) -> dict[str, Tensor]:
         """Generate every modality, or the rest given any subset; see :func:`mtdiffusion.sample`.
+
+        They are drawn in batches of ``evaluation.batch_size``, so that any number fits into memory. What a batch leaves
+        to chance follows from the seed and from the place of its first sample, and from how many it has.
 
         Args:
             n: how many samples.
@@ -162,7 +168,11 @@ class Run:
             generate: the modalities wanted beside the observed; None: all. It saves no time: all of them are sampled.
             steps, solver, eta, guidance, conditioning, draw: as in :class:`mtdiffusion.SamplerSettings`; None: as the
                 run's configuration says.
-            seed: of all randomness. The same request on the same kind of device gives the same samples.
+            seed: of all randomness. The same request with the same batch size on the same kind of device gives the same
+                samples.
+            first: the place of the first of these samples in a longer request: ``sample(n, first=k)`` are the last n of
+                ``sample(k + n)`` if k is a multiple of the batch size. So many can be drawn in parts, by several
+                processes.
             on_step: is told of each step, as in :func:`mtdiffusion.sample`; of many samples, batch after batch.
 
         Returns:
@@ -173,6 +183,8 @@ class Run:
         """
         if n < 1:
             raise UserError(f"expected at least 1 sample, found {n}")
+        if first < 0:
+            raise UserError(f"first: expected the place of a sample, 0 or more, found {first}")
         clocks = path if isinstance(path, Tensor) else None
         ahead = None if isinstance(path, Tensor) else {} if path == "shared" else path
         settings = self.settings(
@@ -188,10 +200,13 @@ class Run:
         maps = {name: self._visible(name, value, n) for name, value in (visible or {}).items()}
         for name in generate or ():
             self.modality(name)
-        generator = torch.Generator().manual_seed(seed)
         parts = []
-        chunk = self.experiment.evaluation.batch_size  # so that any number of samples fits into memory
+        chunk = self.experiment.evaluation.batch_size
         for start in range(0, n, chunk):
+            place = first + start
+            generator = torch.Generator().manual_seed(
+                derive_seed(seed % 2**64, _SAMPLES, place) if place else seed  # torch takes negative seeds, too
+            )
             rows = slice(start, min(start + chunk, n))
             part = {name: x[rows] for name, x in given.items()}
             seen = {name: x[rows] for name, x in maps.items()}

@@ -115,6 +115,10 @@ class LabelModality(Modality):
             named, hint = f" or one of {', '.join(self.class_names)}", did_you_mean(text, self.class_names)
         raise UserError(f"label: expected a class from 0 to {self.classes - 1}{named}, found {text!r}{hint}")
 
+    def cells(self, x: Tensor) -> Mapping[str, int | float | str]:
+        """The class's index and its name."""
+        return {"value": int(x), "name": self.class_names[int(x)]}
+
     def write(self, x: Tensor, folder: Path, stem: str) -> Path:
         path = folder / f"{stem}.json"
         path.write_text(json.dumps({"label": int(x), "name": self.class_names[int(x)]}) + "\n", encoding="utf-8")

@@ -291,7 +291,7 @@ def test_samples_and_what_is_observed_are_pictures(run_folder: Path, pictures: T
     seen = torch.from_numpy(np.array(Image.open(given / "image/0000.png"), np.float32)).permute(2, 0, 1) / 127.5 - 1
     modality = load_run(run_folder, device="cpu").modality("image")
     torch.testing.assert_close(seen, modality.judged(modality.parse(str(photo))[None])[0], atol=0.005, rtol=0)
-    assert (given / "label/0000.json").is_file()
+    assert (given / "label.csv").is_file()
 
 
 def test_it_is_observed_whole_or_not_at_all(

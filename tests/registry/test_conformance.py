@@ -429,6 +429,11 @@ class WritesElsewhere(Picture):
         return super().write(x, folder, "x")
 
 
+class RowWithoutValue(Label):
+    def cells(self, x: Tensor) -> dict[str, int | float | str]:
+        return {"label": int(x)}
+
+
 class ParsesWithBatch(Picture):
     def parse(self, text: str) -> Tensor:
         return super().parse(text)[None]
@@ -582,6 +587,7 @@ PARTS: list[tuple[type, str]] = [
     (MisspeltDirection, "directions"),
     (UnknownDirection, "directions"),
     (WritesElsewhere, "files"),
+    (RowWithoutValue, "files"),
     (ParsesWithBatch, "files"),
     (ParsesNoFile, "files"),
     (ParseLeaks, "files"),

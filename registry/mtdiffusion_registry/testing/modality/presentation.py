@@ -121,6 +121,13 @@ def files(subject: ModalitySubject) -> None:
             raise contract_error(
                 "parse reads what write wrote", str(error), "let parse take the path of such a file"
             ) from error
+    cells = modality.cells(x[0])
+    require(
+        not cells or isinstance(cells.get("value"), int | float | str),
+        "cells gives a row with a column value, or none",
+        repr(cells),
+        'return {"value": x as a number or a text, ...}, or {}',
+    )
     same_shape(again, x.shape[1:], "parse(path) gives what write wrote, without a batch axis", "parse")
     accepts(modality, again[None], "what parse reads", "return a valid x from parse")
     try:

@@ -1,0 +1,354 @@
+"""Samples of a run as files: a folder, or shards that several processes draw and a later command may go on with.
+
+A batch is written as it is drawn, so memory does not grow with the number of samples. What a sample is depends on its
+place in the request, not on the process that draws it (:meth:`mtdiffusion_engine.run.Run.sample`).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from attrs import asdict, field, frozen
+from PIL import Image
+from torch import Tensor
+
+from mtdiffusion_engine import checkpoint as ckpt
+from mtdiffusion_engine.pictures import sample_sheet, stem_of
+from mtdiffusion_engine.run import Run
+from mtdiffusion_registry import UserError
+from mtdiffusion_registry.installed import version
+
+REQUEST, SHEET = "request.json", "samples.png"
+SHARDS = "samples-*.tar"
+SHOWN = 64
+"""Samples on the sheet, at most."""
+SHARD_SIZE = 1024
+"""Samples a shard, unless another number is asked for: a multiple of the usual batch size."""
+
+Tell = Callable[[int], object]
+"""Is told how many samples are drawn."""
+
+
+@frozen(eq=False)
+class Request:
+    """Samples that are asked of a run.
+
+    Attributes:
+        n: how many.
+        observed: by modality name, one value for all of them, or several ``[k, ...]`` that take turns.
+        visible, strength, generate, seed: as of :meth:`Run.sample`; a map is for all samples, ``[h, w]``.
+        changes: of the run's sampler settings, as :meth:`Run.settings` takes them.
+        stated: "observed" and "visible" as they were asked for, by modality name, for people.
+    """
+
+    run: Run
+    n: int
+    observed: Mapping[str, Tensor] = field(factory=dict)
+    visible: Mapping[str, Tensor] = field(factory=dict)
+    strength: Mapping[str, float] = field(factory=dict)
+    generate: Sequence[str] | None = None
+    changes: Mapping[str, Any] = field(factory=dict)
+    seed: int = 0
+    stated: Mapping[str, Mapping[str, str]] = field(factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """The modalities that a sample has."""
+        names = self.run.model.names
+        return [name for name in names if self.generate is None or name in self.generate or name in self.observed]
+
+    def record(self) -> dict[str, Any]:
+        """What the samples follow from, as JSON has it."""
+        kept = self.observed.keys() - self.visible.keys() - self.strength.keys()
+        record = {
+            "run": str(self.run.path),
+            "checkpoint": self.run.checkpoint.name,
+            "version": version("mtdiffusion"),
+            "n": self.n,
+            "observed": self.stated.get("observed", {}),
+            "visible": self.stated.get("visible", {}),
+            "strength": self.strength,
+            "generated": [name for name in self.names if name not in kept],
+            "settings": asdict(self.run.settings(**self.changes)),
+            "seed": self.seed,
+            "batch_size": self.run.experiment.evaluation.batch_size,
+            "device": self.run.model.device.type,
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(record))
+        return plain
+
+    def rows(self, first: int, count: int) -> dict[str, Tensor]:
+        """What is observed of some samples in a row: one value, or ``[count, ...]``."""
+        places = torch.arange(first, first + count)
+        return {
+            name: x if x.ndim < self.run.modality(name).placeholder(1).ndim else x[places % len(x)]
+            for name, x in self.observed.items()
+        }
+
+    def batches(self, first: int, count: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Samples in a row, a batch at a time: the place of its first one, and modalities by name, ``[b, ...]`` on the
+        CPU.
+
+        Raises:
+            UserError: as :meth:`Run.sample`.
+        """
+        size = self.run.experiment.evaluation.batch_size
+        for start in range(first, first + count, size):
+            part = min(size, first + count - start)
+            samples = self.run.sample(
+                part,
+                observed=self.rows(start, part),
+                visible=self.visible,
+                strength=self.strength,
+                generate=self.generate,
+                seed=self.seed,
+                first=start,
+                **self.changes,
+            )
+            yield start, {name: x.cpu() for name, x in samples.items()}
+
+    def sheet(self, samples: Mapping[str, Tensor]) -> Image.Image:
+        """The first samples at a glance, of which some are given, with what they were made from."""
+        values = {
+            # Not Path.is_file, which raises for a caption too long to be a file's name.
+            name: Path(text).name if os.path.isfile(text) else text  # noqa: PTH113
+            for name, text in self.stated.get("observed", {}).items()
+        }
+        return sample_sheet(
+            self.run.model,
+            samples,
+            f"Samples of {self.run.path.absolute().name}",
+            observed=self.rows(0, len(next(iter(samples.values())))),
+            visible=self.visible,
+            strength=self.strength,
+            values=values,
+            most=SHOWN,
+            total=self.n,
+        )
+
+
+class _First:
+    """Keeps the first samples of those that pass, for the sheet."""
+
+    def __init__(self) -> None:
+        self._parts: list[dict[str, Tensor]] = []
+
+    def see(self, start: int, samples: Mapping[str, Tensor]) -> None:
+        if start < SHOWN:
+            self._parts.append({name: x[: SHOWN - start] for name, x in samples.items()})
+
+    def samples(self) -> dict[str, Tensor]:
+        return {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
+
+
+def write_folder(request: Request, folder: Path, tell: Tell = lambda _: None) -> None:
+    """Write samples into an empty folder: a subfolder for each modality with a file a sample, or a table where its
+    values are numbers or words (:meth:`mtdiffusion.Modality.cells`); the sheet, and the request.
+
+    A data set of kind ``folder`` reads them back.
+
+    Raises:
+        UserError: as :meth:`Run.sample`.
+        OSError: if one cannot be written.
+    """
+    run, first = request.run, _First()
+    with ExitStack() as stack:
+        tables: dict[str, Any] = {}
+
+        def write(name: str, x: Tensor, stem: str) -> None:
+            modality = run.modality(name)
+            cells = modality.cells(x)
+            if not cells:
+                (folder / name).mkdir(exist_ok=True)
+                modality.write(x, folder / name, stem)
+                return
+            if name not in tables:
+                file = stack.enter_context((folder / f"{name}.csv").open("w", encoding="utf-8", newline=""))
+                tables[name] = csv.writer(file, lineterminator="\n")
+                tables[name].writerow(["stem", *cells])
+            tables[name].writerow([stem, *cells.values()])
+
+        for start, samples in request.batches(0, request.n):
+            first.see(start, samples)
+            for place, row in enumerate(zip(*samples.values(), strict=True), start):
+                for name, x in zip(samples, row, strict=True):
+                    write(name, x, stem_of(place, request.n))
+            tell(place + 1)
+    request.sheet(first.samples()).save(folder / SHEET)
+    ckpt.write_json(folder / REQUEST, request.record())
+
+
+# --- shards -----------------------------------------------------------------------------------------------------------
+
+
+def shard_name(shard: int) -> str:
+    """The name of a shard's file."""
+    return f"samples-{shard:05d}.tar"
+
+
+def missing_shards(out: Path, n: int, size: int, rank: int = 0, world: int = 1) -> list[int]:
+    """Which shards of n samples are not there yet, of those that a process is to draw: every ``world``-th."""
+    return [shard for shard in range(rank, -(-n // size), world) if not (out / shard_name(shard)).is_file()]
+
+
+def write_shards(request: Request, out: Path, size: int, rank: int, world: int, tell: Tell = lambda _: None) -> None:
+    """Draw this process's part of the shards that are missing in a folder; the first of all brings the sheet.
+
+    A shard is a tar file as WebDataset names its members: ``STEM.NAME.SUFFIX``, those of a sample side by side. It
+    gets its name when it is whole, and its bytes follow from the request and from ``size`` alone.
+
+    Args:
+        size: samples a shard; the last may have fewer.
+        rank, world: which of how many processes this is.
+        tell: is told how many samples are drawn.
+
+    Raises:
+        UserError: as :meth:`Run.sample`, or if a shard cannot be written.
+    """
+    drawn = 0
+    for shard in missing_shards(out, request.n, size, rank, world):
+        start = shard * size
+        count = min(size, request.n - start)
+
+        def tell_all(done: int, before: int = drawn) -> None:
+            tell(before + done)
+
+        try:
+            _write_shard(request, out / shard_name(shard), start, count, tell_all)
+        except OSError as error:
+            raise UserError(
+                f"{out / shard_name(shard)}: cannot be written ({error.strerror or error}). Shards that are whole are "
+                "kept; the same command goes on with the others"
+            ) from error
+        drawn += count
+
+
+def _write_shard(request: Request, path: Path, first: int, count: int, tell: Tell) -> None:
+    partial, shown = path.with_name(f".{path.name}"), _First()
+    try:
+        with partial.open("wb") as file, TemporaryDirectory() as scratch:
+            with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+                for start, samples in request.batches(first, count):
+                    shown.see(start, samples)
+                    for place, row in enumerate(zip(*samples.values(), strict=True), start):
+                        stem = stem_of(place, request.n)
+                        for name, x in zip(samples, row, strict=True):
+                            _add(tar, f"{stem}.{name}", request.run.modality(name).write(x, Path(scratch), stem))
+                    tell(place + 1 - first)
+            file.flush()
+            os.fsync(file.fileno())  # a shard that has its name is whole, after a loss of power, too
+        if first == 0:
+            request.sheet(shown.samples()).save(path.parent / SHEET)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _add(tar: tarfile.TarFile, name: str, path: Path) -> None:
+    """Move a file into an archive: its bytes, and nothing of who wrote it when."""
+    content = path.read_bytes()
+    path.unlink()
+    member = tarfile.TarInfo(name + path.suffix)  # of no owner, and of the year 1970
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+@contextmanager
+def shards_in(out: Path, record: Mapping[str, Any], rank: int, world: int) -> Iterator[None]:
+    """A folder for a request's shards, new or to go on in, while several processes are in it together.
+
+    The first process writes the request, or compares it with the one that is there. All leave when all are done. What
+    ends before there is a shard leaves nothing.
+
+    Raises:
+        UserError: if the folder holds something else, or shards of another request, or is in use.
+    """
+    with ExitStack() as stack:
+        refusal = [""]
+        if rank == 0:
+            try:
+                if not out.is_dir():
+                    ckpt.require_free(out)
+                    out.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(ckpt.alone_in(out, "sampling into this folder"))
+                _claim(out, record)
+            except UserError as error:
+                refusal = [str(error)]
+        if world > 1:
+            torch.distributed.broadcast_object_list(refusal)
+        if refusal[0]:
+            raise UserError(refusal[0])
+        try:
+            yield
+        except (UserError, KeyboardInterrupt):
+            if world == 1 and not any(out.glob(SHARDS)):
+                (out / REQUEST).unlink(missing_ok=True)
+                with suppress(OSError):  # someone has put something there
+                    out.rmdir()
+            raise
+        if world > 1:
+            try:
+                torch.distributed.barrier()
+            except RuntimeError as error:
+                raise UserError(
+                    f"{out}: another process has stopped. Shards that are whole are kept; the same command goes on "
+                    "with the others"
+                ) from error
+
+
+def _claim(out: Path, record: Mapping[str, Any]) -> None:
+    """Write the request of a folder's shards; if it has some, they must be of this one."""
+    if not any(out.glob(SHARDS)):
+        if any(path.name not in (REQUEST, SHEET) and not path.match(f".{SHARDS}") for path in out.iterdir()):
+            ckpt.require_free(out)
+        ckpt.write_json(out / REQUEST, record)
+        return
+    found = ckpt.read_json(out / REQUEST, "give another folder")
+    differ = [
+        f"{key} is {json.dumps(found.get(key))}, asked for {json.dumps(record.get(key))}"
+        for key in sorted(found.keys() | record.keys())
+        if found.get(key) != record.get(key)
+    ]
+    if differ:
+        raise UserError(
+            f"{out}: holds samples of another request ({'; '.join(differ)}). Nothing was written. Ask for what "
+            f"{out / REQUEST} says to go on with it, or give another folder"
+        )
+
+
+@contextmanager
+def processes() -> Iterator[tuple[int, int]]:
+    """Which of how many processes this is, as torchrun says in the environment; on CUDA each has a GPU of its own.
+
+    They draw without one another, and only wait for all at the beginning and at the end.
+
+    Raises:
+        UserError: if the environment names several processes but not where they meet.
+    """
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield 0, 1
+        return
+    if absent := {"RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
+        raise UserError(
+            f"WORLD_SIZE is {world} in the environment, but there is no {min(absent)}: start several processes by "
+            "torchrun, or unset it for one"
+        )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
+    torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))  # one may be at its last shard for long
+    try:
+        yield rank, world
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,349 @@
+"""Samples as files: what is written, and that it is the same however and by whomever it is drawn."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from attrs import evolve
+from PIL import Image
+from rich.console import Console
+
+from mtdiffusion_engine import Run, commands, load_run, sampling
+from mtdiffusion_engine import checkpoint as ckpt
+from mtdiffusion_engine.cli import main
+from mtdiffusion_engine.sampling import Request, missing_shards, shard_name, write_folder, write_shards
+from mtdiffusion_plugins.datasets.folder import FolderConfig
+from mtdiffusion_plugins.fields import ImageField
+from mtdiffusion_plugins.label import LabelModality
+from mtdiffusion_registry import UserError
+
+N, SIZE = 26, 8
+"""Samples and those of a shard: four shards of two batches, of which the last is not full."""
+BATCH = "evaluation.batch_size=4"
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run: Path) -> Run:
+    return load_run(tiny_run, device="cpu", overrides=[BATCH])
+
+
+def options(tiny_run: Path, out: Path, *more: object) -> list[str]:
+    """A command that samples into shards, on what takes turns."""
+    asked = [tiny_run, "-n", N, "--shards", "tar", "--shard-size", SIZE, "--observe", "label=3,7,1", "--device", "cpu"]
+    return ["sample", *map(str, [*asked, "--out", out, "--set", BATCH, *more])]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process writes that is not disturbed."""
+    out = tmp_path_factory.mktemp("shards") / "out"
+    assert main(options(tiny_run, out)) == 0
+    return out
+
+
+# --- a folder ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_written_batch_by_batch_and_holds_what_the_run_samples(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []  # pictures in the folder when a batch is drawn
+    draw = Run.sample
+
+    def watched(self: Run, n: int, **options: object) -> object:
+        written.append(len(list(tmp_path.glob("image/*.png"))))
+        return draw(self, n, **options)  # type: ignore[arg-type]
+
+    expected = run.sample(10, seed=3)
+    monkeypatch.setattr(Run, "sample", watched)
+    told: list[int] = []
+    write_folder(Request(run, 10, seed=3), tmp_path, told.append)
+    assert (written, told) == ([0, 4, 8], [4, 8, 10])
+    pictures = [np.asarray(Image.open(tmp_path / f"image/{place:04d}.png")) for place in range(10)]
+    assert np.array_equal(pictures, ((expected["image"][:, 0] + 1) * 127.5).round().numpy())
+    assert (tmp_path / "label.csv").read_text() == "stem,value,name\n" + "".join(
+        f"{place:04d},{label},{label}\n" for place, label in enumerate(expected["label"].tolist())
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        ["image", "mask", "label.csv", "request.json", "samples.png"]
+    )
+
+
+def test_a_data_set_of_kind_folder_reads_it_back(tiny_run: Path, run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(["sample", str(tiny_run), "-n", "6", "--out", str(out), "--device", "cpu", "--set", BATCH]) == 0
+    expected = run.sample(6)
+    fields = {"image": ImageField(channels=1), "mask": "mask", "label": "label"}
+    data = FolderConfig(root=out, fields=fields, test_fraction=0).build("train")
+    assert len(data) == 6
+    for place in range(6):
+        read = data[place]
+        assert isinstance(read["image"], torch.Tensor)
+        assert (read["image"] - expected["image"][place]).abs().max() <= 1 / 255 + 1e-6  # of 8 bits
+        assert torch.equal(torch.as_tensor(read["mask"]), expected["mask"][place])
+        assert read["label"] == expected["label"][place]
+
+
+def test_a_configuration_trains_on_what_was_sampled(tiny_run: Path, tiny_config: Path, tmp_path: Path) -> None:
+    out, again = tmp_path / "out", tmp_path / "again"
+    assert main(["sample", str(tiny_run), "-n", "16", "--out", str(out), "--device", "cpu"]) == 0
+    config = tmp_path / "config.toml"
+    data = f'kind = "folder", root = "{out}", fields = {{ image = "image", mask = "mask", label = "label" }}'
+    config.write_text(tiny_config.read_text().replace('data.kind = "digits"', f"data = {{ {data} }}"))
+    arguments = ["train", str(config), "--out", str(again), "--device", "cpu", "--set", "training.steps=2"]
+    assert main([*arguments, "modalities.image.channels=3"]) == 0
+    assert load_run(again, device="cpu").sample(1)["image"].shape == (1, 3, 8, 8)
+
+
+def test_names_have_as_many_digits_as_the_last() -> None:
+    stems = [sampling.stem_of(7, total) for total in (1, 10_000, 10_001, 100_000, 100_001)]
+    assert stems == ["0007", "0007", "00007", "00007", "000007"]
+
+
+# --- shards -----------------------------------------------------------------------------------------------------------
+
+
+def test_shards_hold_what_the_run_samples_and_nothing_of_who_wrote_them(whole: Path, run: Run) -> None:
+    names = [f"samples-{shard:05d}.tar" for shard in range(4)]
+    assert sorted(path.name for path in whole.iterdir()) == ["request.json", *names, "samples.png"]
+    given = torch.tensor([3, 7, 1])[torch.arange(N) % 3]
+    expected = run.sample(N, observed={"label": given})  # a shard's size is a multiple of a batch's
+    place = 0
+    for name in names:
+        with tarfile.open(whole / name) as tar:
+            members = tar.getmembers()
+            for image, mask, label in zip(*[iter(members)] * 3, strict=True):
+                stems = [f"{place:04d}.image.png", f"{place:04d}.mask.png", f"{place:04d}.label.json"]
+                assert [image.name, mask.name, label.name] == stems
+                content = [tar.extractfile(member) for member in (image, mask, label)]
+                assert all(content)
+                image, mask, label = (each.read() for each in content if each)
+                pixels = ((expected["image"][place, 0] + 1) * 127.5).round().numpy()
+                assert np.array_equal(np.asarray(Image.open(io.BytesIO(image))), pixels)
+                assert np.array_equal(np.asarray(Image.open(io.BytesIO(mask))), expected["mask"][place].numpy())
+                assert json.loads(label)["label"] == given[place]
+                place += 1
+            assert {(each.mtime, each.uid, each.gid, each.uname, each.mode) for each in members} == {
+                (0, 0, 0, "", 0o644)
+            }
+    assert place == N
+
+
+def test_a_shard_that_is_missing_is_drawn_again_byte_for_byte(
+    whole: Path, tiny_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(options(tiny_run, out)) == 0
+    (out / shard_name(1)).unlink()
+    (out / shard_name(3)).rename(out / f".{shard_name(3)}")  # as a process leaves it that is killed
+    (out / f".{shard_name(3)}").write_bytes(b"half")
+    kept = (out / shard_name(0)).stat().st_mtime_ns
+    capfd.readouterr()
+    assert main(options(tiny_run, out)) == 0
+    assert "2 of 4 shards are there; the others are drawn" in capfd.readouterr().err
+    assert files(out) == files(whole)
+    assert (out / shard_name(0)).stat().st_mtime_ns == kept
+    assert main(options(tiny_run, out)) == 0  # nothing is left to do
+    assert files(out) == files(whole)
+
+
+def test_processes_share_the_shards_out(run: Run, whole: Path, tmp_path: Path) -> None:
+    """Whichever are there already, and however many processes there were before."""
+    request = Request(run, N, observed={"label": torch.tensor([3, 7, 1])})
+    assert missing_shards(tmp_path, N, SIZE) == [0, 1, 2, 3]
+    told: list[int] = []
+    write_shards(request, tmp_path, SIZE, 1, 3, told.append)
+    assert sorted(files(tmp_path)) == [shard_name(1)]
+    write_shards(request, tmp_path, SIZE, 1, 2, told.append)
+    assert sorted(files(tmp_path)) == [shard_name(1), shard_name(3)]
+    assert told == [4, 8, 2]
+    write_shards(request, tmp_path, SIZE, 0, 1)
+    expected = files(whole)
+    assert {name: content for name, content in files(tmp_path).items() if name.endswith(".tar")} == {
+        name: content for name, content in expected.items() if name.endswith(".tar")
+    }
+
+
+SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+from mtdiffusion_engine.cli import main
+from mtdiffusion_plugins.image import ImageModality
+
+write, rank = ImageModality.write, os.environ["RANK"]
+
+def write_or_die(self, x, folder, stem):
+    if sys.argv[1] == "kill" and rank == "1" and stem == "0025":
+        os.kill(os.getpid(), signal.SIGKILL)  # in the midst of its second shard
+    return write(self, x, folder, stem)
+
+ImageModality.write = write_or_die
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def launch(folder: Path, arguments: list[str], kill: bool = False) -> subprocess.CompletedProcess[str]:
+    """A command in two processes."""
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    return subprocess.run(
+        [*start, "kill" if kill else "", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same_bytes_as_one(whole: Path, tiny_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = launch(tmp_path, options(tiny_run, out))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("26 samples of image, mask, label") == 1
+    assert files(out) == files(whole)
+
+
+@pytest.mark.slow
+def test_what_a_killed_process_left_is_gone_on_with(whole: Path, tiny_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = launch(tmp_path, options(tiny_run, out), kill=True)
+    assert done.returncode != 0
+    left = files(out)
+    assert shard_name(1) in left and shard_name(3) not in left and f".{shard_name(3)}" in left
+    assert main(options(tiny_run, out)) == 0
+    assert files(out) == files(whole)
+
+
+@pytest.mark.slow
+def test_several_processes_need_shards_and_torchrun(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(each) for each in ("sample", tiny_run, "-n", 2, "--out", tmp_path / "out")]
+    done = launch(tmp_path, arguments)
+    assert "2 processes can only sample into shards: add --shards tar" in done.stderr
+    assert main([*arguments, "--shard-size", "2"]) == 2
+    assert "--shard-size 2: only shards have a size; add --shards tar" in capfd.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(options(tiny_run, tmp_path / "out")) == 2
+    assert "WORLD_SIZE is 2 in the environment, but there is no MASTER_ADDR" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_request_is_refused_by_name(
+    whole: Path, tiny_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = files(whole)
+    for more, said in [
+        (["--seed", "1"], "(seed is 0, asked for 1)"),
+        (["-n", "30", "--shard-size", "4"], "(n is 26, asked for 30; shard_size is 8, asked for 4)"),
+        (["--observe", "image=none.png"], "none.png: no such file"),
+        (["--set", "evaluation.batch_size=8"], "(batch_size is 4, asked for 8)"),
+    ]:
+        assert main(options(tiny_run, whole, *more)) == 2
+        assert said in capfd.readouterr().err
+    assert files(whole) == before
+    plain = tmp_path / "plain"
+    assert main(["sample", str(tiny_run), "-n", "1", "--out", str(plain), "--device", "cpu"]) == 0
+    before = files(plain)
+    assert main(options(tiny_run, plain)) == 2
+    assert f"{plain}: already exists; nothing was written" in capfd.readouterr().err
+    assert files(plain) == before
+
+
+def test_a_request_that_cannot_be_met_leaves_nothing(
+    tiny_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(options(tiny_run, tmp_path / "out", "--strength", "image=0.5")) == 2
+    assert "'image', but it is not among the observed" in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def interrupt_at(stem: str, error: BaseException) -> Callable[..., Path]:
+    write = LabelModality.write
+
+    def fail(self: LabelModality, x: torch.Tensor, folder: Path, at: str) -> Path:
+        if at == stem:
+            raise error
+        return write(self, x, folder, at)
+
+    return fail
+
+
+def test_ctrl_c_keeps_whole_shards_and_says_how_to_go_on(
+    whole: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(LabelModality, "write", interrupt_at("0021", KeyboardInterrupt()))
+        assert main(options(tiny_run, out)) == 130
+    said = capfd.readouterr().err
+    assert "mtdiffusion: stopped; 2 of 4 shards are there. The same command goes on with the others" in said
+    assert sorted(files(out)) == ["request.json", shard_name(0), shard_name(1), "samples.png"]
+    assert main(options(tiny_run, out)) == 0
+    assert files(out) == files(whole)
+
+
+def test_before_the_first_shard_ctrl_c_leaves_nothing(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LabelModality, "write", interrupt_at("0003", KeyboardInterrupt()))
+    assert main(options(tiny_run, tmp_path / "out")) == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_told_and_whole_shards_are_kept(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr(LabelModality, "write", interrupt_at("0009", full))
+    out = tmp_path / "out"
+    assert main(options(tiny_run, out)) == 2
+    said = capfd.readouterr().err
+    assert f"{out / shard_name(1)}: cannot be written (No space left on device)" in said
+    assert "the same command goes on with the others" in said
+    assert sorted(files(out)) == ["request.json", shard_name(0), "samples.png"]
+
+
+def test_two_commands_do_not_sample_into_one_folder_at_once(whole: Path, run: Run) -> None:
+    refused = pytest.raises(UserError, match=r"another process is sampling into this folder\. Wait until it is done")
+    with ckpt.alone_in(whole, "sampling into this folder"), refused, sampling.shards_in(whole, {}, 0, 1):
+        raise AssertionError
+
+
+def test_a_batch_depends_on_its_place_alone(run: Run) -> None:
+    longer = run.sample(10, seed=5)
+    for first, n in ((0, 4), (4, 4), (8, 2), (4, 6)):
+        part = run.sample(n, seed=5, first=first)
+        for name, x in part.items():
+            assert torch.equal(x, longer[name][first : first + n]), name
+    assert not torch.equal(longer["image"][:4], longer["image"][4:8])
+    assert torch.equal(run.sample(6, seed=-1)["image"], run.sample(6, seed=-1)["image"])
+    larger = evolve(run, experiment=evolve(run.experiment, evaluation=evolve(run.experiment.evaluation, batch_size=5)))
+    assert not torch.equal(larger.sample(10, seed=5)["image"], longer["image"])  # as the docstring says
+    with pytest.raises(UserError, match="first: expected the place of a sample, 0 or more, found -1"):
+        run.sample(1, first=-1)
+
+
+def test_a_terminal_gets_a_bar(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(commands, "_console", lambda: Console(file=shown, force_terminal=True, width=80))
+    assert main(options(tiny_run, tmp_path / "out")) == 0
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue())
+    assert "26/26" in plain and re.search(r"\d:\d\d:\d\d", plain)
