@@ -251,6 +251,15 @@ GROUPS: Mapping[str, Group] = {
 """What is timed in turn, by title."""
 
 
+def work(contender: Contender) -> float:
+    """Floating-point operations that a contender takes for an image, in a turn of its own; 0 if it has none."""
+    if not contender.images:
+        return 0.0
+    with FlopCounterMode(display=False) as counter:
+        contender.turn()
+    return float(counter.get_total_flops()) / contender.images
+
+
 def flops(model: MultimodalDiffusion, batch: Batch) -> dict[str, float]:
     """Floating-point operations of a training step: all, and those of encoders and heads."""
     with FlopCounterMode(display=False) as counter:
@@ -351,6 +360,8 @@ def measure(
         with tempfile.TemporaryDirectory() as name:
             contenders = group.make(Path(name), registry, setting)
             race(contenders, rounds, say, setting)
+            for contender in contenders:
+                contender.work = work(contender)
             for number, contender in enumerate(contenders if memory and group.memory else ()):
                 contender.memory = peak_memory(title, number, threads)
         result["ratios"][title] = ratios(contenders)
@@ -364,18 +375,19 @@ def measure(
 
 def table(result: Mapping[str, Any]) -> str:
     """The ratios as a table in Markdown."""
-    lines = ["| what | beside | time | range | wanted | | peak memory |", "|---|---|---|---|---|---|---|"]
+    lines = ["| what | beside | time | range | wanted | | work | peak memory |", "|---|---|---|---|---|---|---|---|"]
     for rows in result["ratios"].values():
         for row in rows:
             wanted = "| |"
             if row["target"] is not None:
                 wanted = f"{row['target']:.2f} | {'met' if row['ratio'] <= row['target'] else 'not met'} |"
             memory = "not measured" if row["memory"] is None else f"{row['memory']:.2f}"
+            operations = "" if row.get("work") is None else f"{row['work']:.2f}"
             lines.append(
                 f"| {row['what']} | {row['against']} | **{row['ratio']:.2f}** "
-                f"| {row['least']:.2f} to {row['greatest']:.2f} | {wanted} {memory} |"
+                f"| {row['least']:.2f} to {row['greatest']:.2f} | {wanted} {operations} | {memory} |"
             )
-    lines += [f"| {title} | {why} | not measured | | | | |" for title, why in result.get("left_out", {}).items()]
+    lines += [f"| {title} | {why} | not measured | | | | | |" for title, why in result.get("left_out", {}).items()]
     return "\n".join(lines)
 
 

@@ -66,6 +66,7 @@ class Contender:
         trainer: of a contender whose work is counted.
         images: trained or sampled in a turn; 0 where that is not what is timed.
         parameters: of the network; 0 where they are not told.
+        work: floating-point operations an image, as torch counts them; 0 where they are not counted.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Contender:
     trainer: Trainer | None = None
     images: int = 0
     parameters: int = 0
+    work: float = 0.0
 
     @property
     def images_per_second(self) -> float | None:
@@ -140,6 +142,7 @@ def ratios(contenders: Sequence[Contender]) -> list[dict[str, Any]]:
                     "memory": _ratio(contender.memory, by_name[contender.against].memory),
                     "images_per_second": contender.images_per_second,
                     "parameters": contender.parameters or None,
+                    "work": _ratio(contender.work or None, by_name[contender.against].work),
                 }
             )
     return rows

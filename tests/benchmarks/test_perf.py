@@ -48,10 +48,10 @@ def test_a_ratio_is_of_the_times_of_one_round() -> None:
     other = perf.Contender("other", lambda: None, "alone", 1.2, [1.1, 2.6, 4.0], 150.0)
     (row,) = perf.ratios([alone, other])
     assert (row["least"], row["ratio"], row["greatest"]) == (1.0, 1.1, 1.3)
-    result = {"ratios": {"group": [row, {**row, "what": "slow", "ratio": 1.5, "memory": None}]}}
+    result = {"ratios": {"group": [row, {**row, "what": "slow", "ratio": 1.5, "memory": None, "work": 0.75}]}}
     first, second = perf.table(result).splitlines()[2:]
-    assert first == "| other | alone | **1.10** | 1.00 to 1.30 | 1.20 | met | 1.50 |"
-    assert second.endswith("| 1.20 | not met | not measured |")
+    assert first == "| other | alone | **1.10** | 1.00 to 1.30 | 1.20 | met |  | 1.50 |"
+    assert second.endswith("| 1.20 | not met | 0.75 | not measured |")
 
 
 def test_a_race_leaves_its_first_round_out() -> None:
@@ -82,6 +82,7 @@ def test_a_peer_trains_and_samples_beside_ours(tmp_path: Path) -> None:
     assert training["against"] == "diffusers, training"
     assert training["ratio"] > 0
     assert sampling["images_per_second"] > 0
+    assert all(perf.work(contender) > 1e6 for contender in contenders)  # an image's operations, ours and theirs
 
 
 def test_groups_are_chosen_by_title_and_what_is_not_installed_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +94,7 @@ def test_groups_are_chosen_by_title_and_what_is_not_installed_is_left_out(monkey
     monkeypatch.setattr(perf, "GROUPS", {"peers: absent": absent})
     result = perf.measure(1, 1, Registry.discover(), lambda _: None)
     assert result["left_out"] == {"peers: absent": "not installed: no_such_library"}
-    assert perf.table(result).endswith("| peers: absent | not installed: no_such_library | not measured | | | | |")
+    assert perf.table(result).endswith("| peers: absent | not installed: no_such_library | not measured | | | | | |")
     assert perf.flops_table(result) == "not measured"
 
 
