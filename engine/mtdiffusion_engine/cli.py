@@ -26,7 +26,7 @@ COMMANDS = "mtdiffusion.commands"
 """Entry points of modules that add a subcommand: ``add_parser(commands)``, which sets the default ``handler``."""
 SOLVERS = ("ancestral", "ddim", "dpmpp_2m")
 PARTS = ("all", "noise", "clocks")
-SCAFFOLDS = ("modality", "dataset", "field", "backbone", "schedule", "clock-law", "task")
+SCAFFOLDS = ("modality", "dataset", "field", "backbone", "schedule", "clock-law", "evaluator", "task", "method")
 SLOW_IMPORT = 1.0
 """Seconds from which the import of a plugin is called slow: who lists or trains waits for it."""
 

@@ -25,7 +25,9 @@ GROUPS = MappingProxyType(
         "backbone": "backbone",
         "schedule": "weight_schedule",
         "clock-law": "clock_law",
+        "evaluator": "evaluator",
         "task": "task",
+        "method": "method",
     }
 )
 """The group of each sort of plugin that can be written, by the name that the command line gives it."""
