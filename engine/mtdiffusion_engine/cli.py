@@ -27,6 +27,7 @@ COMMANDS = "mtdiffusion.commands"
 SOLVERS = ("ancestral", "ddim", "dpmpp_2m")
 PARTS = ("all", "noise", "clocks")
 SCAFFOLDS = ("modality", "dataset", "field", "backbone", "schedule", "clock-law", "evaluator", "task", "method")
+LIKES = ("vector", "spatial", "sequence", "file")
 SLOW_IMPORT = 1.0
 """Seconds from which the import of a plugin is called slow: who lists or trains waits for it."""
 
@@ -275,6 +276,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     new.add_argument("name", metavar="NAME", help="of the new kind, such as depth: the package is mtdiffusion-depth")
     new.add_argument("--kind", required=True, choices=SCAFFOLDS, help="what it is")
+    new.add_argument(
+        "--like",
+        choices=LIKES,
+        default="vector",
+        help="what a modality's data are: a vector, a map, a sequence, or a vector from files of its own, with the "
+        "field that reads them (default: %(default)s)",
+    )
     new.add_argument("--out", type=Path, metavar="DIR", help="default: mtdiffusion-NAME; must not exist yet")
     new.set_defaults(handler=_new_plugin)
     checking = actions.add_parser(
@@ -419,7 +427,7 @@ def _new_plugin(args: argparse.Namespace) -> None:
     from mtdiffusion_engine.scaffold import GROUPS, write_package
     from mtdiffusion_registry import Registry
 
-    folder = write_package(args.name, GROUPS[args.kind], args.out, Registry.discover())
+    folder = write_package(args.name, GROUPS[args.kind], args.out, Registry.discover(), args.like)
     print(f"{folder}: written. Next: pip install -e '{folder}[dev]' && pytest {folder}")
 
 
