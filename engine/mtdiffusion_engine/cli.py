@@ -8,7 +8,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from mtdiffusion_registry.installed import EntryPoint, entry_points, version
 
 if TYPE_CHECKING:
     from mtdiffusion_registry import PluginInfo, Registry
+    from mtdiffusion_registry.testing import Contract
 
     Commands = argparse._SubParsersAction["_Parser"]
 
@@ -26,7 +27,8 @@ COMMANDS = "mtdiffusion.commands"
 """Entry points of modules that add a subcommand: ``add_parser(commands)``, which sets the default ``handler``."""
 SOLVERS = ("ancestral", "ddim", "dpmpp_2m")
 PARTS = ("all", "noise", "clocks")
-SCAFFOLDS = ("modality", "dataset", "field", "backbone", "schedule", "clock-law", "task")
+SCAFFOLDS = ("modality", "dataset", "field", "backbone", "schedule", "clock-law", "evaluator", "task", "method")
+LIKES = ("vector", "spatial", "sequence", "file")
 SLOW_IMPORT = 1.0
 """Seconds from which the import of a plugin is called slow: who lists or trains waits for it."""
 
@@ -291,6 +293,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     new.add_argument("name", metavar="NAME", help="of the new kind, such as depth: the package is mtdiffusion-depth")
     new.add_argument("--kind", required=True, choices=SCAFFOLDS, help="what it is")
+    new.add_argument(
+        "--like",
+        choices=LIKES,
+        default="vector",
+        help="what a modality's data are: a vector, a map, a sequence, or a vector from files of its own, with the "
+        "field that reads them (default: %(default)s)",
+    )
     new.add_argument("--out", type=Path, metavar="DIR", help="default: mtdiffusion-NAME; must not exist yet")
     new.set_defaults(handler=_new_plugin)
     checking = actions.add_parser(
@@ -301,7 +310,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     checking.add_argument("name", metavar="NAME", help="KIND, or GROUP.KIND")
     checking.add_argument(
-        "--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="set a key of its configuration"
+        "--data",
+        type=Path,
+        metavar="CONFIG",
+        help="check a modality or an evaluator as this TOML file has it, on samples of its data",
+    )
+    checking.add_argument(
+        "--set",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="set a key of the plugin's configuration; with --data, of CONFIG",
     )
     checking.add_argument("--latent", type=_positive, metavar="SIDE", help="of the largest latent (default: 8)")
     checking.set_defaults(handler=_check_plugin)
@@ -463,13 +483,12 @@ def _new_plugin(args: argparse.Namespace) -> None:
     from mtdiffusion_engine.scaffold import GROUPS, write_package
     from mtdiffusion_registry import Registry
 
-    folder = write_package(args.name, GROUPS[args.kind], args.out, Registry.discover())
+    folder = write_package(args.name, GROUPS[args.kind], args.out, Registry.discover(), args.like)
     print(f"{folder}: written. Next: pip install -e '{folder}[dev]' && pytest {folder}")
 
 
 def _check_plugin(args: argparse.Namespace) -> int:
     from mtdiffusion_registry import Registry, UserError
-    from mtdiffusion_registry.config import apply_overrides
 
     known = {f"{info.group}.{info.kind}": info.kind for info in Registry.discover().plugins() if info.kind}
     found = [full for full, kind in known.items() if args.name in (full, kind)]
@@ -484,17 +503,40 @@ def _check_plugin(args: argparse.Namespace) -> int:
     if len(found) > 1:
         raise UserError(f'"{args.name}" is the kind of {len(found)} plugins; say which: {", ".join(found)}')
 
+    failed = 0
+    for title, contract in _contracts(args, found[0]):
+        counts = {"ok": 0, "failed": 0, "skipped": 0}
+        for outcome in contract.outcomes():
+            # An evaluator that refuses the kit's made-up data may be right; of data that it is to judge, it fails.
+            refused = args.data is not None and outcome.check.id == "build" and outcome.status == "skipped"
+            status = "failed" if refused else outcome.status
+            counts[status] += 1
+            said = " ".join(outcome.reason.split()) or outcome.check.contract
+            print(f"{status:<8} {outcome.check.id:<18} {said}", flush=True)
+        print(f"{title}: {', '.join(f'{count} {status}' for status, count in counts.items())}")
+        failed += counts["failed"]
+    return 1 if failed else 0
+
+
+def _contracts(args: argparse.Namespace, plugin: str) -> Iterator[tuple[str, Contract]]:
+    """What is checked, and how it is called."""
+    from mtdiffusion_registry import Registry, UserError
+    from mtdiffusion_registry.config import apply_overrides
     from mtdiffusion_registry.testing import conformance
 
-    options = {} if args.latent is None else {"height": args.latent, "width": args.latent}
-    contract = conformance(found[0], values=apply_overrides({}, args.set), **options).contract()
-    counts = {"ok": 0, "failed": 0, "skipped": 0}
-    for outcome in contract.outcomes():
-        counts[outcome.status] += 1
-        said = " ".join(outcome.reason.split()) or outcome.check.contract
-        print(f"{outcome.status:<8} {outcome.check.id:<18} {said}", flush=True)
-    print(f"{found[0]}: {', '.join(f'{count} {status}' for status, count in counts.items())}")
-    return 1 if counts["failed"] else 0
+    if args.data is None:
+        options = {} if args.latent is None else {"height": args.latent, "width": args.latent}
+        yield plugin, conformance(plugin, values=apply_overrides({}, args.set), **options).contract()
+        return
+    if args.latent is not None:
+        raise UserError("--latent: with --data the configuration says it; set latent.height and latent.width there")
+    from mtdiffusion_engine import commands
+    from mtdiffusion_engine.conforming import contracts
+    from mtdiffusion_engine.experiment import load_experiment
+
+    commands.show_log()
+    experiment = load_experiment(args.data, args.set, Registry.discover())
+    yield from ((f"{plugin} ({where})", contract) for where, contract in contracts(plugin, experiment))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -355,6 +355,48 @@ def load_data(experiment: Experiment, model: MultimodalDiffusion, split: Literal
     return data
 
 
+class _Some(Dataset):
+    """Samples of a data set, by their indices in it."""
+
+    def __init__(self, dataset: Dataset, rows: Sequence[int]) -> None:
+        self.dataset, self.rows = dataset, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor | str]:
+        return self.dataset[self.rows[index]]
+
+    def describe(self, index: int, field: str | None = None) -> str:
+        return self.dataset.describe(self.rows[index], field)
+
+
+def load_some(
+    experiment: Experiment, model: MultimodalDiffusion, split: Literal["train", "test"], names: Sequence[str], most: int
+) -> ModalityData:
+    """Samples of a split that have all of these modalities, seen through them alone: always the same random draw of
+    ``most``, or as many as there are. Nothing is derived of other samples, and nothing is measured.
+
+    Raises:
+        EmptySplit: if the split has no samples, or none that have them all.
+        UserError: as :func:`load_data`.
+    """
+    modalities = {name: model.modality(name) for name in names}
+    fields = {modality.field or name for name, modality in modalities.items()}
+    with _named(split):
+        dataset = experiment.data.reading(sorted(fields)).build(split)
+    source = Source(dataset, {}, {}, f"data ({split})")
+    rows: list[int] = []
+    for index in torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist():
+        if fields <= source.raw(index).keys():
+            rows.append(index)
+        if len(rows) == most:
+            break
+    if not rows and len(dataset):
+        raise EmptySplit(f"data ({split}): no sample has the fields {', '.join(sorted(fields))}, which are read")
+    return ModalityData(_Some(dataset, rows), modalities, f"data ({split})")
+
+
 def load_watched(experiment: Experiment, model: MultimodalDiffusion) -> ModalityData | None:
     """The split to watch a training by: the data's own for that, or else what is held out; None without either.
 

@@ -11,11 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from mtdiffusion_engine.cli import SCAFFOLDS, main
+from mtdiffusion_engine.cli import LIKES, SCAFFOLDS, main
 from mtdiffusion_engine.scaffold import FILES, GROUPS, LONGEST_NAME, write_package
+from mtdiffusion_engine.scaffold import LIKES as TEMPLATES
 from mtdiffusion_registry import Registry, UserError
 
 LONGEST = "x-" + "y" * (LONGEST_NAME - 2)
+EACH = {kind: (kind, "vector") for kind in GROUPS} | {like: ("modality", like) for like in LIKES[1:]}
+"""By a name of ours: what is asked for as --kind and as --like."""
 
 
 def run(*arguments: object, cwd: Path, path: Path | None = None) -> str:
@@ -23,7 +26,7 @@ def run(*arguments: object, cwd: Path, path: Path | None = None) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     environment.pop("MTDIFFUSION_DISABLE_PLUGINS", None)
     if path is not None:
-        environment["PYTHONPATH"] = str(path)
+        environment["PYTHONPATH"] = os.pathsep.join([str(path), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", *map(str, arguments)]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -32,12 +35,12 @@ def run(*arguments: object, cwd: Path, path: Path | None = None) -> str:
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A package of each kind, by kind."""
+    """A package of each of EACH, by name."""
     folder = tmp_path_factory.mktemp("packages")
-    for kind in GROUPS:
-        arguments = ["plugins", "new", f"new-{kind}", "--kind", kind, "--out", str(folder / kind)]
+    for name, (kind, like) in EACH.items():
+        arguments = ["plugins", "new", f"new-{name}", "--kind", kind, "--like", like, "--out", str(folder / name)]
         assert main(arguments) == 0
-    return {kind: folder / kind for kind in GROUPS}
+    return {name: folder / name for name in EACH}
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +54,14 @@ def site(packages: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_the_kinds_of_the_command_line_are_those_of_the_templates() -> None:
     assert tuple(GROUPS) == SCAFFOLDS
+    assert tuple(TEMPLATES) == LIKES
 
 
 def test_each_is_found_once_it_is_installed(site: Path) -> None:
     rows = [line.split() for line in run("mtdiffusion_engine.cli", "plugins", "list", cwd=site, path=site).splitlines()]
-    for kind, group in GROUPS.items():
-        assert [group, f"new-{kind}".replace("-", "_"), f"mtdiffusion-new-{kind}", "0.1.0", "ok"] in rows
+    for name, (kind, like) in EACH.items():
+        for group in (GROUPS[kind], "field") if like == "file" else (GROUPS[kind],):
+            assert [group, f"new-{name}".replace("-", "_"), f"mtdiffusion-new-{name}", "0.1.0", "ok"] in rows
 
 
 @pytest.mark.slow
@@ -64,17 +69,18 @@ def test_each_passes_its_own_tests(packages: dict[str, Path], site: Path) -> Non
     """In one process, since the import of torch takes longer than most of them."""
     options = ["-v", "-p", "no:cacheprovider", "--import-mode=importlib"]
     out = run("pytest", *options, *(path / "tests" for path in packages.values()), cwd=site, path=site)
-    for kind in GROUPS:
-        for test in ("test_it_keeps_the_contract", "test_it_is_found_by_its_entry_point"):
-            assert f"{f'test-new-{kind}'.replace('-', '_')}.py::{test}" in out
+    for name in EACH:
+        for part in ("_modality", "_field") if name == "file" else ("",):
+            for test in ("test_it_keeps_the_contract", "test_it_is_found_by_its_entry_point"):
+                assert f"{f'test-new-{name}'.replace('-', '_')}{part}.py::{test}" in out
     assert "SKIPPED" not in out
 
 
 @pytest.mark.parametrize("name", ["x", LONGEST])
 def test_each_is_clean_whatever_its_name(name: str, tmp_path: Path) -> None:
     registry = Registry.discover()
-    for kind, group in GROUPS.items():
-        write_package(name, group, tmp_path / kind, registry)
+    for each, (kind, like) in EACH.items():
+        write_package(name, GROUPS[kind], tmp_path / each, registry, like)
     run("ruff", "check", "--no-cache", ".", cwd=tmp_path)
     run("ruff", "format", "--no-cache", "--check", ".", cwd=tmp_path)
 
@@ -84,8 +90,8 @@ def test_a_package_is_complete_and_says_what_it_is(tmp_path: Path, monkeypatch: 
     folder = write_package("optical-flow", "modality", None, Registry.discover())
     assert folder == Path("mtdiffusion-optical-flow")
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    names = {"package": "mtdiffusion_optical_flow", "kind": "optical_flow"}
-    assert found == {file.format(**names) for file in FILES}
+    code = {"src/mtdiffusion_optical_flow/__init__.py", "tests/test_optical_flow.py"}
+    assert found == {file.format(package="mtdiffusion_optical_flow") for file in FILES} | code
     metadata = tomllib.loads((folder / "pyproject.toml").read_text())
     assert metadata["project"]["name"] == "mtdiffusion-optical-flow"
     assert metadata["project"]["entry-points"]["mtdiffusion.plugins"] == {
@@ -94,6 +100,20 @@ def test_a_package_is_complete_and_says_what_it_is(tmp_path: Path, monkeypatch: 
     assert "class OpticalFlowConfig" in (folder / "src/mtdiffusion_optical_flow/__init__.py").read_text()
     assert "${{ matrix.python }}" in (folder / ".github/workflows/ci.yml").read_text()
     assert list(tmp_path.iterdir()) == [tmp_path / folder]
+
+
+def test_a_package_may_have_plugins_of_several_groups(tmp_path: Path) -> None:
+    folder = write_package("tide", "modality", tmp_path / "out", Registry.discover(), "file")
+    metadata = tomllib.loads((folder / "pyproject.toml").read_text())
+    assert metadata["project"]["entry-points"]["mtdiffusion.plugins"] == {
+        "modality.tide": "mtdiffusion_tide.modality",
+        "field.tide": "mtdiffusion_tide.field",
+    }
+    with pytest.raises(UserError, match='a field of kind "caption" already'):
+        write_package("caption", "modality", tmp_path / "other", Registry.discover(), "file")
+    with pytest.raises(UserError, match='of a modality alone, found "spatial" of a backbone'):
+        write_package("tide", "backbone", tmp_path / "other", Registry.discover(), "spatial")
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_a_modality_may_have_keys_after_the_one_called_field(tmp_path: Path) -> None:

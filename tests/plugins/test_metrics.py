@@ -51,6 +51,15 @@ def test_the_frechet_distance_is_the_formula_with_scipy_s_matrix_root() -> None:
     assert TrainingFeatures(a, "x", 3).metrics(b)["fid_x"] == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_frechet_distance_of_what_are_no_two_sets_of_features_is_refused() -> None:
+    from mtdiffusion_plugins.metrics import frechet_distance
+
+    assert frechet_distance(gaussian(20), gaussian(20)) == pytest.approx(0, abs=1e-6)
+    for a, b in ((gaussian(1), gaussian(9)), (gaussian(9)[:, :3], gaussian(9)), (gaussian(9)[0], gaussian(9))):
+        with pytest.raises(ValueError, match=r"expected features \[n, D\] and \[m, D\]"):
+            frechet_distance(a, b)
+
+
 def test_the_kernel_distance_is_the_mean_over_pairs_of_different_samples() -> None:
     from torchmetrics.image.kid import poly_mmd
 

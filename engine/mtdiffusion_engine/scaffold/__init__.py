@@ -9,6 +9,7 @@ import importlib.util
 import keyword
 import re
 import tempfile
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -25,10 +26,22 @@ GROUPS = MappingProxyType(
         "backbone": "backbone",
         "schedule": "weight_schedule",
         "clock-law": "clock_law",
+        "evaluator": "evaluator",
         "task": "task",
+        "method": "method",
     }
 )
 """The group of each sort of plugin that can be written, by the name that the command line gives it."""
+
+LIKES = MappingProxyType(
+    {
+        "vector": "a vector of numbers",
+        "spatial": "a map of numbers, which can be observed in part",
+        "sequence": "symbols, up to so many",
+        "file": "a vector of numbers, and the field that reads them from files, in one package",
+    }
+)
+"""What a new modality's data may be like, the default first."""
 
 FILES = MappingProxyType(
     {
@@ -37,19 +50,17 @@ FILES = MappingProxyType(
         "LICENSE": "LICENSE.jinja",
         ".gitignore": "gitignore.jinja",
         ".github/workflows/ci.yml": "ci.yml.jinja",
-        "src/{package}/__init__.py": "{group}.py.jinja",
         "src/{package}/py.typed": "py.typed.jinja",
-        "tests/test_{kind}.py": "test_{group}.py.jinja",
     }
 )
-"""The files of a package, and the template of each."""
+"""The files that every package has beside its plugins and their tests, and the template of each."""
 
 
 LONGEST_NAME = 24
 """In characters: with it, the lines of the templates stay within 120."""
 
 
-def write_package(name: str, group: str, out: Path | None, registry: Registry) -> Path:
+def write_package(name: str, group: str, out: Path | None, registry: Registry, like: str = "vector") -> Path:
     """Write a package with a plugin of a new kind: all of it, or nothing.
 
     Args:
@@ -57,14 +68,18 @@ def write_package(name: str, group: str, out: Path | None, registry: Registry) -
         group: of the plugin, one of the values of :data:`GROUPS`.
         out: the folder, which must not exist; None: the distribution's name, here.
         registry: which kinds there are already.
+        like: of a modality: what its data are like, one of :data:`LIKES`.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: if the name is no name or is taken, or if the folder exists.
+        UserError: if the name is no name or is taken, if the folder exists, or if it is to be like something that there
+            is no template for.
     """
-    kind, distribution = _names(name, group, registry)
+    if like not in LIKES or (like != "vector" and group != "modality"):
+        raise UserError(f'like: expected one of {", ".join(LIKES)}, of a modality alone, found "{like}" of a {group}')
+    kind, distribution = _names(name, group, like, registry)
     folder = Path(distribution) if out is None else out
     if folder.exists():
         raise UserError(f"{folder}: already exists; nothing was written. Give another folder with --out")
@@ -77,21 +92,53 @@ def write_package(name: str, group: str, out: Path | None, registry: Registry) -
         autoescape=False,  # what is written is source code, not HTML
     )
     package = distribution.replace("-", "_")
-    names = {"group": group, "kind": kind, "distribution": distribution, "package": package}
-    more = {"class_name": _camel(kind), "title": kind.replace("_", " "), "api": API_VERSION, "ours": _release()}
+    plugins = _plugins(group, package, like)
+    names = {
+        "group": group,
+        "like": like,
+        "kind": kind,
+        "class_name": _camel(kind),
+        "distribution": distribution,
+        "package": package,
+        "modules": {each: module for each, (module, _) in plugins.items()},
+        "api": API_VERSION,
+        "ours": _release(),
+    }
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.absolute().parent) as temporary:
         partial = Path(temporary, folder.name)
-        for file, template in FILES.items():
-            path = partial / file.format(**names)
+        for file, (template, module) in _files(kind, package, plugins).items():
+            path = partial / file
             path.parent.mkdir(parents=True, exist_ok=True)
-            text = environment.get_template(template.format(**names)).render(names, **more)
+            text = environment.get_template(template).render(names, module=module)
             path.write_text(text, encoding="utf-8")
         partial.rename(folder)
     return folder
 
 
-def _names(name: str, group: str, registry: Registry) -> tuple[str, str]:
+def _plugins(group: str, package: str, like: str) -> dict[str, tuple[str, str]]:
+    """The plugins of a package by group, each its module and its template; several have modules of their own."""
+    if like == "file":
+        return {each: (f"{package}.{each}", each) for each in ("modality", "field")}
+    return {group: (package, f"{group}_{like}" if like in ("spatial", "sequence") else group)}
+
+
+def _files(kind: str, package: str, plugins: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
+    """The files of a package, and of each its template and the module that it is about."""
+    files = {file.format(package=package): (template, package) for file, template in FILES.items()}
+    if len(plugins) == 1:
+        ((module, template),) = plugins.values()
+        files[f"src/{package}/__init__.py"] = f"{template}.py.jinja", module
+        files[f"tests/test_{kind}.py"] = f"test_{template}.py.jinja", module
+        return files
+    files[f"src/{package}/__init__.py"] = "package.py.jinja", package
+    for group, (module, template) in plugins.items():
+        files[f"src/{package}/{group}.py"] = f"{template}.py.jinja", module
+        files[f"tests/test_{kind}_{group}.py"] = f"test_{template}.py.jinja", module
+    return files
+
+
+def _names(name: str, group: str, like: str, registry: Registry) -> tuple[str, str]:
     """The kind and the distribution's name."""
     proper = re.fullmatch(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*", name) and not keyword.iskeyword(name)
     if not proper or len(name) > LONGEST_NAME:
@@ -100,9 +147,12 @@ def _names(name: str, group: str, registry: Registry) -> tuple[str, str]:
             f'by "-" or "_", such as "depth" or "optical-flow", of at most {LONGEST_NAME} characters'
         )
     kind = name.replace("-", "_")
-    taken = [info for info in registry.plugins() if (info.group, info.kind) == (group, kind)]
+    groups = ("modality", "field") if like == "file" else (group,)
+    taken = [info for info in registry.plugins() if info.group in groups and info.kind == kind]
     if taken:
-        raise UserError(f'NAME: there is a {group} of kind "{kind}" already, of {taken[0].owner}; choose another name')
+        raise UserError(
+            f'NAME: there is a {taken[0].group} of kind "{kind}" already, of {taken[0].owner}; choose another name'
+        )
     distribution = f"mtdiffusion-{kind.replace('_', '-')}"
     package = distribution.replace("-", "_")
     if importlib.util.find_spec(package):

@@ -20,7 +20,24 @@ tells two pictures apart, the second what a network in float32 makes of one pict
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Fréchet distance between Gaussians fitted to features ``[n, D]`` and ``[m, D]`` (Heusel et al. 2017)."""
+    """Fréchet distance between Gaussians fitted to two sets of features (Heusel et al. 2017, equation 6).
+
+    |μ_a − μ_b|² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½), with the means μ and the covariances Σ of the two sets: in squared
+    units of the features, 0 for equal sets, lower is better. It falls as sets grow, also between samples of one
+    distribution: compare sets of one size, and features of one network alone.
+
+    Args:
+        a: ``[n, D]``, n ≥ 2, of whatever network or formula; for D beyond n the distance is defined, and means little.
+        b: ``[m, D]``, m ≥ 2.
+
+    Raises:
+        ValueError: if a set has fewer than two samples, or the two have not the same D.
+    """
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(
+            "frechet_distance: expected features [n, D] and [m, D] of at least two samples each, found "
+            f"{list(a.shape)} and {list(b.shape)}"
+        )
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     class Given(nn.Module):

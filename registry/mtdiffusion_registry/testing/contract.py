@@ -219,4 +219,5 @@ def require_directions(stated: object) -> None:
 
 def sizes(height: int, width: int) -> tuple[tuple[int, int], ...]:
     """The latents that are tried: the one given, one of half its side, and one that is not square."""
-    return (height, width), (height // 2, width // 2), (height, width // 2)
+    half = max(1, height // 2), max(1, width // 2)
+    return tuple(dict.fromkeys([(height, width), half, (height, half[1])]))
