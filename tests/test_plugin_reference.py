@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 from abc import ABC
+from importlib import import_module
 from pathlib import Path
 from textwrap import dedent
 from types import ModuleType
@@ -76,6 +77,15 @@ def test_there_is_something_to_compare() -> None:
     assert members(interfaces.Modality) >= {"encoder", "loss_weight", "derived", "check", "predictive_metrics"}
     assert members(interfaces.Dataset) == {"__len__", "__getitem__", "without", "describe", "fingerprint"}
     assert members(benchmark.Fitted) >= {"cost", "curve", "answers", "generate", "predict"}
+
+
+def test_everything_is_imported_from_where_the_page_says() -> None:
+    found = re.findall(r"^\| .*\| `([\w.]+)` \| (.*) \|$", section("Where everything is imported from"), re.M)
+    names = {name: module for module, row in found for name in re.findall(r"`(\w+)`", row)}
+    for name, module in names.items():
+        assert hasattr(import_module(module), name), f"{module}.{name}"
+    by_hand = {"Config"}  # which plugins do not subclass
+    assert {cls.__name__ for cls in CLASSES} - names.keys() == by_hand
 
 
 def test_every_hook_is_there_with_its_group_and_base() -> None:
