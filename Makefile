@@ -1,12 +1,13 @@
 # make demo   set up, train one model over four modalities on real digits, evaluate it, draw gallery.png
 # make test   set up, then lint, type-check and test
+# make test-long   what of the tests takes longest, and needs a browser
 # make docs   set up, then build the documentation as a site: site/index.html
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
 
-.PHONY: setup demo test lint types format docs docs-serve clean
+.PHONY: setup demo test test-long lint types format docs docs-serve clean
 
 setup: $(VENV)/.installed
 
@@ -28,6 +29,9 @@ types: setup
 # One thread a worker: several torch processes with several threads each slow one another down many times over.
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
+
+test-long: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m long
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -351,7 +351,7 @@ def address(browser: Any, tiny_run: Path) -> Iterator[str]:
         yield address
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_click_shows_samples_and_loads_nothing_from_elsewhere(browser: Any, address: str, width: int) -> None:
     view = browser.new_page(viewport={"width": width, "height": 900})
@@ -374,7 +374,7 @@ def test_a_click_shows_samples_and_loads_nothing_from_elsewhere(browser: Any, ad
     view.close()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_file_is_opened_a_hole_is_painted_and_it_is_filled(browser: Any, address: str, tmp_path: Path) -> None:
     Image.new("L", (8, 8), 255).save(tmp_path / "white.png")
     view = browser.new_page(viewport={"width": 1280, "height": 1600})
@@ -406,7 +406,7 @@ def test_a_file_is_opened_a_hole_is_painted_and_it_is_filled(browser: Any, addre
     view.close()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_error_is_a_sentence_on_the_page(browser: Any, address: str, tmp_path: Path) -> None:
     (tmp_path / "notes.png").write_text("no picture")
     view = browser.new_page()

@@ -216,7 +216,7 @@ def test_a_run_goes_on_over_any_number_of_processes_sharded_or_not(
     assert_close(expected, run)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_processes_killed_as_they_write_leave_the_checkpoint_before(tmp_path: Path) -> None:
     """Here the weights that the run started from: the first process had them whole."""
     source, expected, run = (tmp_path / name for name in ("source", "expected", "run"))

@@ -199,6 +199,7 @@ def stand_in_inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_inception_s_features_are_torchmetrics_s(stand_in_inception: Path) -> None:
     from torchmetrics.image.fid import NoTrainInceptionV3
 
@@ -221,6 +222,7 @@ def test_inception_s_features_are_torchmetrics_s(stand_in_inception: Path) -> No
     assert evaluator.metric_directions.keys() == metrics_of_more
 
 
+@pytest.mark.long
 def test_inception_s_features_of_the_training_pictures_are_kept(
     stand_in_inception: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -258,7 +258,7 @@ def test_pictures_are_shifted_by_as_much_as_is_asked_for():
     assert (augment(images, generator, 0, 0.1) - images).std().item() == pytest.approx(0.1, rel=0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_third_of_the_training_on_half_the_batch_is_far_above_chance():
     embedder, _ = train(RECIPES["digits"], steps=200, batch=64, report=0)
     assert evaluate_digits(embedder)["label"] > 0.4  # chance is 0.1; 0.6 was measured
