@@ -64,7 +64,7 @@ def test_each_is_found_once_it_is_installed(site: Path) -> None:
             assert [group, f"new-{name}".replace("-", "_"), f"mtdiffusion-new-{name}", "0.1.0", "ok"] in rows
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_each_passes_its_own_tests(packages: dict[str, Path], site: Path) -> None:
     """In one process, since the import of torch takes longer than most of them."""
     options = ["-v", "-p", "no:cacheprovider", "--import-mode=importlib"]

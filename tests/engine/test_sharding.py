@@ -200,7 +200,7 @@ def test_a_sharded_run_is_that_of_one_process(alone: Told, in_two: tuple[Path, l
     torch.testing.assert_close(second, first)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_goes_on_over_any_number_of_processes_sharded_or_not(
     tmp_path: Path, alone: Told, in_two: tuple[Path, list[list[dict[str, Any]]]]
 ) -> None:
