@@ -495,8 +495,9 @@ def test_several_values_take_turns(cli: Cli, tiny_run: Path, tmp_path: Path) -> 
     assert cli("sample", tiny_run, "-n", 5, "--observe", "label=3, 7", "--out", out).code == 0
     given = [line.split(",")[1] for line in (out / "label.csv").read_text().splitlines()[1:]]
     assert given == ["3", "7", "3", "7", "3"]
-    error = cli("sample", tiny_run, "--observe", "label=3,eleven", "--out", tmp_path / "none").error
-    assert "label=3,eleven: label: expected a class from 0 to 9, found '3,eleven'" in error
+    for asked, found in (("3,eleven", "eleven"), ("ten,eleven", "ten,eleven"), ("3,", "")):
+        error = cli("sample", tiny_run, "--observe", f"label={asked}", "--out", tmp_path / "none").error
+        assert f"label={asked}: label: expected a class from 0 to 9, found '{found}'" in error
 
 
 def test_sample_generates_only_what_is_asked_for(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:

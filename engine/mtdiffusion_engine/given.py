@@ -55,15 +55,20 @@ def parsed(modality: Modality, text: str) -> Tensor:
     A text that is a value as a whole (a caption, a file's name) is one, whatever commas are in it.
 
     Raises:
-        UserError, ValueError: if it is neither; of the whole.
+        UserError, ValueError: if it is neither; of the first part that is no value, or of the whole if none is.
     """
     try:
         return modality.parse(text)
     except (UserError, ValueError):
-        parts = [part.strip() for part in text.split(",")]
-        try:
-            if len(parts) > 1 and all(parts):
-                return torch.stack([modality.parse(part) for part in parts])
-        except (UserError, ValueError, RuntimeError):
-            pass
-        raise
+        values: list[Tensor] = []
+        wrong: Exception | None = None
+        for part in [part.strip() for part in text.split(",")] if "," in text else ():
+            try:
+                values.append(modality.parse(part))
+            except (UserError, ValueError) as error:
+                wrong = wrong or error
+        if not values:
+            raise
+        if wrong is not None:
+            raise wrong from None
+    return torch.stack(values)
