@@ -265,14 +265,22 @@ def visibility_of(value: Any) -> Tensor:
     it is white, 0 (to be filled in) where it is black.
 
     Raises:
-        UserError: if the file is missing, or no picture, or damaged.
+        UserError: as :func:`read_visibility`.
     """
     if isinstance(value, str | os.PathLike):
-        path = Path(value)
-        value = to_colour(open_picture(path), path)
+        return read_visibility(Path(value))
     if isinstance(value, Image.Image):
         return (torch.from_numpy(np.array(value.convert("L"))) >= 128).float()
     return torch.as_tensor(value).float()
+
+
+def read_visibility(path: Path) -> Tensor:
+    """The visibility map ``[h, w]`` of a file.
+
+    Raises:
+        UserError: if it is missing, or no picture, or damaged.
+    """
+    return visibility_of(to_colour(open_picture(path), path))
 
 
 class _Page:

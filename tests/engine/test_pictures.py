@@ -23,6 +23,7 @@ from mtdiffusion_engine.pictures import (
     Legend,
     Row,
     draw_blocks,
+    read_visibility,
     sample_sheet,
     tile,
     tile_size,
@@ -336,9 +337,17 @@ def test_a_visibility_map_is_white_where_it_is_seen(tmp_path: Path) -> None:
     visible = (torch.rand(5, 7) > 0.5).float()
     path = tmp_path / "map.png"
     to_image(visible.expand(3, -1, -1)).save(path)
-    assert torch.equal(visibility_of(path), visible)
+    assert torch.equal(read_visibility(path), visible)
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(UserError, match=r"map\.png: cannot be read as a picture"):
-        visibility_of(path)
+        read_visibility(path)
     with pytest.raises(UserError, match="no such file"):
-        visibility_of(tmp_path / "none.png")
+        read_visibility(tmp_path / "none.png")
+
+
+def test_a_visibility_map_is_a_tensor_a_picture_or_its_file(tmp_path: Path) -> None:
+    visible = (torch.rand(5, 7) > 0.5).float()
+    picture = to_image(visible.expand(3, -1, -1))
+    picture.save(tmp_path / "map.png")
+    for value in (visible, visible.bool().numpy(), picture, tmp_path / "map.png", str(tmp_path / "map.png")):
+        assert torch.equal(visibility_of(value), visible)
