@@ -70,6 +70,21 @@ class Features(NamedTuple):
     vector: Tensor
 
 
+class Estimate(NamedTuple):
+    """What z_t shows of a code by itself, weighed against what a network can tell of it.
+
+    Beside ē = z_t / m_t, which errs by σ_t / m_t, and a network's ê, which errs by d, the least error is that of
+    w ē + (1 − w) ê with w = d² / (d² + σ_t² / m_t²).
+
+    Attributes:
+        code: w ē ``[B, c, H, W]``: the code itself where the clock is at 0, and 0 where z tells nothing.
+        rest: 1 − w ``[B, 1, h, w]`` in [0, 1]; h, w are 1 or the latent's own. 0 where the clock is at 0.
+    """
+
+    code: Tensor
+    rest: Tensor
+
+
 @frozen
 class InputSpec:
     """How a person may give one x on a page or in a form. What is entered goes through :meth:`Modality.parse`.
@@ -138,13 +153,25 @@ class Decoder(nn.Module, ABC):
 
     Attributes:
         dims: number of scalar dimensions of one x, for bits per dimension.
+        detail: d, the root mean square of a network's error of this code from which on z_t itself is gone by
+            (:class:`Estimate`); None: never.
     """
 
     dims: int = 1
+    detail: float | None = None
 
     @abstractmethod
     def forward(self, features: Features) -> Params:
         """Parameters of p(x_i | .), unconstrained, with the batch first."""
+
+    def precondition(self, params: Params, estimate: Estimate, encoder: Encoder) -> Params:
+        """Parameters of p(x_i | z_t, observed) from those that the features gave and what z_t shows by itself.
+
+        Asked only of a decoder with :attr:`detail`. Details that little noise leaves to be seen then need not go
+        through the network, whose features may be too few to hold them (Karras et al. 2022, section 5, have a skip
+        connection for this). By default the parameters as they are.
+        """
+        return params
 
     @abstractmethod
     def nll(self, params: Params, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from attrs.validators import ge, min_len
 from torch import Tensor
 
 from mtdiffusion.conditioning import Observation
-from mtdiffusion.interfaces import LatentSpec
+from mtdiffusion.interfaces import Estimate, LatentSpec
 
 Codes = Mapping[str, Tensor]
 """Codes by modality name, each ``[B, c_i, H, W]``."""
@@ -47,6 +47,13 @@ def noise_level(signal: Tensor, variance: Tensor) -> Tensor:
     What a backbone is told instead of t: it means the same for another T, curve or retention.
     """
     return torch.atan2(variance.sqrt(), signal.abs()) * (2 / math.pi)
+
+
+def _estimate(z: Tensor, signal: Tensor, variance: Tensor, error: float) -> Estimate:
+    """Of e from z = signal · e + what else is in it, of this variance; signal and variance ``[B, 1, h, w]``."""
+    shown = signal.square() * error**2
+    total = (shown + variance).clamp(min=torch.finfo(torch.float64).tiny)
+    return Estimate(z * (signal * error**2 / total).to(z.dtype), (variance / total).to(z.dtype))
 
 
 class Shown(NamedTuple):
@@ -85,6 +92,10 @@ class Layout(ABC):
     @abstractmethod
     def take(self, name: str, z: Tensor) -> Tensor:
         """The channels ``[B, c_i, H, W]`` of z that a modality's code fills."""
+
+    @abstractmethod
+    def estimate(self, name: str, z: Tensor, standing: Standing, error: float) -> Estimate:
+        """What z ``[B, C, H, W]`` shows by itself of a modality's code, beside a network with this error."""
 
     @abstractmethod
     def clocks(self, t: Tensor, seen: Tensor) -> Tensor:
@@ -162,6 +173,11 @@ class OwnLayout(Layout):
         i = self.names.index(name)
         return z.narrow(1, sum(counts[:i]), counts[i])
 
+    def estimate(self, name: str, z: Tensor, standing: Standing, error: float) -> Estimate:
+        i = self.names.index(name)
+        signal = standing.signal[:, i : i + 1] * ~standing.hidden[:, i : i + 1]
+        return _estimate(self.take(name, z), signal, standing.variance[:, i : i + 1], error)
+
     def clocks(self, t: Tensor, seen: Tensor) -> Tensor:
         return torch.where(seen > 0.5, 0, t)
 
@@ -235,6 +251,11 @@ class SharedLayout(Layout):
 
     def take(self, name: str, z: Tensor) -> Tensor:
         return z
+
+    def estimate(self, name: str, z: Tensor, standing: Standing, error: float) -> Estimate:
+        signal = standing.signal * ~standing.hidden
+        own, power = signal[:, self.names.index(name)][:, None], signal.square().sum(1, keepdim=True)
+        return _estimate(z, own, power - own.square() + standing.variance[:, :1], error)
 
     def clocks(self, t: Tensor, seen: Tensor) -> Tensor:
         return t

@@ -55,8 +55,8 @@ class SamplerSettings:
     draw: bool = False
 
     def __attrs_post_init__(self) -> None:
-        if self.eta > 0 and self.solver != "ddim":
-            raise ValueError(f"eta: {self.eta} is a setting of the solver ddim, found {self.solver}")
+        if self.eta > 0 and self.solver == "ancestral":
+            raise ValueError(f"eta: {self.eta} is a setting of the solvers ddim and dpmpp_2m; ancestral's is 1")
         if self.guidance != 1 and self.conditioning == "replacement":
             raise ValueError(f"guidance: {self.guidance} has nothing to guide by with conditioning by replacement")
 
@@ -81,11 +81,12 @@ def ddim(
     return step
 
 
-def dpmpp_2m(process: DiffusionProcess) -> Step:
+def dpmpp_2m(process: DiffusionProcess, eta: float = 0.0, *, generator: torch.Generator | None = None) -> Step:
     """DPM-Solver++(2M) (Lu et al. 2022), generalised to N modalities, each with its half-log-SNR λ_i = log(m^(i)/σ).
 
-    ``z_s = (σ_s/σ_t) z_t + Σ_i (m_s^(i) − (σ_s/σ_t) m_t^(i)) ê_i*``, where ê_i* extrapolates the last two ê_i in λ_i;
-    a modality's first step and its last, into t = 0, are of first order.
+    :func:`ddim`'s step with ê_i*, which extrapolates the last two ê_i in λ_i, in place of ê_i. For η = 0 that is
+    ``z_s = (σ_s/σ_t) z_t + Σ_i (m_s^(i) − (σ_s/σ_t) m_t^(i)) ê_i*``; for η = 1 the stochastic solver of the same order.
+    A modality's first step and its last, into t = 0, are of first order.
     """
     previous: tuple[dict[str, Tensor], Tensor] | None = None
 
@@ -101,9 +102,8 @@ def dpmpp_2m(process: DiffusionProcess) -> Step:
                 for i, (name, code) in enumerate(codes.items())
             }
         previous = prediction.codes, h
-        ratio = (process.variance(s) / process.variance(t)).sqrt()
-        gain = process.signal(s) - ratio * process.signal(t)
-        return process.layout.spread(ratio).to(z.dtype) * z + process.layout.meet(gain, codes)
+        noise = standard_normal(z, generator) if eta > 0 else None
+        return process.jump(process.mean(codes, s), process.epsilon(z, codes, t), t, s, eta, noise)
 
     return step
 
@@ -111,7 +111,7 @@ def dpmpp_2m(process: DiffusionProcess) -> Step:
 def solver(model: MultimodalDiffusion, settings: SamplerSettings, generator: torch.Generator | None = None) -> Step:
     """The solver that the settings name, for one trajectory."""
     if settings.solver == "dpmpp_2m":
-        return dpmpp_2m(model.process)
+        return dpmpp_2m(model.process, settings.eta, generator=generator)
     eta = 1.0 if settings.solver == "ancestral" else settings.eta
     return ddim(model.process, eta, epsilon_head=model.epsilon_head is not None, generator=generator)
 

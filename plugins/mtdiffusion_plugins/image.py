@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
 import torch
 from attrs import field, frozen
-from attrs.validators import ge, gt, in_
+from attrs.validators import ge, gt, in_, optional
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mtdiffusion import Decoder, Encoder, Features, FeatureSpec, InputSpec, LatentSpec, Modality, Params
+from mtdiffusion import Decoder, Encoder, Estimate, Features, FeatureSpec, InputSpec, LatentSpec, Modality, Params
 from mtdiffusion.loss import low_before_high
 from mtdiffusion_plugins.files import read_image, write_image
 from mtdiffusion_plugins.heads import (
@@ -51,7 +51,15 @@ class PatchEncoder(Encoder):
         self.spare = latent.channels - channels * patch**2
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.patches(x)
+
+    def patches(self, x: Tensor) -> Tensor:
+        """``[B, channels, h, w]`` as ``[B, c, H, W]``."""
         return F.pad(F.pixel_unshuffle(x, self.patch), (0, 0, 0, 0, 0, self.spare))
+
+    def decode(self, code: Tensor) -> Tensor:
+        """``[B, c, H, W]`` as ``[B, channels, h, w]``: what :meth:`patches` undoes."""
+        return F.pixel_shuffle(code[:, : code.shape[1] - self.spare], self.patch)
 
 
 class ConvEncoder(Encoder):
@@ -77,12 +85,20 @@ class ConvEncoder(Encoder):
         patches = F.pixel_unshuffle(x, self.patch).movedim(1, -1)  # [B, H, W, channels · p²]
         return self.filters(patches).movedim(-1, 1)
 
+    def decode(self, code: Tensor) -> Tensor:
+        """The x of a code as far as it tells: ``[B, channels, h, w]``."""
+        patches = F.linear(code.movedim(1, -1), self.filters.weight.T)
+        return F.pixel_shuffle(patches.movedim(-1, 1), self.patch)
+
 
 class GaussianImageDecoder(Decoder):
     """p(x | h) = N(mean, σ² I) with one σ a sample; the exact likelihood is over the discrete levels of the pixels."""
 
-    def __init__(self, features: FeatureSpec, shape: tuple[int, int, int], patch: int, levels: int) -> None:
+    def __init__(
+        self, features: FeatureSpec, shape: tuple[int, int, int], patch: int, levels: int, detail: float | None
+    ) -> None:
         super().__init__()
+        self.detail = detail
         self.mean = MapHead(features, shape[0], patch)
         self.log_scale = ScaleHead(features)
         self.levels = levels
@@ -90,6 +106,10 @@ class GaussianImageDecoder(Decoder):
 
     def forward(self, features: Features) -> Params:
         return {"mean": self.mean(features.map), "log_scale": self.log_scale(features.vector)}
+
+    def precondition(self, params: Params, estimate: Estimate, encoder: Encoder) -> Params:
+        assert isinstance(encoder, PatchEncoder | ConvEncoder)
+        return {**params, "mean": preconditioned(params["mean"], estimate, encoder, encoder.decode)}
 
     def nll(self, params: Params, x: Tensor) -> Tensor:
         return discretised_gaussian_nll(params["mean"], params["log_scale"], x, self.levels)
@@ -108,6 +128,13 @@ class GaussianImageDecoder(Decoder):
         device = mean.device if generator is None else generator.device
         noise = torch.randn(mean.shape, dtype=mean.dtype, device=device, generator=generator).to(mean.device)
         return (mean + scale_of(params["log_scale"], mean) * noise).clamp(-1, 1)
+
+
+def preconditioned(
+    x: Tensor, estimate: Estimate, encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """What a head says of x ``[B, ...]``, with as much of the code as z shows; what no code holds is the head's."""
+    return x + decode(estimate.code + (estimate.rest - 1) * encode(x))
 
 
 class ImageModality(Modality):
@@ -200,6 +227,8 @@ class ImageConfig(ModalityConfig):
         levels: how many values a pixel can take, for the exact likelihood (256 for 8 bits).
         loss_weight: λ of its part of L2.
         snr_clamp: λ_t = loss_weight · clamp(SNR_t, low, high).
+        detail: error of the network, as a root mean square of pixels in [−1, 1], from which on the noisy picture itself
+            is gone by; None: never.
         field: the data set's field; None: the instance's name.
     """
 
@@ -211,6 +240,7 @@ class ImageConfig(ModalityConfig):
     levels: int = field(default=256, validator=ge(2))
     loss_weight: float = field(default=1.0, validator=gt(0.0))
     snr_clamp: tuple[float, float] = field(default=(0.05, 5.0), validator=low_before_high)
+    detail: float | None = field(default=0.1, validator=optional(gt(0.0)))
     field: str | None = None
 
     def latent_channels(self, height: int, width: int) -> int:
@@ -222,7 +252,7 @@ class ImageConfig(ModalityConfig):
         height, width, patch = picture_size("image", self.size, latent)
         shape = (self.channels, height, width)
         encoder = (PatchEncoder if self.encoder == "patch" else ConvEncoder)(latent, self.channels, patch)
-        decoder = GaussianImageDecoder(features, shape, patch, self.levels)
+        decoder = GaussianImageDecoder(features, shape, patch, self.levels, self.detail)
         return ImageModality(encoder, decoder, self, shape)
 
 

@@ -15,10 +15,10 @@ from typing import ClassVar, Literal
 
 import torch
 from attrs import field, frozen
-from attrs.validators import gt, in_
+from attrs.validators import gt, in_, optional
 from torch import Tensor
 
-from mtdiffusion import Decoder, Encoder, Features, FeatureSpec, InputSpec, LatentSpec, Modality, Params
+from mtdiffusion import Decoder, Encoder, Estimate, Features, FeatureSpec, InputSpec, LatentSpec, Modality, Params
 from mtdiffusion.loss import low_before_high
 from mtdiffusion_plugins.autoencoders import (
     Autoencoder,
@@ -32,7 +32,7 @@ from mtdiffusion_plugins.autoencoders import (
 from mtdiffusion_plugins.files import read_image, write_image
 from mtdiffusion_plugins.heads import MapHead, ScaleHead, check_batch, gaussian_objective, patch_channels, scale_of
 from mtdiffusion_plugins.heads import picture_size as fitting_size
-from mtdiffusion_plugins.image import PatchEncoder, picture_metrics
+from mtdiffusion_plugins.image import PatchEncoder, picture_metrics, preconditioned
 from mtdiffusion_plugins.sizes import Size, by, positive_size
 from mtdiffusion_registry.configs import ModalityConfig
 from mtdiffusion_registry.hookspecs import hookimpl
@@ -92,7 +92,7 @@ class LatentEncoder(PatchEncoder):
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.scale.normalised(x))
+        return self.patches(self.scale.normalised(x))
 
 
 class GaussianLatentDecoder(Decoder):
@@ -102,8 +102,11 @@ class GaussianLatentDecoder(Decoder):
     The likelihood is the density of the latents: what it says in bits is of them, not of pixels.
     """
 
-    def __init__(self, features: FeatureSpec, shape: tuple[int, int, int], patch: int, scale: Scale) -> None:
+    def __init__(
+        self, features: FeatureSpec, shape: tuple[int, int, int], patch: int, scale: Scale, detail: float | None
+    ) -> None:
         super().__init__()
+        self.detail = detail
         self.mean = MapHead(features, shape[0], patch)
         self.log_scale = ScaleHead(features)
         self.scale = scale
@@ -111,6 +114,10 @@ class GaussianLatentDecoder(Decoder):
 
     def forward(self, features: Features) -> Params:
         return {"mean": self.mean(features.map), "log_scale": self.log_scale(features.vector)}
+
+    def precondition(self, params: Params, estimate: Estimate, encoder: Encoder) -> Params:
+        assert isinstance(encoder, LatentEncoder)
+        return {**params, "mean": preconditioned(params["mean"], estimate, encoder.patches, encoder.decode)}
 
     def nll(self, params: Params, x: Tensor) -> Tensor:
         mean = params["mean"]
@@ -272,6 +279,8 @@ class LatentImageConfig(ModalityConfig):
             where it has none, as "data": by mean and standard deviation of each channel over the training data.
         loss_weight: λ of its part of L2.
         snr_clamp: λ_t = loss_weight · clamp(SNR_t, low, high).
+        detail: error of the network, as a root mean square of normalised latents, from which on the noisy latent itself
+            is gone by; None: never.
         field: the data set's field of pictures; None: the instance's name.
     """
 
@@ -283,6 +292,7 @@ class LatentImageConfig(ModalityConfig):
     normalisation: Literal["autoencoder", "data"] = field(default="autoencoder", validator=in_(("autoencoder", "data")))
     loss_weight: float = field(default=1.0, validator=gt(0.0))
     snr_clamp: tuple[float, float] = field(default=(0.05, 5.0), validator=low_before_high)
+    detail: float | None = field(default=0.1, validator=optional(gt(0.0)))
     field: str | None = None
 
     @property
@@ -310,7 +320,9 @@ class LatentImageConfig(ModalityConfig):
         scale = Scale(spec.channels, spec.scale if self.normalisation == "autoencoder" else None)
         patch = pixels // spec.factor
         encoder = LatentEncoder(latent, spec.channels, patch, scale)
-        return LatentImageModality(encoder, GaussianLatentDecoder(features, shape, patch, scale), self, spec, shape)
+        return LatentImageModality(
+            encoder, GaussianLatentDecoder(features, shape, patch, scale, self.detail), self, spec, shape
+        )
 
 
 @hookimpl

@@ -37,6 +37,7 @@ from mtdiffusion import (
 )
 from mtdiffusion.clocks import clock_path
 from mtdiffusion.layout import noise_level
+from mtdiffusion.model import standard_normal
 from mtdiffusion.sampler import Step, ddim, dpmpp_2m
 from tests.core.gaussians import (
     JointGaussian,
@@ -347,12 +348,16 @@ def _solve(step: Step, predict: Predict, z: Tensor, path: Tensor) -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
+@pytest.mark.parametrize("algorithm", ["dpmsolver++", "sde-dpmsolver++"])
 @pytest.mark.parametrize("steps", [8, 20])
 @pytest.mark.parametrize("beta_schedule", ["linear", "squaredcos_cap_v2"])
-def test_one_modality_is_sampled_like_diffusers_dpm_solver(beta_schedule: str, steps: int) -> None:
-    oracle = DPMSolverMultistepScheduler(1000, beta_schedule=beta_schedule, prediction_type="sample")
+def test_one_modality_is_sampled_like_diffusers_dpm_solver(beta_schedule: str, steps: int, algorithm: str) -> None:
+    """η = 0 is the solver of the differential equation, η = 1 that of the stochastic one with the same noise."""
+    oracle = DPMSolverMultistepScheduler(
+        1000, beta_schedule=beta_schedule, prediction_type="sample", algorithm_type=algorithm
+    )
     oracle.set_timesteps(steps)
-    assert (oracle.config.algorithm_type, oracle.config.solver_order) == ("dpmsolver++", 2)
+    assert (oracle.config.algorithm_type, oracle.config.solver_order) == (algorithm, 2)
     layout = OwnLayout({"x": 2}, 3, 3)
     process = DiffusionProcess.build(Retention.from_alphas(oracle.alphas), DirectWeights(), layout)
     visited: list[Tensor] = []
@@ -367,11 +372,14 @@ def test_one_modality_is_sampled_like_diffusers_dpm_solver(beta_schedule: str, s
 
     start = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     path = torch.tensor([t + 1 for t in oracle.timesteps.tolist()] + [0])[:, None]
-    last = _solve(dpmpp_2m(process), predict, start, path)
+    eta, generator = float(algorithm.startswith("sde")), torch.Generator().manual_seed(1)
+    last = _solve(dpmpp_2m(process, eta, generator=generator), predict, start, path)
     z = start
+    generator = torch.Generator().manual_seed(1)
     for found, timestep in zip(visited, oracle.timesteps, strict=True):
         torch.testing.assert_close(found, z, rtol=0, atol=2e-4)  # they step in float32
-        z = oracle.step(head(z), timestep, z).prev_sample
+        noise = standard_normal(z, generator) if eta else None
+        z = oracle.step(head(z), timestep, z, variance_noise=noise).prev_sample
     torch.testing.assert_close(last, z, rtol=0, atol=2e-4)
 
 
@@ -920,7 +928,7 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"eta": 0.5}, "eta: 0.5 is a setting of the solver ddim, found ancestral"),
+        ({"eta": 0.5}, "eta: 0.5 is a setting of the solvers ddim and dpmpp_2m"),
         ({"guidance": 2.0, "conditioning": "replacement"}, "guidance: 2.0 has nothing to guide by"),
     ],
 )

@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate, normalize
 from mtdiffusion_registry.errors import UserError, did_you_mean
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
-BUILTIN = {f"builtin:{data}": WEIGHTS / f"{data}_clip" for data in ("digits", "shapes")}
+BUILTIN = {f"builtin:{data}": WEIGHTS / f"{data}_clip" for data in ("digits", "shapes", "scenes")}
 """The models that we ship: each a ``.json`` and a ``.safetensors`` file, made by :mod:`.train_clip`."""
 
 Tokenizer = Callable[[list[str]], Tensor]

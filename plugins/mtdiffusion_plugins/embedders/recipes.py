@@ -9,6 +9,7 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
+from mtdiffusion_plugins.datasets import scenes
 from mtdiffusion_plugins.datasets._tensors import TensorDataset
 from mtdiffusion_plugins.datasets.digits import (
     NATIVE_SIZE,
@@ -132,43 +133,84 @@ def shapes_captions(data: TensorDataset) -> list[list[str]]:
     return rows
 
 
+def share_right(embedder: ImageEmbedder, codes: Tensor, candidates: list[list[str]], truth: list[str]) -> float:
+    """The share of pictures' codes ``[N, D]`` whose nearest caption, among a list of their own, is the true one."""
+    prompts = sorted({prompt for each in candidates for prompt in each})
+    number = {prompt: index for index, prompt in enumerate(prompts)}
+    indices = torch.tensor([[number[prompt] for prompt in each] for each in candidates])
+    scores = (codes @ embedder.embed_text(prompts).T).gather(1, indices)
+    picked = scores.argmax(dim=1).tolist()
+    return sum(each[k] == right for each, k, right in zip(candidates, picked, truth, strict=True)) / len(truth)
+
+
+def retrieval(embedder: ImageEmbedder, codes: Tensor, captions: list[str]) -> dict[str, float]:
+    """How often a picture's caption, or a picture of that caption, is among the k nearest of all: k of 1 and 5.
+
+    Args:
+        codes: of the pictures, ``[N, D]``.
+        captions: of the pictures. Captions that repeat are one another's.
+    """
+    similarity = codes @ embedder.embed_text(captions).T
+    same = torch.tensor([[caption == other for other in captions] for caption in captions])
+    found = {}
+    for name, scores in (("image_to_text", similarity), ("text_to_image", similarity.T)):
+        nearer = (scores > scores.masked_fill(~same, -2).amax(dim=1, keepdim=True)).sum(dim=1)
+        found |= {f"{name}_at_{k}": (nearer < k).double().mean().item() for k in (1, 5)}
+    return found
+
+
 def evaluate_shapes(embedder: ImageEmbedder, size: int = 16) -> dict[str, float]:
     """Zero-shot accuracies on the test scenes by day, at ``size`` pixels.
 
     ``label`` picks among the captions "a large circle", ...; ``colour`` and ``place`` among those that say it of the
-    (known) large shape. ``image_to_text_at_k`` and ``text_to_image_at_k`` are retrieval from the whole split: how often
-    a scene's whole caption, or a scene of that caption, is among the k nearest.
+    (known) large shape. ``image_to_text_at_k`` and ``text_to_image_at_k`` are retrieval from the whole split.
     """
     data, images = columns(ShapesConfig(size=size), "test")
     label = data.fields["label"]
     assert isinstance(label, Tensor)
     codes = embedder.embed(images)
     rows = shapes_captions(data)
-    text = embedder.embed_text([row[-1] for row in rows])
-    similarity = codes @ text.T
-
-    def share_right(candidates: list[list[str]], truth: list[str]) -> float:
-        """Of the codes whose nearest caption, among a list of their own, is the true one."""
-        prompts = sorted({prompt for each in candidates for prompt in each})
-        number = {prompt: index for index, prompt in enumerate(prompts)}
-        indices = torch.tensor([[number[prompt] for prompt in each] for each in candidates])
-        scores = (codes @ embedder.embed_text(prompts).T).gather(1, indices)
-        picked = scores.argmax(dim=1).tolist()
-        return sum(each[k] == right for each, k, right in zip(candidates, picked, truth, strict=True)) / len(truth)
-
     kinds = [f"a large {kind}" for kind in SHAPES]
-    found = {
-        "label": share_right([kinds] * len(rows), [kinds[index] for index in label.tolist()]),
-        "colour": share_right(
-            [[f"a large {colour} {row[0].split()[-1]}" for colour in COLOURS] for row in rows], [row[2] for row in rows]
-        ),
-        "place": share_right([[f"{row[0]} {place}" for place in PLACES] for row in rows], [row[1] for row in rows]),
-    }
-    same = torch.tensor([[row[-1] == other[-1] for other in rows] for row in rows])  # captions of one shape repeat
-    for name, scores in (("image_to_text", similarity), ("text_to_image", similarity.T)):
-        nearer = (scores > scores.masked_fill(~same, -2).amax(dim=1, keepdim=True)).sum(dim=1)
-        found |= {f"{name}_at_{k}": (nearer < k).double().mean().item() for k in (1, 5)}
-    return found
+    colours = [[f"a large {colour} {row[0].split()[-1]}" for colour in COLOURS] for row in rows]
+    places = [[f"{row[0]} {place}" for place in PLACES] for row in rows]
+    return {
+        "label": share_right(embedder, codes, [kinds] * len(rows), [kinds[index] for index in label.tolist()]),
+        "colour": share_right(embedder, codes, colours, [row[2] for row in rows]),
+        "place": share_right(embedder, codes, places, [row[1] for row in rows]),
+    } | retrieval(embedder, codes, [row[-1] for row in rows])
+
+
+# Scenes.
+
+
+def scenes_captions(data: TensorDataset) -> list[list[str]]:
+    """Of each scene what it shows, also with its colour or the time of day, and the whole caption."""
+    rows = []
+    for whole in data.fields["caption"]:
+        assert isinstance(whole, str)
+        _, size, colour, thing, *_ = whole.split()
+        time = " ".join(whole.split()[-2:])
+        rows.append([f"a {thing}", f"a {colour} {thing}", f"a {thing} {time}", f"a {size} {colour} {thing}", whole])
+    return rows
+
+
+def evaluate_scenes(embedder: ImageEmbedder, size: int = 32) -> dict[str, float]:
+    """Zero-shot accuracies on the test scenes, at ``size`` pixels.
+
+    ``label`` picks among the captions "a house", ...; ``colour`` and ``time`` among those that say it of the (known)
+    thing. ``image_to_text_at_k`` and ``text_to_image_at_k`` are retrieval from the whole split.
+    """
+    data, images = columns(scenes.ScenesConfig(size=size), "test")
+    codes = embedder.embed(images)
+    rows = scenes_captions(data)
+    things = [f"a {thing}" for thing in scenes.THINGS]
+    colours = [[f"a {colour} {row[0].split()[-1]}" for colour in scenes.COLOURS] for row in rows]
+    times = [[f"{row[0]} {time}" for time in scenes.TIMES] for row in rows]
+    return {
+        "label": share_right(embedder, codes, [things] * len(rows), [row[0] for row in rows]),
+        "colour": share_right(embedder, codes, colours, [row[1] for row in rows]),
+        "time": share_right(embedder, codes, times, [row[2] for row in rows]),
+    } | retrieval(embedder, codes, [row[-1] for row in rows])
 
 
 RECIPES = {
@@ -202,6 +244,26 @@ RECIPES = {
         shift=0,  # captions say where things are
         noise=0.05,
         steps=1500,
+        dtype=torch.float16,
+    ),
+    "scenes": Recipe(
+        data=scenes.ScenesConfig(count=8000),
+        captions=scenes_captions,
+        evaluate=evaluate_scenes,
+        embed_dim=32,
+        vision={
+            "image_size": 32,
+            "patch_size": 8,
+            "width": 64,
+            "head_width": 16,
+            "layers": 3,
+            "pool_type": "avg",
+        },
+        text={"context_length": 14, "width": 48, "heads": 4, "layers": 2},
+        preprocess={"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear"},
+        shift=0,  # captions say where things are
+        noise=0.05,
+        steps=1000,
         dtype=torch.float16,
     ),
 }

@@ -12,7 +12,14 @@ from mtdiffusion_plugins.datasets.shapes import PLACES, ShapesConfig
 from mtdiffusion_plugins.embedders import open_clip as embedders
 from mtdiffusion_plugins.embedders.open_clip import WEIGHTS, Preprocessing, load_embedder
 from mtdiffusion_plugins.embedders.own_recipe import recipe_of
-from mtdiffusion_plugins.embedders.recipes import RECIPES, Recipe, evaluate_digits, evaluate_shapes, shapes_captions
+from mtdiffusion_plugins.embedders.recipes import (
+    RECIPES,
+    Recipe,
+    evaluate_digits,
+    evaluate_scenes,
+    evaluate_shapes,
+    shapes_captions,
+)
 from mtdiffusion_plugins.embedders.train_clip import augment, contrastive_loss, describe, main, save, train
 from mtdiffusion_registry.errors import UserError
 from mtdiffusion_registry.registry import Registry
@@ -78,6 +85,15 @@ def test_the_shipped_weights_know_the_test_scenes_at_their_size_and_twice_that()
     assert evaluate_shapes(shapes, size=32) == pytest.approx(accuracy, abs=0.05)
 
 
+def test_the_shipped_weights_know_the_test_landscapes():
+    accuracy = evaluate_scenes(load_embedder("builtin:scenes"))
+    stated = json.loads((WEIGHTS / "scenes_clip.json").read_text())["zero_shot_test_accuracy"]
+    assert accuracy == pytest.approx(stated, abs=0.01)
+    # Chance: 0.17, 0.14, 0.33, 0.002.
+    assert accuracy["label"] > 0.95 and accuracy["colour"] > 0.95 and accuracy["time"] > 0.95
+    assert accuracy["image_to_text_at_1"] > 0.6 and accuracy["text_to_image_at_1"] > 0.6
+
+
 def test_captions_are_read_and_foreign_words_named(digits):
     codes = digits.embed_text(["a handwritten three", "a bold upright handwritten three"])
     assert codes.shape == (2, 32) and torch.allclose(codes.norm(dim=1), torch.ones(2), atol=1e-6)
@@ -132,7 +148,10 @@ def test_loading_leaves_the_global_random_numbers_alone():
         (("ViT-B-32", "opnai", None), "no weights 'opnai' for ViT-B-32; it has: openai"),
         (("ViT-B-33", "openai", None), "no model 'ViT-B-33'; did you mean"),
         (("ViT-B-32", None, "nowhere.pt"), "checkpoint nowhere.pt .* does not exist"),
-        (("builtin:digit", None, None), "no embedder 'builtin:digit'; there is builtin:digits, builtin:shapes"),
+        (
+            ("builtin:digit", None, None),
+            "no embedder 'builtin:digit'; there is builtin:digits, builtin:shapes, builtin:scenes",
+        ),
         (("builtin:digits", "openai", None), "comes with its weights"),
     ],
 )

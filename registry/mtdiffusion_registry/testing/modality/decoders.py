@@ -9,7 +9,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor
 
-from mtdiffusion.interfaces import Decoder, Params
+from mtdiffusion.interfaces import Decoder, Estimate, Params
 from mtdiffusion_registry.testing.contract import (
     BATCHES,
     ContractError,
@@ -282,3 +282,32 @@ def _require_mean_code(case: Case, bias: float) -> None:
         f"a distance of {off[worst].item():.3g}, allowed {allowed[worst].item():.3g}",
         "average codes over p(x | params): for a categorical, sum p_k E(k), not the code of the most likely x",
     )
+
+
+@check("expected_encoding")
+def precondition(subject: ModalitySubject) -> None:
+    """precondition(params, estimate, encoder) has the code that is sure, and leaves params where there is none."""
+    if subject.cases[0].modality.decoder.detail is None:
+        raise NotApplicable("decoder.detail is None: it does not go by what z shows of its code")
+    contract = "precondition(params, estimate, encoder)"
+    for case in subject.cases:
+        encoder, decoder = case.modality.encoder, case.modality.decoder
+        batch = max(BATCHES)
+        with torch.no_grad():
+            code, params = encoder(subject.examples[:batch]), case.params(batch)
+            sure = decoder.precondition(params, Estimate(code, code.new_zeros(1, 1, 1, 1)), encoder)
+            blank = decoder.precondition(params, Estimate(0 * code, code.new_ones(1, 1, 1, 1)), encoder)
+            off = rms(decoder.expected_encoding(sure, encoder) - code) / rms(code)
+        require(
+            off < 1e-3,
+            f"{contract} has the code estimated where nothing is left to be told (rest 0)",
+            f"an expected code that differs by {off:.3g} of its root mean square",
+            "add decode(estimate.code + (estimate.rest - 1) * code of the head's x) to the head's x",
+        )
+        same = all(torch.allclose(blank[name], value, rtol=1e-4, atol=1e-5) for name, value in params.items())
+        require(
+            same and blank.keys() == params.keys(),
+            f"{contract} leaves params where z shows nothing (code 0, rest 1)",
+            "other params",
+            "add decode(estimate.code + (estimate.rest - 1) * code of the head's x) to the head's x",
+        )
