@@ -111,6 +111,25 @@ def check_config(args: Namespace) -> None:
     print(f"ready: mtdiffusion train {args.config} --out runs/{args.config.stem}")
 
 
+def plan(args: Namespace) -> None:
+    """Say what a configuration's training takes on some number of GPUs."""
+    from mtdiffusion_engine import plan as planning
+    from mtdiffusion_engine.cli import ASSUMED, FIGURES
+
+    device = planning.device_of(args.device, {name: getattr(args, name) for name in FIGURES})
+    stated = {name: value for name in ASSUMED if (value := getattr(args, name.replace("-", "_"))) is not None}
+    assumptions = planning.assumptions_of(stated)
+    registry = Registry.discover()
+    with held():
+        experiment = load_experiment(args.config, args.set, registry)
+    made = planning.plan_training(experiment, args.gpus, device, assumptions)
+    if args.json:
+        print(json.dumps(made.as_json(), indent=1))
+        return
+    for line in planning.describe_plan(made):
+        print(line)
+
+
 def plot_process(args: Namespace) -> None:
     """Draw what a configuration says of noise and of clocks."""
     if args.out.suffix.lower() != ".png":
