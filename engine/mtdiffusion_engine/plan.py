@@ -482,7 +482,7 @@ def device_of(name: str | None, given: Mapping[str, float | None]) -> Device:
     Raises:
         UserError: if there is no device of this name, or without a name a figure is missing or not above 0.
     """
-    stated = {key: value for key, value in given.items() if value is not None}
+    stated: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     for key, value in stated.items():
         if not 0 < value < math.inf:
             raise UserError(f"--{key} {value:g}: expected a number above 0")

@@ -87,7 +87,7 @@ def test_two_processes_measure_what_one_does(run: Path, tmp_path: Path) -> None:
     conditional = [key for key in alone if key.endswith("/samples") and "|" in key]
     groups = {key.partition("|")[2] for key in conditional}  # targets given the same are drawn together
     assert sum(drawn.values()) == 8 * (len(groups) + 2)  # each sample once, by one of them
-    assert min(drawn.values()) == 2 * sum(drawn.values()) // 8  # of batches of 3, 3 and 2 the second has one
+    assert drawn["1"] == 3 * sum(drawn.values()) // 8  # of batches of 3, 3 and 2 it has the second
 
 
 @pytest.mark.slow
