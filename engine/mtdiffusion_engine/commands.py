@@ -115,10 +115,9 @@ def check_config(args: Namespace) -> None:
 def plan(args: Namespace) -> None:
     """Say what a configuration's training takes on some number of GPUs."""
     from mtdiffusion_engine import plan as planning
-    from mtdiffusion_engine.cli import ASSUMED, FIGURES
 
-    device = planning.device_of(args.device, {name: getattr(args, name) for name in FIGURES})
-    stated = {name: value for name in ASSUMED if (value := getattr(args, name.replace("-", "_"))) is not None}
+    device = planning.device_of(args.device, {name: getattr(args, name) for name in planning.FIGURES})
+    stated = {name: value for name in planning.ASSUMED if (value := getattr(args, name)) is not None}
     assumptions = planning.assumptions_of(stated)
     registry = Registry.discover()
     with held():

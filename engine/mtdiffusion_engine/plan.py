@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from typing import Any, Literal, get_args
 
 import torch
-from attrs import asdict, evolve, field, frozen
+from attrs import asdict, evolve, field, fields, frozen
 from attrs.validators import and_, ge, gt, le
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -95,6 +95,11 @@ class Assumptions:
     reserve: float = field(default=0.1, validator=and_(ge(0.0), le(1.0)))
     machine: int = field(default=8, validator=ge(1))
     disk: float = field(default=2e9, validator=gt(0.0))
+
+
+FIGURES = tuple(each.name for each in fields(Device) if each.name not in ("name", "source"))
+ASSUMED = tuple(each.name for each in fields(Assumptions))
+"""What can be given by hand: options of the command have the same names."""
 
 
 @frozen
@@ -504,7 +509,7 @@ def device_of(name: str | None, given: Mapping[str, float | None]) -> Device:
 
 
 def assumptions_of(given: Mapping[str, float]) -> Assumptions:
-    """What is assumed, with what is given by hand, by the names of the command's options.
+    """What is assumed, with what is given by hand, by name.
 
     Raises:
         UserError: if a share is not one, or a number is not above 0.
@@ -514,8 +519,9 @@ def assumptions_of(given: Mapping[str, float]) -> Assumptions:
         least = name in ("overlap", "reserve")  # which may be 0
         if not ((value > 0 or (least and value == 0)) and (value <= most and value < math.inf)):
             share = f"a share {'of 0' if least else 'above 0'}, up to 1"
-            raise UserError(f"--{name} {value:g}: expected {share if most == 1 else 'a number above 0'}")
-    return Assumptions(**{name.replace("-", "_"): value for name, value in given.items()})  # type: ignore[arg-type]
+            expected = share if most == 1 else "a number above 0"
+            raise UserError(f"--{name.replace('_', '-')} {value:g}: expected {expected}")
+    return Assumptions(**given)  # type: ignore[arg-type]
 
 
 def describe_plan(plan: Plan) -> Iterator[str]:
