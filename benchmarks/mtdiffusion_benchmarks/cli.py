@@ -32,6 +32,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="cells SETTING/TASK/METHOD/SEED, with * for any, such as 'digits/*/joint/0'",
     )
     start.add_argument("--keep-runs", action="store_true", help="keep the checkpoints of finished cells")
+    start.add_argument(
+        "--keep-changed",
+        action="store_true",
+        help="keep finished cells whose plugins have changed since, which are made again otherwise",
+    )
     start.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu or cuda (default: %(default)s)")
 
     report = actions.add_parser("report", help="write report.html and report.md from the results")
@@ -110,6 +115,7 @@ def run(args: argparse.Namespace) -> None:
         registry,
         device=args.device,
         keep_runs=args.keep_runs,
+        keep_changed=args.keep_changed,
         say=lambda text: print(text, flush=True),
     )
     states = runner.run(cells)

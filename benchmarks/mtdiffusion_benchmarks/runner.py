@@ -26,10 +26,11 @@ from mtdiffusion_benchmarks.budget import Match, joint_of, match, with_steps
 from mtdiffusion_benchmarks.figures import figures_of
 from mtdiffusion_benchmarks.interfaces import Diverged, Fitted, Problem
 from mtdiffusion_benchmarks.profile import Cell, Profile, base_experiment, cell_experiment, description, fingerprint
+from mtdiffusion_benchmarks.provenance import Plugins, code_hash, differences
 from mtdiffusion_engine.checkpoint import read_json, write_json
 from mtdiffusion_engine.data import derive_seed, load_data
 from mtdiffusion_engine.evaluation import complete_samples
-from mtdiffusion_engine.experiment import EvaluationConfig, Experiment, build_model
+from mtdiffusion_engine.experiment import EvaluationConfig, Experiment, build_model, origins
 from mtdiffusion_engine.judging import (
     BuiltEvaluator,
     Metrics,
@@ -62,6 +63,8 @@ class Runner:
         source: the folder that the profile's file lies in.
         out: where results go: ``cells/*.json``, ``profile.json``, and checkpoints in ``runs/`` until a cell is done.
         keep_runs: keep the checkpoints of finished cells, too.
+        keep_changed: keep finished cells whose plugins are of another version or code by now, too; otherwise they are
+            made again.
 
     Raises:
         UserError: if the folder holds results of another profile.
@@ -76,12 +79,16 @@ class Runner:
         *,
         device: str = "cpu",
         keep_runs: bool = False,
+        keep_changed: bool = False,
         say: Callable[[str], None] = print,
     ) -> None:
         self.profile, self.source, self.out, self.registry = profile, source, out, registry
-        self.device, self.keep_runs, self.say = device, keep_runs, say
+        self.device, self.keep_runs, self.keep_changed, self.say = device, keep_runs, keep_changed, say
         self._held: dict[str, Held] = {}
         self._cells: tuple[Cell, ...] = ()
+        self._left: set[Cell] = set()
+        self._known: dict[Cell, Plugins] = {}
+        self._code: dict[tuple[str, str], str] = {}
 
     def run(self, cells: Sequence[Cell]) -> dict[str, int]:
         """Run what is not done yet. Torch is set to flush denormal numbers, as the engine's trainer does.
@@ -92,11 +99,13 @@ class Runner:
         self._cells = tuple(cells)
         torch.set_flush_denormal(True)  # for methods with a loop of their own, and before the judges' first tensor
         finished = self._check(cells)
+        self._left = {cell for cell in cells if cell not in finished}
         (self.out / "cells").mkdir(parents=True, exist_ok=True)
         write_json(self.out / "profile.json", summary(self.profile, cells, self.out), sort_keys=False)
         states: dict[str, int] = {}
         for number, cell in enumerate(cells, 1):
             state = finished.get(cell) or self._finish(cell, f"[{number}/{len(cells)}] {cell.id}")
+            self._left.discard(cell)
             states[state] = states.get(state, 0) + 1
         return states
 
@@ -112,6 +121,7 @@ class Runner:
                 self.say(told)
                 result = self._run(cell)
                 write_json(self._path(cell), result)
+                self._left.discard(cell)
                 self._remove_run(cell)
                 self.say(f"{told}: {_told(result)}")
             return str(result["status"])
@@ -123,7 +133,16 @@ class Runner:
     def _path(self, cell: Cell) -> Path:
         return self.out / "cells" / f"{cell.stem}.json"
 
-    def _result(self, cell: Cell, *, quiet: bool = False) -> dict[str, Any] | None:
+    def _result(self, cell: Cell) -> dict[str, Any] | None:
+        """The cell's result if it is there and need not be made again.
+
+        Raises:
+            UserError: if it is of another configuration.
+        """
+        result = self._stored(cell)
+        return None if result is None or (self._changes(cell, result) and not self.keep_changed) else result
+
+    def _stored(self, cell: Cell, *, quiet: bool = False) -> dict[str, Any] | None:
         """The cell's result if it is there and whole; None, said unless quiet, of a damaged one: it is made again.
 
         Raises:
@@ -158,8 +177,58 @@ class Runner:
         for setting in dict.fromkeys(cell.setting for cell in cells):
             experiment = base_experiment(self.profile, setting, self.source, self.registry)
             check_evaluators(experiment.evaluation.evaluators, list(experiment.modalities))
-        found = ((cell, self._result(cell, quiet=True)) for cell in cells)
-        return {cell: str(result["status"]) for cell, result in found if result is not None}
+        done: dict[Cell, str] = {}
+        changed: dict[str, list[Cell]] = {}
+        unknown = 0
+        for cell in cells:
+            if (result := self._stored(cell, quiet=True)) is None:
+                continue
+            unknown += "plugins" not in result
+            changes = self._changes(cell, result)
+            for plugin, told in changes.items():
+                changed.setdefault(f"{plugin}: {told}", []).append(cell)
+            if not changes or self.keep_changed:
+                done[cell] = str(result["status"])
+        if unknown:
+            self.say(f"kept: {_cells(unknown)} of before the plugins were recorded, so that no change of them is seen")
+        for told, of in changed.items():
+            self.say(f"{told}, since {_named(of)} {'was' if len(of) == 1 else 'were'} made")
+        if count := len({cell for of in changed.values() for cell in of}):
+            self.say(
+                f"{_cells(count)} of other plugins {'is' if count == 1 else 'are'} "
+                + ("kept (--keep-changed)" if self.keep_changed else "made again (--keep-changed keeps them)")
+            )
+        return done
+
+    def _changes(self, cell: Cell, result: Mapping[str, Any]) -> dict[str, str]:
+        """What is another about the plugins by now; nothing of a result that does not record them."""
+        before = result.get("plugins")
+        return {} if before is None else differences(before, self._plugins(cell))
+
+    def _plugins(self, cell: Cell) -> Plugins:
+        """What the cell is made by: the plugins of its experiment and of all its setting's, which the judges and the
+        choice of held-out samples depend on; its task and method; and those of the cells that it depends on."""
+        cell = evolve(cell, seed=0)  # they are the same for every seed
+        if cell in self._known:
+            return self._known[cell]
+        cells = {cell, self._trained(cell)}
+        if self.profile.method(cell.method).budget != "steps":
+            cells.add(joint_of(self.profile, cell))
+        registry = self.registry
+        found = origins(base_experiment(self.profile, cell.setting, self.source, registry), registry)
+        for each in cells:
+            found |= origins(cell_experiment(self.profile, each, self.source, registry), registry)
+            for config in (self.profile.tasks[each.task].task, self.profile.methods[each.method].method):
+                found[f"{config.group}.{config.kind}"] = registry.origin(config.group, config.kind)
+        known = {name: {**origin, "code": self._code_of(origin)} for name, origin in sorted(found.items())}
+        return self._known.setdefault(cell, known)
+
+    def _code_of(self, origin: Mapping[str, str]) -> str:
+        """The hash of the code as it was when it was first asked for: that is what runs."""
+        key = (origin["distribution"], origin["module"])
+        if key not in self._code:
+            self._code[key] = code_hash(origin)
+        return self._code[key]
 
     def _describe(self, cell: Cell) -> dict[str, Any]:
         experiment = cell_experiment(self.profile, cell, self.source, self.registry)
@@ -187,6 +256,7 @@ class Runner:
             "fingerprint": fingerprint(described),
             "config": described,
             "code": {"version": version("mtdiffusion"), "source": source_hash()},
+            "plugins": self._plugins(cell),
             "hardware": hardware(self.device),
             "cost": None,
             "metrics": {},
@@ -206,6 +276,7 @@ class Runner:
         trained = self._trained(cell)
         folder = self.out / "runs" / trained.stem
         folder.parent.mkdir(parents=True, exist_ok=True)
+        self._begin(trained)
         problem = self._problem(cell, folder)
         modalities, queries = problem.modalities, problem.queries
         directions = directions_of(modalities, held.evaluators)  # before it is trained: they may contradict one another
@@ -242,6 +313,18 @@ class Runner:
             "curve": fitted.curve,
             "figures": figures,
         }
+
+    def _begin(self, trained: Cell) -> None:
+        """Start with what there is of a training, unless other plugins made it: it would be neither's."""
+        mark, now = self._plugins_file(trained), self._plugins(trained)
+        if mark.is_file() and (changes := differences(read_json(mark), now)):
+            told = "; ".join(f"{plugin}: {what}" for plugin, what in changes.items())
+            self.say(f"{trained.id}: what was trained of it is of other plugins ({told}); it is trained again")
+            self._forget(trained)
+        write_json(mark, now)
+
+    def _plugins_file(self, cell: Cell) -> Path:
+        return self.out / "runs" / f"{cell.stem}.plugins.json"
 
     def _problem(self, cell: Cell, folder: Path) -> Problem:
         experiment = cell_experiment(self.profile, cell, self.source, self.registry)
@@ -310,12 +393,16 @@ class Runner:
         """Remove what was trained, once no cell under way waits for it."""
         trained = self._trained(cell)
         sharing = [other for other in self._cells if self._trained(other) == trained]
-        if self.keep_runs or not all(self._path(other).is_file() for other in sharing):
-            return
+        done = all(self._path(other).is_file() and other not in self._left for other in sharing)
+        if done and not self.keep_runs:
+            self._forget(trained)
+
+    def _forget(self, trained: Cell) -> None:
         folder = self.out / "runs" / trained.stem
         shutil.rmtree(folder, ignore_errors=True)
         folder.with_name(f"{folder.name}.curve.json").unlink(missing_ok=True)
         self._budget_file(trained).unlink(missing_ok=True)
+        self._plugins_file(trained).unlink(missing_ok=True)
 
 
 def measure(
@@ -493,6 +580,16 @@ def _locked(path: Path) -> Iterator[bool]:
             yield False
             return
         yield True
+
+
+def _cells(count: int) -> str:
+    return f"{count} cell{'s' * (count != 1)}"
+
+
+def _named(cells: Sequence[Cell]) -> str:
+    """A few cells by name."""
+    more = f" and {len(cells) - 3} others" if len(cells) > 4 else ""
+    return ", ".join(cell.id for cell in (cells[:3] if more else cells)) + more
 
 
 def _told(result: Mapping[str, Any]) -> str:

@@ -28,6 +28,25 @@ COMMANDS = "mtdiffusion.commands"
 SOLVERS = ("ancestral", "ddim", "dpmpp_2m")
 PARTS = ("all", "noise", "clocks")
 SCAFFOLDS = ("modality", "dataset", "field", "backbone", "schedule", "clock-law", "evaluator", "task", "method")
+GPUS = ("h100", "h200", "a100")
+FIGURES = {
+    "flops": "operations a second in bfloat16, such as 989e12",
+    "float32": "operations a second in float32 (default: as --flops), such as 67e12",
+    "memory": "bytes of memory, such as 80e9",
+    "bandwidth": "bytes a second of the memory, such as 3.35e12",
+    "link": "bytes a second each way to GPUs of the same machine, such as 450e9",
+    "network": "bytes a second each way of one GPU to other machines, such as 50e9",
+}
+"""Of a GPU, for `plan`."""
+ASSUMED = {
+    "attained": "share of the GPU's operations a second that the network gets (default: 0.35)",
+    "link-attained": "share of a link's bytes a second that is got (default: 0.7)",
+    "overlap": "share of the computation that communication can hide behind (default: 0.5)",
+    "reserve": "share of the memory that stays free (default: 0.1)",
+    "machine": "GPUs a machine (default: 8)",
+    "disk": "bytes a second that a checkpoint is written with (default: 2e9)",
+}
+"""What `plan` assumes."""
 LIKES = ("vector", "spatial", "sequence", "file")
 SLOW_IMPORT = 1.0
 """Seconds from which the import of a plugin is called slow: who lists or trains waits for it."""
@@ -70,6 +89,10 @@ def _natural(text: str) -> int:
     return value
 
 
+def _counts(text: str) -> list[int]:
+    return [_positive(part) for part in text.split(",")]
+
+
 def _samples(text: str) -> int | str:
     return text if text == "all" else _positive(text)
 
@@ -81,6 +104,7 @@ def _names(text: str) -> list[str]:
 # argparse names a type by its __name__ in "invalid ... value".
 _positive.__name__ = "positive integer"
 _natural.__name__ = "non-negative integer"
+_counts.__name__ = "list of positive integers"
 _samples.__name__ = 'positive integer or "all"'
 
 
@@ -247,6 +271,15 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument("config", type=Path, metavar="CONFIG", help="TOML file")
     setting(look, "change the configuration")
     look.set_defaults(handler=_check_config)
+
+    plan = command("plan", "what a configuration's training takes on some number of GPUs: memory, time, communication")
+    plan.add_argument("config", type=Path, metavar="CONFIG", help="TOML file")
+    plan.add_argument("--gpus", type=_counts, default=[1, 8, 64], metavar="N,...", help="how many (default: 1,8,64)")
+    plan.add_argument("--device", choices=GPUS, help="the GPU; without it say --flops, --memory and --bandwidth")
+    for name, what in {**FIGURES, **ASSUMED}.items():
+        plan.add_argument(f"--{name}", type=_positive if name == "machine" else float, metavar="X", help=what)
+    plan.add_argument("--json", action="store_true", help="print a JSON object, with more in it, instead of a table")
+    setting(plan, "change the configuration")
 
     process = command("process", "look at a configuration's noise")
     actions = process.add_subparsers(dest="action", metavar="ACTION", required=True)

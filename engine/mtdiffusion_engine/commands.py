@@ -34,6 +34,7 @@ from mtdiffusion_engine.monitor import Monitor
 from mtdiffusion_engine.pictures import visibility_of
 from mtdiffusion_engine.process_plot import draw_process
 from mtdiffusion_engine.run import Run, load_run
+from mtdiffusion_engine.team import Team
 from mtdiffusion_engine.trainer import Trainer
 from mtdiffusion_registry import DatasetConfig, Registry, UserError
 from mtdiffusion_registry.pace import LOGGER, Pace
@@ -109,6 +110,24 @@ def check_config(args: Namespace) -> None:
     for warning in warnings:
         print(f"warning: {warning}")
     print(f"ready: mtdiffusion train {args.config} --out runs/{args.config.stem}")
+
+
+def plan(args: Namespace) -> None:
+    """Say what a configuration's training takes on some number of GPUs."""
+    from mtdiffusion_engine import plan as planning
+
+    device = planning.device_of(args.device, {name: getattr(args, name) for name in planning.FIGURES})
+    stated = {name: value for name in planning.ASSUMED if (value := getattr(args, name)) is not None}
+    assumptions = planning.assumptions_of(stated)
+    registry = Registry.discover()
+    with held():
+        experiment = load_experiment(args.config, args.set, registry)
+    made = planning.plan_training(experiment, args.gpus, device, assumptions)
+    if args.json:
+        print(json.dumps(made.as_json(), indent=1))
+        return
+    for line in planning.describe_plan(made):
+        print(line)
 
 
 def plot_process(args: Namespace) -> None:
@@ -378,12 +397,15 @@ def _new_folder(out: Path) -> Iterator[Path]:
 
 def evaluate(args: Namespace) -> None:
     """Measure a run on its held-out data; writes metrics.json and prints a table."""
-    run = load_run(args.run, device=args.device, overrides=args.set)
     changes = {name: getattr(args, name) for name in ("samples", "steps", "seed") if getattr(args, name) is not None}
     if args.only:
         changes["conditionals"] = tuple(args.only)
-    evaluation = evolve(run.experiment.evaluation, **changes)
-    metrics = _evaluate(evolve(run, experiment=evolve(run.experiment, evaluation=evaluation)))
+    with sampling.processes() as (rank, world):
+        run = load_run(args.run, device=args.device, overrides=args.set)
+        evaluation = evolve(run.experiment.evaluation, **changes)
+        metrics = _evaluate(evolve(run, experiment=evolve(run.experiment, evaluation=evaluation)), Team(rank, world))
+    if rank:
+        return
     if args.json:
         print(json.dumps(metrics, indent=1))
         return
@@ -391,7 +413,8 @@ def evaluate(args: Namespace) -> None:
     print(f"metrics: {args.run / METRICS}")
 
 
-def _evaluate(run: Run) -> dict[str, Any]:
+def _evaluate(run: Run, team: Team | None = None) -> dict[str, Any]:
+    """Measure a run; of several processes, the first one writes and gets what was measured."""
     from mtdiffusion_engine.evaluation import evaluate_run
     from mtdiffusion_engine.measures import Kept
 
@@ -408,9 +431,11 @@ def _evaluate(run: Run) -> dict[str, Any]:
 
         try:
             with _log_to(say):
-                metrics = dict(evaluate_run(run, say, note, kept))
+                metrics = dict(evaluate_run(run, say, note, kept, team))
         except KeyboardInterrupt as interrupt:
-            raise type(interrupt)(_kept(kept)) from None
+            raise type(interrupt)(_kept(kept) if team is None or team.first else "") from None
+    if team is not None and not team.first:
+        return metrics
     ckpt.write_json(run.path / METRICS, metrics)
     kept.remove()
     return metrics
@@ -441,8 +466,12 @@ def print_metrics(metrics: Mapping[str, Any]) -> None:
 
 def gallery(args: Namespace) -> None:
     """Draw the gallery of a run."""
-    run = load_run(args.run, device=args.device, overrides=args.set)
-    print(f"gallery: {_gallery(run, args.out or run.path / GALLERY, args.seed)}")
+    with sampling.processes() as (rank, world):
+        # A few samples in one picture: the first process draws it, and the others wait.
+        if rank == 0:
+            run = load_run(args.run, device=args.device, overrides=args.set)
+            print(f"gallery: {_gallery(run, args.out or run.path / GALLERY, args.seed)}")
+        Team(rank, world).told(None)
 
 
 def _gallery(run: Run, out: Path, seed: int) -> Path:

@@ -54,7 +54,7 @@ class ModelCost:
         return self.weights + self.gradients + self.optimizer + self.average
 
 
-class _Silent(Backbone):
+class Silent(Backbone):
     """Features of zeros, of the shapes of a backbone's."""
 
     def __init__(self, features: FeatureSpec) -> None:
@@ -106,7 +106,7 @@ def _operations(experiment: Experiment, model: MultimodalDiffusion) -> tuple[int
     parts = {name: model.modality(name) for name in model.names}
     epsilon_head = model.epsilon_head is not None
     rest = MultimodalDiffusion(
-        parts, _Silent(model.backbone.features), model.process, model.law, epsilon_head=epsilon_head
+        parts, Silent(model.backbone.features), model.process, model.law, epsilon_head=epsilon_head
     )
     x = {name: part.placeholder(1) for name, part in parts.items()}
     clocks = torch.full((1, len(parts), 1, 1), max(1, model.process.steps // 2))
@@ -126,20 +126,23 @@ def _operations(experiment: Experiment, model: MultimodalDiffusion) -> tuple[int
     return evaluation, training
 
 
-def _backbone_operations(model: MultimodalDiffusion, backbone: Backbone) -> tuple[int, int]:
+def inputs_of(model: MultimodalDiffusion, samples: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """What a model's backbone is given of some samples: values of no meaning, and gradients where training has some."""
     parts = [model.modality(name) for name in model.names]
     # Gradients flow on through the backbone to what is learned of the codes.
     learned = any(weight.requires_grad for part in parts for weight in part.encoder.parameters())
     readout = sum(part.encoder.readout_dim for part in parts)
     channels, width = model.layout.inputs(readout)
     latent = model.layout.latent
-    where = _device(backbone)
-    inputs = (
-        torch.zeros(1, channels, latent.height, latent.width, device=where, requires_grad=learned),
-        torch.full((1,), 0.5, device=where),
-        torch.zeros(1, width, device=where, requires_grad=learned),
+    return (
+        torch.zeros(samples, channels, latent.height, latent.width, device=device, requires_grad=learned),
+        torch.full((samples,), 0.5, device=device),
+        torch.zeros(samples, width, device=device, requires_grad=learned),
     )
 
+
+def _backbone_operations(model: MultimodalDiffusion, backbone: Backbone) -> tuple[int, int]:
+    inputs = inputs_of(model, 1, _device(backbone))
     with _counter() as counter:
         h = backbone(*inputs)
         evaluation = counter.get_total_flops()
@@ -169,9 +172,9 @@ def describe_cost(cost: ModelCost, config: TrainingConfig) -> Iterator[str]:
         "optimizer": cost.optimizer,
         "averaged weights": cost.average,
     }
-    step, each = (_short(count * cost.training, "FLOP") for count in (config.batch_size, 1))
-    yield f"  parameters     {_short(cost.parameters)}: {_listed(parts, _short)}"
-    yield f"  evaluation     {_short(cost.evaluation, 'FLOP')} a sample, each time that the network is asked"
+    step, each = (short(count * cost.training, "FLOP") for count in (config.batch_size, 1))
+    yield f"  parameters     {short(cost.parameters)}: {_listed(parts, short)}"
+    yield f"  evaluation     {short(cost.evaluation, 'FLOP')} a sample, each time that the network is asked"
     yield f"  training step  {step}: {config.batch_size:,} samples, {each} a sample"
     yield f"  memory         {_size(cost.memory)} in training, beside the activations of a batch:"
     yield f"                 {_listed(memory, _size)}"
@@ -182,7 +185,7 @@ def _listed(parts: Mapping[str, int], shown: Callable[[float], str]) -> str:
     return ", ".join(f"{name} {shown(number)}" for name, number in parts.items())
 
 
-def _short(number: float, unit: str = "") -> str:
+def short(number: float, unit: str = "") -> str:
     """Three digits: ``12.3 M``, or ``12.3 MFLOP``."""
     prefixes = ["", "k", "M", "G", "T", "P", "E"]
     power = min(int(f"{number:.2e}".partition("e")[2]) // 3, len(prefixes) - 1)  # after rounding

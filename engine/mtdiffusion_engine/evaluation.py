@@ -19,7 +19,7 @@ import hashlib
 import math
 import statistics
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,6 +44,7 @@ from mtdiffusion_engine.judging import (
 from mtdiffusion_engine.measures import PART, Kept, Measure, plan
 from mtdiffusion_engine.samples import Samples, Wish, draw_samples, held_out, joined
 from mtdiffusion_engine.subsets import random_holes
+from mtdiffusion_engine.team import Team, batches_of, chance_at
 from mtdiffusion_registry import Evaluator, UserError
 from mtdiffusion_registry.cache import code_key, config_key
 from mtdiffusion_registry.installed import version
@@ -70,7 +71,9 @@ def complete_samples(data: ModalityData, limit: int | None = None, seed: int = 0
     return dict(samples.x)
 
 
-def evaluate_run(run: Run, progress: Tell = silent, note: Tell | None = None, kept: Kept | None = None) -> Metrics:
+def evaluate_run(
+    run: Run, progress: Tell = silent, note: Tell | None = None, kept: Kept | None = None, team: Team | None = None
+) -> Metrics:
     """All metrics of a run's model on its test split; the same every time on one machine with one number of threads.
 
     Args:
@@ -78,13 +81,17 @@ def evaluate_run(run: Run, progress: Tell = silent, note: Tell | None = None, ke
         note: is told what is left out of the results, and why; None: progress is.
         kept: takes each part of the results when it is there, and gives those of an evaluation of the same model, data
             and settings that was interrupted. Its file stays: who has written the results removes it.
+        team: which of several processes this is, all of which call it: they share the sampling, and the metrics are
+            those of one process. The first judges, tells and gets them; the others get none. None: it is alone.
 
     Raises:
         UserError: if the test split is empty or cannot be read, something was chosen that cannot be measured, or an
-            evaluator lacks a modality or fails.
+            evaluator lacks a modality or fails; or another process has stopped.
     """
     config, model = run.experiment.evaluation, run.model
-    kept, note = Kept() if kept is None else kept, note or progress
+    kept, note, team = Kept() if kept is None else kept, note or progress, team or Team()
+    if not team.first:
+        progress = note = silent
     measures = planned(run.experiment, model)
     check_evaluators(config.evaluators, model.names)
     with timed(progress, "reading held-out samples"):
@@ -96,12 +103,13 @@ def evaluate_run(run: Run, progress: Tell = silent, note: Tell | None = None, ke
             f"{limit:,} of {len(data):,} held-out samples are taken, a random draw by evaluation.seed. For all of them "
             'say --samples all, or evaluation.samples = "all"'
         )
-    if kept.begin(measures, fingerprint(run, test)):
-        note(f"{kept.path}: of another checkpoint or other settings; it will be replaced")
-    elif kept.done:
-        note(f"going on with an evaluation that was stopped: {', '.join(kept.done)} {_is_are(kept.done)} kept")
+    if team.first:
+        if kept.begin(measures, fingerprint(run, test)):
+            note(f"{kept.path}: of another checkpoint or other settings; it will be replaced")
+        elif kept.done:
+            note(f"going on with an evaluation that was stopped: {', '.join(kept.done)} {_is_are(kept.done)} kept")
     evaluators: list[Evaluator] = []
-    if any(measure.kind != "bound" and measure.name not in kept.done for measure in measures):
+    if team.first and any(measure.kind != "bound" and measure.name not in kept.done for measure in measures):
         evaluators = build_evaluators(
             config.evaluators,
             {name: model.modality(name) for name in model.names},
@@ -124,6 +132,7 @@ def evaluate_run(run: Run, progress: Tell = silent, note: Tell | None = None, ke
         progress=progress,
         note=note,
         kept=kept,
+        team=team,
     )
 
 
@@ -183,6 +192,7 @@ def evaluate(
     progress: Tell = silent,
     note: Tell | None = None,
     kept: Kept | None = None,
+    team: Team | None = None,
 ) -> Metrics:
     """Metrics of a model on held-out samples; none of them is infinite or NaN.
 
@@ -196,14 +206,17 @@ def evaluate(
         progress: is told what goes on, how long the rest of it will take and how long it took.
         note: is told what is left out of the results, and why; None: progress is.
         kept: takes each part of the results when it is there; what it has already is not measured again.
+        team: as of :func:`evaluate_run`; ``evaluators`` and ``kept`` are those of the first process.
 
     Raises:
-        UserError: if two evaluators, or an evaluator and a modality, give a metric of one name, or an evaluator fails.
+        UserError: if two evaluators, or an evaluator and a modality, give a metric of one name, or an evaluator fails;
+            or another process has stopped.
     """
-    note, kept = note or progress, Kept() if kept is None else kept
+    note, kept, team = note or progress, Kept() if kept is None else kept, team or Team()
     if measures is None:
         measures = plan(model.names, model.spatial, bound=bound_times > 0)
-    held = _Held(model, as_samples(test), evaluators, batch_size, note)
+    held = _Held(model, as_samples(test), evaluators, batch_size, note, team)
+    done = team.told(set(kept.done))
     results: Metrics = {}
     draws: list[Metrics] = []
     unserved: list[str] = []
@@ -214,28 +227,33 @@ def evaluate(
             unserved.append("joint/bound_bits_per_dim")
         if len(rows) == 0:
             continue
-        if measure.name not in kept.done:
+        if measure.name not in done:
             generator = _stream(seed, measure.name)
             with timed(progress, measure.name):
                 pace = Pace(measure.name, len(rows), progress)
                 if measure.kind == "real":
-                    found = held.real()
+                    found = held.real() if team.first else {}
                 elif measure.kind == "given":
                     found = held.given(measure, rows, conditional, generator, pace)
                 elif measure.kind == "part":
                     found = held.part(measure, rows, hidden_share, conditional, generator, pace)
                 elif measure.kind == "joint":
-                    found = joint_draw(model, len(rows), evaluators, joint, batch_size, generator, held.test, pace)
+                    found = joint_draw(
+                        model, len(rows), evaluators, joint, batch_size, generator, held.test, pace, team
+                    )
                 else:
                     found = held.bound(rows, bound_times, generator, pace)
-            kept.add(measure.name, found)
+            if team.first:
+                kept.add(measure.name, found)
+        if not team.first:
+            continue
         if measure.kind == "joint":
             draws.append(kept.done[measure.name])
         else:
             results |= kept.done[measure.name]
     if draws:
         results |= joint_means(draws)
-    if unserved:
+    if unserved and team.first:
         note(f"left out, since no held-out sample has all that they are of: {', '.join(unserved)}")
     return defined(results, note)
 
@@ -248,7 +266,13 @@ class _Held:
     """A model beside the held-out samples it is measured on; each measurement by the key that results have."""
 
     def __init__(
-        self, model: MultimodalDiffusion, test: Samples, evaluators: Sequence[Evaluator], batch_size: int, note: Tell
+        self,
+        model: MultimodalDiffusion,
+        test: Samples,
+        evaluators: Sequence[Evaluator],
+        batch_size: int,
+        note: Tell,
+        team: Team,
     ) -> None:
         count = len(test)
         lacking = [name for name in model.names if name not in test.x]  # those that no sample has
@@ -257,6 +281,7 @@ class _Held:
             {**test.presence, **{name: torch.zeros(count, dtype=torch.bool) for name in lacking}},
         )
         self.model, self.evaluators, self.batch_size, self.note = model, evaluators, batch_size, note
+        self.team = team
 
     def _has(self, measure: Measure, target: str) -> Tensor:
         return self.test.having([*measure.observed, target])
@@ -284,6 +309,8 @@ class _Held:
         generated = self._drawn(rows, measure.observed, {}, settings, generator, pace)
         params = self._said(rows, measure)
         found: Metrics = {}
+        if generated is None or params is None:
+            return found
         for target in measure.targets:
             has = self._has(measure, target)
             if len(has) == 0:
@@ -311,18 +338,26 @@ class _Held:
         latent = self.model.layout.latent
         holes = random_holes(torch.full((len(rows),), hidden_share), (latent.height, latent.width), generator)
         made = self._drawn(rows, measure.observed, {name: holes}, settings, generator, pace)
+        if made is None:
+            return {}
         modality, truth = self.model.modality(name), self.test.take(rows)
         judged = judge_target(modality, name, made, truth, self.evaluators, None, self.note)
         return {f"{name}|{name}{PART}/{metric}": value for metric, value in judged.items()}
 
     def bound(self, rows: Tensor, times: int, generator: torch.Generator, pace: Pace) -> Metrics:
         """The mean bound of the samples that have every modality."""
-        total, done = 0.0, 0
-        for part in torch.split(rows, self.batch_size):
-            x = {name: self.test.x[name][part].to(self.model.device) for name in self.model.names}
-            total += float(variational_bound(self.model, x, times=times, generator=generator).bits_per_dim.sum())
-            done += len(part)
-            pace.tell(done)
+
+        def batch(part: Tensor) -> float:
+            x = {name: self.test.x[name][rows[part]].to(self.model.device) for name in self.model.names}
+            chance = chance_at(generator, int(part[0]))
+            bits = float(variational_bound(self.model, x, times=times, generator=chance).bits_per_dim.sum())
+            pace.tell(int(part[-1]) + 1)
+            return bits
+
+        sums = self.team.shared(batches_of(len(rows), self.batch_size), batch)
+        if sums is None:
+            return {}
+        total = sum(sums)
         found: Metrics = {"joint/bound_bits_per_dim": total / len(rows)}
         return found | ({"joint/bound_bits_per_dim_samples": len(rows)} if len(rows) < len(self.test) else {})
 
@@ -334,29 +369,38 @@ class _Held:
         settings: SamplerSettings,
         generator: torch.Generator,
         pace: Pace,
-    ) -> dict[str, Tensor]:
-        """All modalities, ``[k, ...]`` by name, with some observed of each of these samples."""
+    ) -> dict[str, Tensor] | None:
+        """All modalities, ``[k, ...]`` by name, with some observed of each of these samples; of several processes, the
+        first one's."""
         whole = [name for name in observed if name not in visible]
 
         def batch(part: Tensor) -> dict[str, Tensor]:
             given = {name: self.test.x[name][rows[part]] for name in observed}
             maps = {name: v[part] for name, v in visible.items()}
-            out = sample(self.model, len(part), observed=given, visible=maps, settings=settings, generator=generator)
+            chance = chance_at(generator, int(part[0]))
+            out = sample(self.model, len(part), observed=given, visible=maps, settings=settings, generator=chance)
             return {name: x.cpu() for name, x in out.items() if name not in whole}
 
-        made = _in_batches(len(rows), self.batch_size, batch, pace)
+        made = _in_batches(len(rows), self.batch_size, batch, pace, self.team)
+        if made is None:
+            return None
         given = self.test.take(rows).x  # as it came out, too
         return {name: given[name] if name in whole else made[name] for name in self.model.names}
 
     @torch.no_grad()
-    def _said(self, rows: Tensor, measure: Measure) -> dict[str, Params]:
-        """What the heads say of the targets with nothing of them seen, by name."""
+    def _said(self, rows: Tensor, measure: Measure) -> dict[str, Params] | None:
+        """What the heads say of the targets with nothing of them seen, by name; of several processes, the first
+        one's."""
         model = self.model
-        parts = []
-        for part in torch.split(rows, self.batch_size):
-            given = {name: self.test.x[name][part].to(model.device) for name in measure.observed}
+
+        def batch(part: Tensor) -> dict[str, Params]:
+            given = {name: self.test.x[name][rows[part]].to(model.device) for name in measure.observed}
             said = read_out(model, model.observe(given, model.visibility(len(part), given)))
-            parts.append({name: {key: x.cpu() for key, x in said[name].items()} for name in measure.targets})
+            return {name: {key: x.cpu() for key, x in said[name].items()} for name in measure.targets}
+
+        parts = self.team.shared(batches_of(len(rows), self.batch_size), batch)
+        if parts is None:
+            return None
         return {
             name: {key: torch.cat([part[name][key] for part in parts]) for key in parts[0][name]}
             for name in measure.targets
@@ -364,16 +408,21 @@ class _Held:
 
 
 def _in_batches(
-    count: int, batch_size: int, batch: Callable[[Tensor], Mapping[str, Tensor]], pace: Pace
-) -> dict[str, Tensor]:
-    """What ``batch`` gives for indices, a batch of them at a time, joined: ``[count, ...]`` by name."""
+    count: int, batch_size: int, batch: Callable[[Tensor], Mapping[str, Tensor]], pace: Pace, team: Team
+) -> dict[str, Tensor] | None:
+    """What ``batch`` gives for indices, a batch of them at a time, joined: ``[count, ...]`` by name; of several
+    processes, the first one's."""
 
-    def parts() -> Iterable[tuple[Tensor, Mapping[str, Tensor]]]:
-        for part in torch.split(torch.arange(count), batch_size):
-            yield part, batch(part)
-            pace.tell(int(part[-1]) + 1)
+    def told(part: Tensor) -> Mapping[str, Tensor]:
+        made = batch(part)
+        pace.tell(int(part[-1]) + 1)
+        return made
 
-    return joined(count, parts())
+    places = batches_of(count, batch_size)
+    if team.world == 1:  # each is let go as it is put in its place
+        return joined(count, ((part, told(part)) for part in places))
+    parts = team.shared(places, told)
+    return None if parts is None else joined(count, zip(places, parts, strict=True))
 
 
 def evaluate_joint(
@@ -415,14 +464,18 @@ def joint_draw(
     generator: torch.Generator,
     real: Samples | None,
     pace: Pace,
+    team: Team | None = None,
 ) -> Metrics:
-    """Metrics of one draw of samples with nothing observed, and ``samples``, how many; as of :func:`judge_joint`."""
+    """Metrics of one draw of samples with nothing observed, and ``samples``, how many; as of :func:`judge_joint`. Of
+    several processes (``team``), the first one's."""
 
     def batch(part: Tensor) -> dict[str, Tensor]:
-        out = sample(model, len(part), settings=settings, generator=generator)
+        out = sample(model, len(part), settings=settings, generator=chance_at(generator, int(part[0])))
         return {name: x.cpu() for name, x in out.items()}
 
-    generated = _in_batches(count, batch_size, batch, pace)
+    generated = _in_batches(count, batch_size, batch, pace, team or Team())
+    if generated is None:
+        return {}
     return {**judge_joint(evaluators, generated, real), "samples": count}
 
 

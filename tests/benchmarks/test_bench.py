@@ -5,7 +5,10 @@ from __future__ import annotations
 import fcntl
 import itertools
 import json
+import shutil
+import sys
 from collections.abc import Callable
+from importlib import invalidate_caches
 from pathlib import Path
 
 import attrs
@@ -13,6 +16,7 @@ import pytest
 import torch
 
 from mtdiffusion_benchmarks.profile import Cell, base_experiment, cell_experiment, load_profile, plan, shipped
+from mtdiffusion_benchmarks.report import build_report
 from mtdiffusion_benchmarks.runner import Runner
 from mtdiffusion_engine import cli
 from mtdiffusion_engine.checkpoint import read_json
@@ -345,6 +349,98 @@ def test_a_setting_may_leave_plugins_out(source: Path, tmp_path: Path, monkeypat
         assert type(chosen.process.weights).__module__ == "bench_twin_a"
         with pytest.raises(UserError, match=r"modality\.label of mtdiffusion .* is installed but blocked by plugins"):
             make(attrs.evolve(profile, set=('plugins.disable=["bench-twin-b", "modality.label"]',)))
+
+
+PACKAGE = {
+    "__init__.py": "from mtdiffusion_registry import hookimpl\nfrom tide_weights.config import Tide\n"
+    "MTDIFFUSION_API = 1\n\n@hookimpl\ndef mtdiffusion_weight_schedules():\n    return [Tide]\n",
+    "config.py": "from typing import ClassVar\nfrom attrs import frozen\nfrom mtdiffusion import SNRMatched\n"
+    "from mtdiffusion_registry import WeightScheduleConfig\n\n@frozen\nclass Tide(WeightScheduleConfig):\n"
+    '    kind: ClassVar[str] = "tide"\n    def build(self, names):\n        return SNRMatched()\n',
+}
+
+
+def install(site: Path, version: str, monkeypatch: pytest.MonkeyPatch, *more: str) -> Registry:
+    """A distribution with the package above, and other modules beside it, as pip leaves it: imported anew."""
+    shutil.rmtree(site, ignore_errors=True)
+    info = site / f"tide_weights-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: tide-weights\nVersion: {version}\n")
+    (info / "entry_points.txt").write_text("[mtdiffusion.plugins]\nweight_schedule.tide = tide_weights\n")
+    (site / "tide_weights").mkdir()
+    for name, text in PACKAGE.items():
+        (site / "tide_weights" / name).write_text(text)
+    for name in more:
+        (site / name).write_text(f"# {version}\n")
+    names = [*(f"tide_weights/{name}" for name in PACKAGE), *more]
+    (info / "RECORD").write_text("".join(f"{name},,\n" for name in names))
+    return imported_anew(site, monkeypatch)
+
+
+def imported_anew(site: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tide_weights"]:
+        monkeypatch.delitem(sys.modules, name)
+    if str(site) not in sys.path:
+        monkeypatch.syspath_prepend(site)
+    invalidate_caches()
+    return Registry.discover()
+
+
+@pytest.mark.slow
+def test_a_changed_plugin_is_named_and_its_cells_are_made_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, site = tmp_path / "out", tmp_path / "site"
+    registry = install(site, "1.0", monkeypatch, "tide_helper.py")
+    (source / "config.toml").write_text(CONFIG + '\n[process.weights]\nkind = "tide"\n')
+
+    def run(registry: Registry, **options: object) -> tuple[list[str], dict[str, dict], set[str]]:
+        """What was said, the results, and which cells were made now."""
+        before = {path.stem: path.stat().st_mtime_ns for path in (out / "cells").glob("*.json")}
+        runner, cells, said = runner_of(source, out, registry, **options)
+        assert runner.run(cells[:2]) == {"ok": 2}
+        now = {path.stem: path.stat().st_mtime_ns for path in (out / "cells").glob("*.json")}
+        return said, results(out), {stem for stem, written in now.items() if before.get(stem) != written}
+
+    _, found, made = run(registry, keep_runs=True)
+    assert len(made) == 2
+    joint = found["digits__image+label__joint__0"]["plugins"]
+    assert {"modality.image", "backbone.unet", "dataset.digits", "evaluator.judge", "method.joint"} < joint.keys()
+    assert "task.combination" in joint and "method.single" not in joint
+    first = joint["weight_schedule.tide"]
+    assert (first["distribution"], first["version"], first["module"]) == ("tide-weights", "1.0", "tide_weights")
+    assert run(registry) == ([], found, set())
+
+    config = site / "tide_weights" / "config.py"
+    config.write_text(config.read_text() + "# another comment\n")
+    registry = imported_anew(site, monkeypatch)
+    said, kept, made = run(registry, keep_changed=True)
+    assert not made and kept == found
+    assert "weight_schedule.tide: other code" in said[0] and "joint/0" in said[0] and "kept (--keep-ch" in said[1]
+
+    said, found, made = run(registry, keep_runs=True)
+    assert len(made) == 2 and "weight_schedule.tide: other code" in said[0] and "made again" in said[1]
+    assert len(said[0].split("hash ")[1].split(",")[0]) == 16
+    assert sum("what was trained of it is of other plugins" in text for text in said) == 2  # the runs had been kept
+    second = found["digits__image+label__joint__0"]["plugins"]["weight_schedule.tide"]
+    assert second["code"] != first["code"] and second["version"] == "1.0"
+    assert run(registry) == ([], found, set())
+
+    said, found, made = run(install(site, "1.1", monkeypatch, "tide_helper.py"))
+    assert len(made) == 2 and "weight_schedule.tide: version 1.0, now 1.1" in said[0]
+
+    (site / "tide_helper.py").write_text("# of the same distribution, beside the package\n")
+    said, found, made = run(imported_anew(site, monkeypatch))
+    assert len(made) == 2 and "weight_schedule.tide: other code" in said[0]
+
+    for path in (out / "cells").glob("*.json"):  # of before plugins were recorded
+        path.write_text(json.dumps({key: value for key, value in read_json(path).items() if key != "plugins"}))
+        break
+    said, _, made = run(install(site, "2.0", monkeypatch))
+    assert "kept: 1 cell of before the plugins were recorded" in said[0] and len(made) == 1
+    build_report(out)
+    told = [line for line in (out / "report.md").read_text().splitlines() if "of other plugins" in line]
+    assert len(told) == 1 and "1 cell of before" in told[0]
 
 
 @pytest.mark.parametrize(

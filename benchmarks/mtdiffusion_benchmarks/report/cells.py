@@ -74,7 +74,8 @@ class Figure:
 
 @frozen
 class Cell:
-    """One trained and measured method; of one that is not "ok", nothing but status, reason and curve counts."""
+    """One trained and measured method; of one that is not "ok", nothing but status, reason and curve counts. Older
+    results have no ``plugins``."""
 
     schema: int
     setting: str
@@ -87,6 +88,7 @@ class Cell:
     reason: str | None = None
     config: dict[str, Any] = field(factory=dict)
     code: dict[str, Any] = field(factory=dict)
+    plugins: dict[str, dict[str, str]] = field(factory=dict)
     hardware: dict[str, Any] = field(factory=dict)
     cost: Cost | None = None
     metrics: dict[str, float] = field(factory=dict)

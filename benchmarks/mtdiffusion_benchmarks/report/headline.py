@@ -145,7 +145,24 @@ def sentences(results: Results) -> list[str]:
         told.append(f"{results.uncontrolled} metrics of joint models have no control and are not compared.")
     if len(codes := _codes(results)) > 1:
         told.append(f"The cells were made by {len(codes)} versions of the code.")
+    if plugins := _plugins(results):
+        told.append(plugins)
     return told
+
+
+def _plugins(results: Results) -> str:
+    """Which plugins are not the same in all cells, and how many cells do not tell; "" if there is nothing to say, or
+    none tells."""
+    telling = [cell for cell in results.cells if cell.plugins]
+    found: dict[str, set[tuple[str, ...]]] = {}
+    for cell in telling:
+        for name, plugin in cell.plugins.items():
+            found.setdefault(name, set()).add(tuple(plugin.get(key, "") for key in ("distribution", "version", "code")))
+    told = [f"{name} (in {len(forms)} forms)" for name, forms in sorted(found.items()) if len(forms) > 1]
+    lacking = len(results.cells) - len(telling)
+    if lacking and telling:
+        told.append(f"{lacking} cell{'s' * (lacking > 1)} of before plugins were recorded")
+    return f"Some cells are of other plugins than others: {', '.join(told)}." if told else ""
 
 
 def _named(found: Comparison, transfer: Transfer) -> str:
