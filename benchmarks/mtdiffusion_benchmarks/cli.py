@@ -32,7 +32,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="cells SETTING/TASK/METHOD/SEED, with * for any, such as 'digits/*/joint/0'",
     )
     start.add_argument("--keep-runs", action="store_true", help="keep the checkpoints of finished cells")
-    start.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu or cuda (default: %(default)s)")
+    start.add_argument(
+        "--device", default="cpu", help="cpu, cuda, a certain GPU such as cuda:1, or mps (default: %(default)s)"
+    )
 
     report = actions.add_parser("report", help="write report.html and report.md from the results")
     report.add_argument("out", type=Path, metavar="DIR", help="folder of the results")
@@ -100,7 +102,9 @@ def run(args: argparse.Namespace) -> None:
             print(cell.id if args.out is None else f"{_state(args.out / 'cells' / f'{cell.stem}.json'):9} {cell.id}")
         return
     from mtdiffusion_benchmarks.runner import Runner
+    from mtdiffusion_engine.environment import choose_device
 
+    device = choose_device(args.device)  # says so before anything is read if it is not there
     profile, path = load_profile(args.profile, registry)
     cells = plan(profile, tuple(args.only))
     runner = Runner(
@@ -108,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
         path.parent,
         args.out,
         registry,
-        device=args.device,
+        device=str(device),
         keep_runs=args.keep_runs,
         say=lambda text: print(text, flush=True),
     )

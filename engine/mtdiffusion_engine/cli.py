@@ -98,7 +98,9 @@ def _parser() -> argparse.ArgumentParser:
         return commands.add_parser(name, help=description, description=description, allow_abbrev=False)
 
     def on_device(command: argparse.ArgumentParser) -> None:
-        command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+        command.add_argument(
+            "--device", help="cpu, cuda, a certain GPU such as cuda:1, or mps (default: cuda if there is one)"
+        )
 
     def setting(command: argparse.ArgumentParser, description: str) -> None:
         command.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help=description)
