@@ -31,6 +31,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="PATTERN",
         help="cells SETTING/TASK/METHOD/SEED, with * for any, such as 'digits/*/joint/0'",
     )
+    start.add_argument(
+        "--set",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change the configuration of every cell, as the profile's own set does",
+    )
     start.add_argument("--keep-runs", action="store_true", help="keep the checkpoints of finished cells")
     start.add_argument(
         "--device", default="cpu", help="cpu, cuda, a certain GPU such as cuda:1, or mps (default: %(default)s)"
@@ -87,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
     if args.action in ("perf", "data"):
         (_perf if args.action == "perf" else _data)(args)
         return
-    from mtdiffusion_benchmarks.profile import load_profile, plan, shipped
+    from mtdiffusion_benchmarks.profile import load_profile, plan, shipped, with_changes
     from mtdiffusion_registry import Registry
 
     registry = Registry.discover()
@@ -107,6 +115,7 @@ def run(args: argparse.Namespace) -> None:
     device = choose_device(args.device)  # says so before anything is read if it is not there
     profile, path = load_profile(args.profile, registry)
     cells = plan(profile, tuple(args.only))
+    profile = with_changes(profile, args.set, cells)
     runner = Runner(
         profile,
         path.parent,

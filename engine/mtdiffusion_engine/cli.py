@@ -247,6 +247,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     look.add_argument("config", type=Path, metavar="CONFIG", help="TOML file")
+    look.add_argument("--json", action="store_true", help="print one object instead of lines, for other programs")
     setting(look, "change the configuration")
     look.set_defaults(handler=_check_config)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tomli_w
-from attrs import evolve
+from attrs import asdict, evolve
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -98,13 +98,34 @@ def check_config(args: Namespace) -> None:
     train.verify()
     warnings = check_held_out(experiment, model)
     latent = model.layout.latent
+    cost = count_cost(experiment, model)
+    if args.json:
+        modalities = {
+            name: {
+                "kind": experiment.modalities[name].kind,
+                "shape": list(model.modality(name).placeholder(1).shape[1:]),
+                "code": list(model.modality(name).encoder.latent.shape),
+            }
+            for name in model.names
+        }
+        found = {
+            "config": str(args.config),
+            "data": {"kind": experiment.data.kind, "training_samples": len(train)},
+            "modalities": modalities,
+            "latent": list(latent.shape),
+            "batch_size": experiment.training.batch_size,
+            "cost": {**asdict(cost), "parameters": cost.parameters, "memory": cost.memory},
+            "warnings": warnings,
+        }
+        print(json.dumps(found, indent=1))
+        return
     print(f"{args.config}: {experiment.data.kind}, {_count(len(train), 'training sample')}")
     for name, modality in zip(model.names, map(model.modality, model.names), strict=True):
         code = modality.encoder.latent
         shape = " × ".join(map(str, modality.placeholder(1).shape[1:])) or "one value"
         print(f"  {name} ({experiment.modalities[name].kind}): {shape}, as a code of {code.channels} channels")
     print(f"latent: {latent.channels} × {latent.height} × {latent.width}")
-    for line in describe_cost(count_cost(experiment, model), experiment.training):
+    for line in describe_cost(cost, experiment.training):
         print(line)
     for warning in warnings:
         print(f"warning: {warning}")
