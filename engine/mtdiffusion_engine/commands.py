@@ -278,8 +278,13 @@ def sample(args: Namespace) -> None:
         else:
             _sample_shards(request, args.out, args.shard_size or sampling.SHARD_SIZE, rank, world)
     if rank == 0:
-        glance = args.out / sampling.SHEET
-        print(f"{args.n:,} samples of {', '.join(request.names)}: {args.out} (at a glance: {glance})")
+        pages = 1 if args.shards else -(-args.n // sampling.SHOWN)
+        glance = f"at a glance: {args.out / sampling.sheet_name(0, pages)}"
+        if pages > 1:
+            glance += f" to {sampling.sheet_name(pages - 1, pages)}"
+        elif args.n > sampling.SHOWN:
+            glance = f"the first {glance}"
+        print(f"{args.n:,} samples of {', '.join(request.names)}: {args.out} ({glance})")
 
 
 def _request(args: Namespace) -> sampling.Request:
