@@ -34,6 +34,7 @@ from mtdiffusion_engine.monitor import Monitor
 from mtdiffusion_engine.pictures import visibility_of
 from mtdiffusion_engine.process_plot import draw_process
 from mtdiffusion_engine.run import Run, load_run
+from mtdiffusion_engine.sounds import is_heard
 from mtdiffusion_engine.trainer import Trainer
 from mtdiffusion_registry import DatasetConfig, Registry, UserError
 from mtdiffusion_registry.pace import LOGGER, Pace
@@ -468,7 +469,10 @@ def print_metrics(metrics: Mapping[str, Any]) -> None:
 def gallery(args: Namespace) -> None:
     """Draw the gallery of a run."""
     run = load_run(args.run, device=args.device, overrides=args.set)
-    print(f"gallery: {_gallery(run, args.out or run.path / GALLERY, args.seed)}")
+    picture = _gallery(run, args.out or run.path / GALLERY, args.seed)
+    print(f"gallery: {picture}")
+    if any(is_heard(modality) for modality in run.model.modalities.values()):  # type: ignore[arg-type]
+        print(f"to hear it: {picture.with_suffix('.html')}")
 
 
 def _gallery(run: Run, out: Path, seed: int) -> Path:

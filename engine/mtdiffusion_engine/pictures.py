@@ -50,6 +50,7 @@ class Row:
         scene: whether they show places, so that they are worth larger tiles than a word or a vector.
         visible: ``[n, H, W]`` of any size: 0 where the picture was hidden, which is hatched; None: nowhere.
         present: ``[n]`` bool: samples that have the modality; the tiles of others are empty. None: all.
+        values: ``[n, ...]``, what is shown, on the CPU; None: nobody asks for it.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Row:
     scene: bool = False
     visible: Tensor | None = None
     present: Tensor | None = None
+    values: Tensor | None = None
 
     @role.default
     def _role(self) -> str:
@@ -191,7 +193,8 @@ def rendered(
     """A row of a modality's values ``[n, ...]`` as the modality shows them."""
     word = {} if role is None else {"role": role}
     pictures = modality.render(x).float().cpu()
-    return Row(name, pictures, kind, scene=modality.encoder.spatial, visible=visible, present=present, **word)
+    scene, values = modality.encoder.spatial, x.cpu()
+    return Row(name, pictures, kind, scene=scene, visible=visible, present=present, values=values, **word)
 
 
 def legends(model: MultimodalDiffusion) -> dict[str, Legend]:
