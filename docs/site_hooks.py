@@ -2,11 +2,13 @@
 
 The pages are written for a clone and for a forge, where ``../core/mtdiffusion/loss.py`` is a file beside them. On the
 site each such file is a page of its own: Markdown as it is, other files as code, very long ones as plain text, and a
-folder as the list of what is in it. So a link is right in both places, and the build is strict about all of them.
+folder as the list of what is in it. A notebook is a page of its text and its code, from which it can be fetched. So a
+link is right in both places, and the build is strict about all of them.
 """
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 from collections.abc import Iterator
@@ -31,7 +33,9 @@ _SKIPPED = {"__pycache__", "py.typed"}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the files outside docs/ that pages lead to, and those that these lead to."""
+    """Add a page for each notebook; and the files outside docs/ that pages lead to, and those that these lead to."""
+    for path in sorted((ROOT / "docs/notebooks").glob("*.ipynb")):
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=_notebook(path)))
     waiting = {*IN_NAV}
     for file in files.documentation_pages():
         waiting |= set(_left(f"docs/{file.src_uri}", file.content_string))
@@ -109,7 +113,7 @@ def _left(here: str, text: str) -> Iterator[str]:
 def _place(path: str) -> str:
     """Where something of the repository is on the site."""
     if path.startswith("docs/"):
-        return path.removeprefix("docs/")
+        return path.removeprefix("docs/").replace(".ipynb", ".md")
     if path in IN_NAV:
         return path
     if (ROOT / path).is_dir():
@@ -123,6 +127,17 @@ def _place(path: str) -> str:
 
 def _is_markdown(path: str) -> bool:
     return path.endswith(".md") and (ROOT / path).is_file() and (ROOT / path).stat().st_size <= LONG
+
+
+def _notebook(path: Path) -> str:
+    """A notebook as a page."""
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        parts.append(f"```python\n{text}\n```" if cell["cell_type"] == "code" else text)
+    title, _, rest = parts[0].partition("\n")
+    fetch = f'<a href="{path.name}" download>This page is a notebook: fetch it and run it.</a>'
+    return "\n\n".join([title, fetch, rest.strip(), *parts[1:]]) + "\n"
 
 
 def _content(path: str) -> str:

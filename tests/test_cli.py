@@ -120,6 +120,21 @@ def test_the_installed_command_works() -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_it_runs_as_a_module_too() -> None:
+    command = [sys.executable, "-m", "mtdiffusion"]
+    done = subprocess.run([*command, "plugins", "list"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (
+        done.stdout
+        == subprocess.run(
+            [Path(sys.executable).with_name("mtdiffusion"), "plugins", "list"], capture_output=True, text=True
+        ).stdout
+    )
+    done = subprocess.run([*command, "nonsense"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "mtdiffusion: error: " in done.stderr
+
+
 def test_a_reader_that_stops_reading_is_no_error() -> None:
     command = Path(sys.executable).with_name("mtdiffusion")
     done = subprocess.run(

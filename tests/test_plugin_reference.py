@@ -75,7 +75,14 @@ def test_there_is_something_to_compare() -> None:
     names = {cls.__name__ for cls in CLASSES}
     assert names >= {"Encoder", "Modality", "Backbone", "Evaluator", "Query", "Problem", "Fitted", "MethodConfig"}
     assert members(interfaces.Modality) >= {"encoder", "loss_weight", "derived", "check", "predictive_metrics"}
-    assert members(interfaces.Dataset) == {"__len__", "__getitem__", "without", "describe", "fingerprint"}
+    assert members(interfaces.Dataset) == {
+        "__len__",
+        "__getitem__",
+        "varied",
+        "without",
+        "describe",
+        "fingerprint",
+    }
     assert members(benchmark.Fitted) >= {"cost", "curve", "answers", "generate", "predict"}
 
 

@@ -31,13 +31,23 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="PATTERN",
         help="cells SETTING/TASK/METHOD/SEED, with * for any, such as 'digits/*/joint/0'",
     )
+    start.add_argument(
+        "--set",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change the configuration of every cell, as the profile's own set does",
+    )
     start.add_argument("--keep-runs", action="store_true", help="keep the checkpoints of finished cells")
     start.add_argument(
         "--keep-changed",
         action="store_true",
         help="keep finished cells whose plugins have changed since, which are made again otherwise",
     )
-    start.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu or cuda (default: %(default)s)")
+    start.add_argument(
+        "--device", default="cpu", help="cpu, cuda, a certain GPU such as cuda:1, or mps (default: %(default)s)"
+    )
 
     report = actions.add_parser("report", help="write report.html and report.md from the results")
     report.add_argument("out", type=Path, metavar="DIR", help="folder of the results")
@@ -90,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
     if args.action in ("perf", "data"):
         (_perf if args.action == "perf" else _data)(args)
         return
-    from mtdiffusion_benchmarks.profile import load_profile, plan, shipped
+    from mtdiffusion_benchmarks.profile import load_profile, plan, shipped, with_changes
     from mtdiffusion_registry import Registry
 
     registry = Registry.discover()
@@ -105,15 +115,18 @@ def run(args: argparse.Namespace) -> None:
             print(cell.id if args.out is None else f"{_state(args.out / 'cells' / f'{cell.stem}.json'):9} {cell.id}")
         return
     from mtdiffusion_benchmarks.runner import Runner
+    from mtdiffusion_engine.environment import choose_device
 
+    device = choose_device(args.device)  # says so before anything is read if it is not there
     profile, path = load_profile(args.profile, registry)
     cells = plan(profile, tuple(args.only))
+    profile = with_changes(profile, args.set, cells)
     runner = Runner(
         profile,
         path.parent,
         args.out,
         registry,
-        device=args.device,
+        device=str(device),
         keep_runs=args.keep_runs,
         keep_changed=args.keep_changed,
         say=lambda text: print(text, flush=True),

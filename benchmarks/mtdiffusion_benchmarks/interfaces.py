@@ -35,7 +35,7 @@ class Problem:
         train: the training split through those modalities.
         folder: where the method may keep checkpoints; what it finds there is its own, from an interrupted run.
         registry: what is installed.
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda", "cuda:1" or "mps".
         say: tells the user what goes on.
     """
 

@@ -6,7 +6,7 @@ import fnmatch
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -195,6 +195,38 @@ def load_profile(name: str, registry: Registry) -> tuple[Profile, Path]:
     if not path.is_file():
         raise UserError(f"{name}: no such profile or file; there are {', '.join(shipped())}")
     return structure(registry, load_toml(path), Profile, str(path)), path
+
+
+def with_changes(profile: Profile, changes: Sequence[str], cells: Sequence[Cell]) -> Profile:
+    """The profile with ``table.key=value`` changes to the experiment in every cell, after its own.
+
+    Args:
+        cells: which are to be run.
+
+    Raises:
+        UserError: if one of them would not follow a change: keys that its task or method sets, and the seeds.
+    """
+    owners = dict.fromkeys(("training.seed", "evaluation.seed"), "every cell")
+    for name in dict.fromkeys(cell.task for cell in cells):
+        owners |= dict.fromkeys(_keys(profile.tasks[name].task.training()), f"the task {name}")
+    for name in dict.fromkeys(cell.method for cell in cells):
+        owners |= {change.partition("=")[0].strip(): f"the method {name}" for change in profile.method(name).set}
+    for change in changes:
+        key = change.partition("=")[0].strip()
+        for owned, owner in owners.items():
+            # One may be within the other: a table and a key of it.
+            if f"{owned}.".startswith(f"{key}.") or f"{key}.".startswith(f"{owned}."):
+                raise UserError(f'--set {change}: {owner} sets "{owned}" itself; change it in the profile')
+    return evolve(profile, set=(*profile.set, *changes))
+
+
+def _keys(tables: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The keys of nested tables, with dots between them."""
+    for key, value in tables.items():
+        if isinstance(value, Mapping):
+            yield from _keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
 
 
 def plan(profile: Profile, only: tuple[str, ...] = ()) -> list[Cell]:

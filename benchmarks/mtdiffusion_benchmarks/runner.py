@@ -556,7 +556,7 @@ def hardware(device: str) -> dict[str, Any]:
     return {
         "processor": _processor(),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

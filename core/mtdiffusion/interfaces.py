@@ -296,6 +296,15 @@ class Modality(nn.Module, ABC):
             ValueError: if a modality cannot be trained on them.
         """
 
+    def mend(self, x: Tensor, visible: Tensor) -> Tensor:
+        """x ``[B, ...]`` that is put together from what was observed and what was generated, made one: renormalised,
+        say, where the whole has to keep a norm that its parts cannot. By default as it is.
+
+        Args:
+            visible: ``[B, h, w]``: 1 where x was observed, 0 where it was generated.
+        """
+        return x
+
     def judged(self, x: Tensor) -> Tensor:
         """x ``[B, ...]`` as evaluators see it, by default as it is: where x stands for a picture, such as a latent of
         an autoencoder, the picture, float32 ``[B, channels, h, w]`` in [−1, 1] on the CPU."""
@@ -410,6 +419,16 @@ class Dataset(ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> dict[str, Tensor | str]: ...
+
+    def varied(self, index: int, seed: int) -> dict[str, Tensor | str]:
+        """Sample ``index`` as it is at one of its turns in training, where that differs from turn to turn: a picture
+        with a sound drawn anew from those of its class, a recording moved in time. By default as it always is.
+
+        Whatever is drawn follows from ``seed`` alone, another for each turn, so that a training that is resumed goes on
+        as if it had not stopped. Evaluation, and modalities that are derived, go by the sample as it always is; a field
+        that one is derived from is to stay the same.
+        """
+        return self[index]
 
     def without(self, fields: Collection[str]) -> Dataset:
         """The same samples less these fields, which spares reading them where what was made of them is kept; by default

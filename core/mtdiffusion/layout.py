@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mtdiffusion.conditioning import Observation
 from mtdiffusion.interfaces import Estimate, LatentSpec
+from mtdiffusion.precision import widened
 
 Codes = Mapping[str, Tensor]
 """Codes by modality name, each ``[B, c_i, H, W]``."""
@@ -247,7 +248,7 @@ class SharedLayout(Layout):
         return torch.stack([weight.to(code.dtype) * code for weight, code in parts]).sum(0)
 
     def spread(self, values: Tensor) -> Tensor:
-        return values.to(torch.float64).mean(1, keepdim=True)
+        return widened(values).mean(1, keepdim=True)
 
     def take(self, name: str, z: Tensor) -> Tensor:
         return z

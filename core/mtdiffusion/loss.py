@@ -17,6 +17,7 @@ from torch import Tensor
 from mtdiffusion.conditioning import Observation
 from mtdiffusion.layout import Codes
 from mtdiffusion.model import MultimodalDiffusion, Prediction
+from mtdiffusion.precision import to_device, widened
 from mtdiffusion.process import DiffusionProcess
 
 
@@ -85,7 +86,7 @@ class LossTerms(NamedTuple):
         parts |= {f"l2/{name}": (value, self.counted[name]) for name, value in self.l2.items()}
         parts |= {f"l3/{name}": (value, every) for name, value in self.l3.items()}
         return {
-            name: torch.stack([value.detach().sum(), count.sum()]).double()
+            name: widened(torch.stack([value.detach().sum(), count.sum()]))
             for name, (value, count) in parts.items()
             if value is not None
         }
@@ -115,7 +116,7 @@ def prior_kl(process: DiffusionProcess, codes: Codes, presence: Tensor | None = 
     """L0 = KL(q(z_T | X) ‖ N(0, I)) in nats ``[B]``, in closed form."""
     t = torch.full((1, len(codes)), process.steps, device=process.log_alpha_bar.device)
     mean = process.mean(codes, t, presence)
-    variance = process.variance(t[0, 0])
+    variance = process.variance(t[:, 0])  # no lone index, which would wait for the device
     return 0.5 * (mean.square().sum((1, 2, 3)) + (variance - 1 - torch.log(variance)).to(mean.dtype) * mean[0].numel())
 
 
@@ -239,7 +240,7 @@ def _blanks(model: MultimodalDiffusion, x: Mapping[str, Tensor], codes: Codes) -
 def _clocks(model: MultimodalDiffusion, observation: Observation, weights: LossWeights, draws: Draws) -> Tensor:
     """Clocks ``[B, N]`` in 0..T as they were drawn, some samples with T for all instead."""
     names, steps = model.names, model.process.steps
-    t = (draws.clocks.to(model.device) * steps).ceil().long()
+    t = (to_device(draws.clocks, model.device) * steps).ceil().long()
     if isinstance(weights.readout, Mapping):
         if unknown := sorted(set(weights.readout) - set(names)):
             raise ValueError(f"readout: expected names among {', '.join(names)}, found {', '.join(unknown)}")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mtdiffusion.interfaces import WeightSchedule
 from mtdiffusion.layout import Codes, Layout, Standing, noise_level
+from mtdiffusion.precision import to_device
 from mtdiffusion.retention import Retention, weights_from_signal
 
 TERMINAL_SNR = 1e-3
@@ -70,10 +71,12 @@ class DiffusionProcess:
         return cls(retention.log_alpha_bar, signal.to(torch.float64), layout)
 
     def to(self, device: torch.device | str) -> DiffusionProcess:
-        """The same process with its tables on a device; itself if they are there."""
-        if self.log_alpha_bar.device == torch.device(device):
+        """The same process with its tables on a device, float32 where that has no float64; itself if they are there."""
+        log_alpha_bar = to_device(self.log_alpha_bar, torch.device(device))
+        if log_alpha_bar is self.log_alpha_bar:
             return self
-        return evolve(self, log_alpha_bar=self.log_alpha_bar.to(device), signal_table=self.signal_table.to(device))
+        signal_table = to_device(self.signal_table, torch.device(device))
+        return evolve(self, log_alpha_bar=log_alpha_bar, signal_table=signal_table)
 
     @property
     def steps(self) -> int:

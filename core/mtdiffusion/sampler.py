@@ -146,7 +146,8 @@ def sample(
             parameters of p(x_i | z_t, observed) of all modalities by name. What it raises ends the sampling.
 
     Returns:
-        Observed and generated modalities by name, each ``[B, ...]``; the observed as given where they were seen.
+        Observed and generated modalities by name, each ``[B, ...]``; the observed as given where they were seen (and as
+        :meth:`Modality.mend` leaves them).
 
     Raises:
         ValueError: for a name that is no modality, a batch that differs, a map that does not fit, no path, or steps so
@@ -190,7 +191,8 @@ def sample(
             params = prediction.params[name]
             out[name] = decoder.sample(params, generator) if settings.draw else decoder.mode(params)
             if name in visible:
-                out[name] = merge_visible(observed[name], out[name], visible[name].to(model.device))
+                where = visible[name].to(model.device)
+                out[name] = model.modality(name).mend(merge_visible(observed[name], out[name], where), where)
         if k < len(steps) - 2 and arrived:  # the others go on by what was decided, not by what was expected
             done = {name: model.modality(name).encoder(out[name]) for name in arrived}
             here = torch.tensor([[name in done for name in model.names]], device=model.device)[:, :, None, None]

@@ -122,7 +122,9 @@ def _parser() -> argparse.ArgumentParser:
         return commands.add_parser(name, help=description, description=description, allow_abbrev=False)
 
     def on_device(command: argparse.ArgumentParser) -> None:
-        command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+        command.add_argument(
+            "--device", help="cpu, cuda, a certain GPU such as cuda:1, or mps (default: cuda if there is one)"
+        )
 
     def setting(command: argparse.ArgumentParser, description: str) -> None:
         command.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help=description)
@@ -269,6 +271,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     look.add_argument("config", type=Path, metavar="CONFIG", help="TOML file")
+    look.add_argument("--json", action="store_true", help="print one object instead of lines, for other programs")
     setting(look, "change the configuration")
     look.set_defaults(handler=_check_config)
 

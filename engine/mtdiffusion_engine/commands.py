@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tomli_w
-from attrs import evolve
+from attrs import asdict, evolve
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -34,6 +34,7 @@ from mtdiffusion_engine.monitor import Monitor
 from mtdiffusion_engine.pictures import visibility_of
 from mtdiffusion_engine.process_plot import draw_process
 from mtdiffusion_engine.run import Run, load_run
+from mtdiffusion_engine.sounds import is_heard
 from mtdiffusion_engine.team import Team
 from mtdiffusion_engine.trainer import Trainer
 from mtdiffusion_registry import DatasetConfig, Registry, UserError
@@ -99,13 +100,34 @@ def check_config(args: Namespace) -> None:
     train.verify()
     warnings = check_held_out(experiment, model)
     latent = model.layout.latent
+    cost = count_cost(experiment, model)
+    if args.json:
+        modalities = {
+            name: {
+                "kind": experiment.modalities[name].kind,
+                "shape": list(model.modality(name).placeholder(1).shape[1:]),
+                "code": list(model.modality(name).encoder.latent.shape),
+            }
+            for name in model.names
+        }
+        found = {
+            "config": str(args.config),
+            "data": {"kind": experiment.data.kind, "training_samples": len(train)},
+            "modalities": modalities,
+            "latent": list(latent.shape),
+            "batch_size": experiment.training.batch_size,
+            "cost": {**asdict(cost), "parameters": cost.parameters, "memory": cost.memory},
+            "warnings": warnings,
+        }
+        print(json.dumps(found, indent=1))
+        return
     print(f"{args.config}: {experiment.data.kind}, {_count(len(train), 'training sample')}")
     for name, modality in zip(model.names, map(model.modality, model.names), strict=True):
         code = modality.encoder.latent
         shape = " × ".join(map(str, modality.placeholder(1).shape[1:])) or "one value"
         print(f"  {name} ({experiment.modalities[name].kind}): {shape}, as a code of {code.channels} channels")
     print(f"latent: {latent.channels} × {latent.height} × {latent.width}")
-    for line in describe_cost(count_cost(experiment, model), experiment.training):
+    for line in describe_cost(cost, experiment.training):
         print(line)
     for warning in warnings:
         print(f"warning: {warning}")
@@ -276,8 +298,13 @@ def sample(args: Namespace) -> None:
         else:
             _sample_shards(request, args.out, args.shard_size or sampling.SHARD_SIZE, rank, world)
     if rank == 0:
-        glance = args.out / sampling.SHEET
-        print(f"{args.n:,} samples of {', '.join(request.names)}: {args.out} (at a glance: {glance})")
+        pages = 1 if args.shards else -(-args.n // sampling.SHOWN)
+        glance = f"at a glance: {args.out / sampling.sheet_name(0, pages)}"
+        if pages > 1:
+            glance += f" to {sampling.sheet_name(pages - 1, pages)}"
+        elif args.n > sampling.SHOWN:
+            glance = f"the first {glance}"
+        print(f"{args.n:,} samples of {', '.join(request.names)}: {args.out} ({glance})")
 
 
 def _request(args: Namespace) -> sampling.Request:
@@ -470,7 +497,10 @@ def gallery(args: Namespace) -> None:
         # A few samples in one picture: the first process draws it, and the others wait.
         if rank == 0:
             run = load_run(args.run, device=args.device, overrides=args.set)
-            print(f"gallery: {_gallery(run, args.out or run.path / GALLERY, args.seed)}")
+            picture = _gallery(run, args.out or run.path / GALLERY, args.seed)
+            print(f"gallery: {picture}")
+            if any(is_heard(modality) for modality in run.model.modalities.values()):  # type: ignore[arg-type]
+                print(f"to hear it: {picture.with_suffix('.html')}")
         Team(rank, world).told(None)
 
 

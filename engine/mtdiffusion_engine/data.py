@@ -30,7 +30,7 @@ PATIENCE = 30.0
 """Seconds that looking through a data set takes at most at every start, where what was seen cannot be remembered."""
 
 
-_AUGMENTATION = 1  # tells its seeds from those of the order, of which each epoch has one
+_AUGMENTATION, _VARIED = 1, 5  # tell their seeds from those of the order, of which each epoch has one, and others
 
 
 def derive_seed(*key: int) -> int:
@@ -83,7 +83,7 @@ class Source:
         derived: values that were computed once, by sample, of the modalities that have such.
         what: what errors call the data set.
         augmentation: how samples are varied when their turn is known.
-        seed: of the augmentation.
+        seed: of the augmentation, and of what the data set itself varies.
     """
 
     dataset: Dataset
@@ -93,20 +93,20 @@ class Source:
     augmentation: Augmentation | None = None
     seed: int = 0
 
-    def raw(self, index: int) -> dict[str, Tensor | str]:
-        """A sample of the data set.
+    def raw(self, index: int, seed: int | None = None) -> dict[str, Tensor | str]:
+        """A sample of the data set; with a seed, as the data set varies it.
 
         Raises:
             UserError: if it cannot be read; the message names it.
         """
         try:
-            return self.dataset[index]
+            return self.dataset[index] if seed is None else self.dataset.varied(index, seed)
         except (ValueError, OSError) as error:  # a UserError is a ValueError
             raise UserError(f"{self.what}: {self.dataset.describe(index)}: {error}") from error
 
-    def sample(self, index: int) -> dict[str, Tensor | str]:
-        """A sample by modality; those that it lacks are not there."""
-        raw = self.raw(index)
+    def sample(self, index: int, seed: int | None = None) -> dict[str, Tensor | str]:
+        """A sample by modality, as :meth:`raw` has it; those that it lacks are not there."""
+        raw = self.raw(index, seed)
         return {
             name: self.derived[name][index] if name in self.derived else raw[field]
             for name, field in self.fields.items()
@@ -117,13 +117,16 @@ class Source:
         """Several samples, stacked where they can be.
 
         Args:
-            first: the turn of the first of them in training, each of which is augmented in its own way; None: as they
-                are.
+            first: the turn of the first of them in training, each of which is varied and augmented in its own way;
+                None: as they are.
         """
-        samples = [self.sample(index) for index in indices]
-        if self.augmentation is not None and first is not None:
-            for place, sample in enumerate(samples):
-                samples[place] = self.augmentation(sample, derive_seed(self.seed, _AUGMENTATION, first + place))
+        samples = []
+        for place, index in enumerate(indices):
+            seed = None if first is None else derive_seed(self.seed, _VARIED, first + place)
+            sample = self.sample(index, seed)
+            if self.augmentation is not None and first is not None:
+                sample = self.augmentation(sample, derive_seed(self.seed, _AUGMENTATION, first + place))
+            samples.append(sample)
         values: dict[str, tuple[list[int], Tensor | list[Tensor | str]]] = {}
         for name in self.fields:
             rows = [row for row, sample in enumerate(samples) if name in sample]
@@ -510,7 +513,8 @@ def training_batches(
     """Batches in the sampler's order.
 
     Args:
-        augmentation: of the samples; what it draws follows from the sampler's seed and the sample's turn.
+        augmentation: of the samples; what it and the data set draw follows from the sampler's seed and the sample's
+            turn.
 
     Raises:
         UserError: as :meth:`ModalityData.batch`.

@@ -1,4 +1,5 @@
-"""What a launcher's environment may not decide: how a run is trained is its configuration's alone."""
+"""The machine that a run is on: its devices, and what a launcher's environment may not decide, since how a run is
+trained is its configuration's alone."""
 
 from __future__ import annotations
 
@@ -6,7 +7,10 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
+
 from mtdiffusion_engine.experiment import TrainingConfig
+from mtdiffusion_registry import UserError
 
 _DECIDES = (
     "ACCELERATE_MIXED_PRECISION",
@@ -21,6 +25,46 @@ _DECIDES = (
 )
 """Beginnings of the names of variables that tell Accelerate how to train. Those that tell it where to run stay."""
 _YES = ("1", "true", "yes", "on")
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of a name; None: CUDA's if there is one, or else the CPU.
+
+    Args:
+        name: "cpu"; "cuda", or one of several GPUs, counted from 0: "cuda:1", which is then CUDA's current device;
+            "mps", the GPU of an Apple machine.
+
+    Raises:
+        UserError: for another name, or a device that is not there.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, colon, number = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (colon and not (kind == "cuda" and number.isdecimal())):
+        raise UserError(f'device: expected "cpu", "cuda", a certain GPU such as "cuda:1", or "mps", found "{name}"')
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"device {name}: this machine has no Apple GPU that this PyTorch can use; {_there()}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {name}: there is no CUDA device here that this PyTorch can use; {_there()}")
+    if colon:
+        if int(number) >= torch.cuda.device_count():
+            raise UserError(f"device {name}: {_there()}")
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise UserError(f"device {name}: of several processes each has a GPU of its own; say cuda")
+        torch.cuda.set_device(int(number))  # what says "cuda" alone means this one
+        return torch.device("cuda", int(number))
+    return torch.device(kind)
+
+
+def _there() -> str:
+    """A sentence's end that says which devices there are."""
+    found = []
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        found.append("1 GPU, cuda:0" if count == 1 else f"{count} GPUs, cuda:0 to cuda:{count - 1}")
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return f"this machine has {', '.join([*found, 'cpu'])}"
 
 
 @contextmanager

@@ -520,21 +520,6 @@ def _with_paths(value: Any, change: Callable[[str, Path], Path], key: str) -> An
     return attrs.evolve(value, **made)
 
 
-def choose_device(name: str | None) -> torch.device:
-    """The device of a name, "cpu" or "cuda"; None: CUDA if there is one.
-
-    Raises:
-        UserError: for another name, or if there is no CUDA.
-    """
-    if name not in (None, "cpu", "cuda"):
-        raise UserError(f'device: expected "cpu" or "cuda", found "{name}"')
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "device: there is no CUDA device here that this PyTorch can use; leave the device out, or say cpu"
-        )
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
 def build_layout(experiment: Experiment) -> Layout:
     """Where each modality lives in the latent."""
     latent = experiment.latent

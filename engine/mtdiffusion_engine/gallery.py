@@ -12,6 +12,7 @@ from torch import Tensor
 from mtdiffusion import MultimodalDiffusion, sample
 from mtdiffusion_engine.pictures import Block, Row, draw_blocks, legends, rendered, sheet_columns
 from mtdiffusion_engine.samples import Samples, Wish, draw_samples, held_out
+from mtdiffusion_engine.sounds import page_with_players
 from mtdiffusion_engine.subsets import random_holes
 from mtdiffusion_registry.pace import Pace
 
@@ -23,7 +24,8 @@ def draw_gallery(
     run: Run, path: Path, seed: int = 0, columns: int = 12, note: Callable[[str], None] = lambda _: None
 ) -> Path:
     """Write the gallery of a run's model as a picture; what is given comes from its test split, and so does the truth
-    below what is read off it.
+    below what is read off it. Where a modality writes sounds, there is a page beside it on which they are heard, of the
+    same name but for ``.html``.
 
     Args:
         seed: of the samples and of the draw of those given.
@@ -77,6 +79,8 @@ def draw_gallery(
     title = f"One model, {len(names)} modalities: {', '.join(names)}" if len(names) > 1 else f"A model of {names[0]}"
     told = "Given is what held-out samples have; truth is the rest of the same samples, which the model was not shown."
     draw_blocks(title, blocks, legends(model), told).save(path)
+    if (page := page_with_players(title, blocks, model)) is not None:
+        path.with_suffix(".html").write_text(page, encoding="utf-8")
     return path
 
 

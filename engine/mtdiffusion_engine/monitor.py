@@ -16,6 +16,7 @@ from rich.progress import Progress as Bar
 
 from mtdiffusion import LossWeights, sample
 from mtdiffusion_engine.pictures import sample_sheet
+from mtdiffusion_engine.sounds import is_heard, wave_of
 from mtdiffusion_engine.trainer import Progress, Trainer
 
 NAMED = ("wandb", "trackio", "mlflow", "swanlab")
@@ -30,15 +31,16 @@ class Monitor:
         console: where to; a terminal gets a bar, anything else lines.
         every: seconds between lines.
         grid: samples in a grid.
+        heard: how many of them are heard, of each modality that writes sounds.
     """
 
-    def __init__(self, trainer: Trainer, console: Console, every: float = 10.0, grid: int = 16) -> None:
+    def __init__(self, trainer: Trainer, console: Console, every: float = 10.0, grid: int = 16, heard: int = 4) -> None:
         from torch.utils import tensorboard  # slow to import
 
         self._trainer = trainer
         self._console = console
         self._every = every
-        self._grid = grid
+        self._grid, self._heard = grid, heard
         self._start = trainer.step
         self._last_line = time.monotonic()
         # What an interrupted run logged after its last checkpoint happens again: drop it.
@@ -106,12 +108,16 @@ class Monitor:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def samples(self, step: int) -> None:
-        """Log a grid of joint samples of the averaged weights, always from the same noise."""
+        """Log a grid of joint samples of the averaged weights, always from the same noise, and sounds among them."""
         model = self._trainer.averaged_model
         settings = self._trainer.experiment.sampling
         drawn = sample(model, self._grid, settings=settings, generator=torch.Generator().manual_seed(0))
         sheet = np.asarray(sample_sheet(model, drawn))
         self._writer.add_image("samples", sheet, step, dataformats="HWC")
+        for name, x in drawn.items():
+            for place in range(min(self._heard, len(x)) if is_heard(model.modality(name)) else 0):
+                if (sound := wave_of(model.modality(name), x[place].cpu())) is not None:
+                    self._writer.add_audio(f"samples/{name}/{place}", sound[0][None], step, sample_rate=sound[1])
         for tracker in self._trainer.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 tracker.log_images({"samples": [sheet]}, step=step)

@@ -50,6 +50,7 @@ class Row:
         scene: whether they show places, so that they are worth larger tiles than a word or a vector.
         visible: ``[n, H, W]`` of any size: 0 where the picture was hidden, which is hatched; None: nowhere.
         present: ``[n]`` bool: samples that have the modality; the tiles of others are empty. None: all.
+        values: ``[n, ...]``, what is shown, on the CPU; None: nobody asks for it.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Row:
     scene: bool = False
     visible: Tensor | None = None
     present: Tensor | None = None
+    values: Tensor | None = None
 
     @role.default
     def _role(self) -> str:
@@ -191,7 +193,8 @@ def rendered(
     """A row of a modality's values ``[n, ...]`` as the modality shows them."""
     word = {} if role is None else {"role": role}
     pictures = modality.render(x).float().cpu()
-    return Row(name, pictures, kind, scene=modality.encoder.spatial, visible=visible, present=present, **word)
+    scene, values = modality.encoder.spatial, x.cpu()
+    return Row(name, pictures, kind, scene=scene, visible=visible, present=present, values=values, **word)
 
 
 def legends(model: MultimodalDiffusion) -> dict[str, Legend]:
@@ -209,20 +212,23 @@ def sample_sheet(
     strength: Mapping[str, float] | None = None,
     values: Mapping[str, str] | None = None,
     most: int = 64,
+    first: int = 0,
     total: int | None = None,
 ) -> Image.Image:
-    """The first samples in lines, a row for each modality: above what was given, with its holes, below what was made.
+    """Samples in lines, a row for each modality: above what was given, with its holes, below what was made.
 
     Args:
         samples: ``[n, ...]`` by name.
         observed, visible, strength: what they were made from, as :meth:`Run.sample` takes them.
         values: of those observed that are one value, what it is called: ``{"label": "horse"}``.
         most: how many are drawn; if there are more, the sheet says so.
-        total: how many there are; None: these.
+        first: the place of the first of these among all.
+        total: how many there are in all; None: these.
     """
     observed, visible, strength = observed or {}, visible or {}, strength or {}
     count = len(next(iter(samples.values())))
-    n, total = min(count, most), total or count
+    n = min(count, most)
+    total = total or first + count
     columns = sheet_columns(model, 16)
     given = {name: _batch(model.modality(name), observed[name], n) for name in model.names if name in observed}
     maps = {name: seen[:n] if seen.ndim == 3 else seen.expand(n, *seen.shape) for name, seen in visible.items()}
@@ -240,12 +246,17 @@ def sample_sheet(
     blocks = []
     for start in range(0, n, columns):
         stop = min(start + columns, n)
-        numbers = f"samples {stem_of(start, total)} to {stem_of(stop - 1, total)}"
+        numbers = f"samples {_places(first + start, first + stop, total)}"
         blocks.append(Block(numbers if n > columns else "", list(line(slice(start, stop)))))
     told = _told(given, visible, strength, values or {})
     if total > n:
-        told += f"; first {n} of {total}"
+        told += f"; {_places(first, first + n, total) if first else f'first {n}'} of {total}"
     return draw_blocks(title, blocks, legends(model), told)
+
+
+def _places(start: int, stop: int, total: int) -> str:
+    """From which sample to which, by the names of their files."""
+    return f"{stem_of(start, total)} to {stem_of(stop - 1, total)}"
 
 
 def stem_of(place: int, total: int) -> str:

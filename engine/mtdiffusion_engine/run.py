@@ -14,10 +14,10 @@ from mtdiffusion import Modality, MultimodalDiffusion, Params, SamplerSettings, 
 from mtdiffusion_engine import checkpoint as ckpt
 from mtdiffusion_engine import hub
 from mtdiffusion_engine.data import ModalityData, derive_seed, load_data
+from mtdiffusion_engine.environment import choose_device
 from mtdiffusion_engine.experiment import (
     Experiment,
     build_model,
-    choose_device,
     load_experiment,
     require_trained,
 )
@@ -271,7 +271,7 @@ def load_run(
 
     Args:
         path: what ``mtdiffusion train --out`` made.
-        device: "cpu" or "cuda"; None: CUDA if there is one.
+        device: "cpu", "cuda", "cuda:1" or "mps"; None: CUDA if there is one.
         registry: where kinds are looked up; None: what is installed.
         checkpoint: the step of the checkpoint to load; None: the newest.
         overrides: ``KEY=VALUE`` arguments that change what the model does not depend on: data, evaluation, sampling,
@@ -280,7 +280,7 @@ def load_run(
     Raises:
         UserError: if the folder is no run, or something in it is missing or damaged, or for other overrides.
     """
-    path = Path(path)
+    path, where = Path(path), choose_device(device)
     folder = ckpt.require_run(path)
     if checkpoint is not None:
         known = {ckpt.step_of(other): other for other in ckpt.list_checkpoints(path)}
@@ -293,4 +293,4 @@ def load_run(
         require_trained(experiment, path, registry)
     model = build_model(experiment)
     ckpt.load_weights(model, folder / "ema.safetensors")
-    return Run(path, experiment, model.to(choose_device(device)).eval(), folder)
+    return Run(path, experiment, model.to(where).eval(), folder)

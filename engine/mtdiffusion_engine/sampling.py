@@ -31,8 +31,8 @@ from mtdiffusion_registry.installed import version
 
 REQUEST, SHEET = "request.json", "samples.png"
 SHARDS = "samples-*.tar"
-SHOWN = 64
-"""Samples on the sheet, at most."""
+SHOWN = 128
+"""Samples on a sheet, at most; more of them in a folder have several."""
 SHARD_SIZE = 1024
 """Samples a shard, unless another number is asked for: a multiple of the usual batch size."""
 
@@ -118,8 +118,8 @@ class Request:
             )
             yield start, {name: x.cpu() for name, x in samples.items()}
 
-    def sheet(self, samples: Mapping[str, Tensor]) -> Image.Image:
-        """The first samples at a glance, of which some are given, with what they were made from."""
+    def sheet(self, samples: Mapping[str, Tensor], first: int = 0) -> Image.Image:
+        """Samples in a row at a glance, the first of them at this place, with what they were made from."""
         values = {
             # Not Path.is_file, which raises for a caption too long to be a file's name.
             name: Path(text).name if os.path.isfile(text) else text  # noqa: PTH113
@@ -129,32 +129,61 @@ class Request:
             self.run.model,
             samples,
             f"Samples of {self.run.path.absolute().name}",
-            observed=self.rows(0, len(next(iter(samples.values())))),
+            observed=self.rows(first, len(next(iter(samples.values())))),
             visible=self.visible,
             strength=self.strength,
             values=values,
             most=SHOWN,
+            first=first,
             total=self.n,
         )
 
 
-class _First:
-    """Keeps the first samples of those that pass, for the sheet."""
+class _Sheets:
+    """Draws the sheets of samples that pass in their order, each when it is full: one, or as many pages as it takes.
 
-    def __init__(self) -> None:
-        self._parts: list[dict[str, Tensor]] = []
+    Args:
+        pages: whether there are sheets of all samples; otherwise there is one, of the first.
+    """
 
-    def see(self, start: int, samples: Mapping[str, Tensor]) -> None:
-        if start < SHOWN:
-            self._parts.append({name: x[: SHOWN - start] for name, x in samples.items()})
+    def __init__(self, request: Request, folder: Path, pages: bool) -> None:
+        self._request, self._folder = request, folder
+        self._count = -(-request.n // SHOWN) if pages else 1
+        self._page, self._waiting = 0, dict[str, Tensor]()
 
-    def samples(self) -> dict[str, Tensor]:
-        return {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
+    def see(self, samples: Mapping[str, Tensor]) -> None:
+        """Take in the samples that come next."""
+        if self._page < self._count:
+            before = self._waiting or {name: x[:0] for name, x in samples.items()}
+            self._waiting = {name: torch.cat([before[name], x]) for name, x in samples.items()}
+            while self._held() >= SHOWN and self._page < self._count:
+                self._draw()
+
+    def end(self) -> None:
+        """All samples have passed."""
+        if self._held() and self._page < self._count:
+            self._draw()
+
+    def _held(self) -> int:
+        return len(next(iter(self._waiting.values()), ()))
+
+    def _draw(self) -> None:
+        name = sheet_name(self._page, self._count)
+        shown = {key: x[:SHOWN] for key, x in self._waiting.items()}
+        self._request.sheet(shown, self._page * SHOWN).save(self._folder / name)
+        self._waiting = {key: x[SHOWN:] for key, x in self._waiting.items()}
+        self._page += 1
+
+
+def sheet_name(page: int, count: int) -> str:
+    """The name of a sheet's file: ``samples.png``, or of several pages ``samples-1.png`` and so on."""
+    return SHEET if count == 1 else f"samples-{str(page + 1).zfill(len(str(count)))}.png"
 
 
 def write_folder(request: Request, folder: Path, tell: Tell = lambda _: None) -> None:
     """Write samples into an empty folder: a subfolder for each modality with a file a sample, or a table where its
-    values are numbers or words (:meth:`mtdiffusion.Modality.cells`); the sheet, and the request.
+    values are numbers or words (:meth:`mtdiffusion.Modality.cells`); the request; and all samples at a glance, on one
+    sheet or, of more than :data:`SHOWN`, on several.
 
     A data set of kind ``folder`` reads them back.
 
@@ -162,7 +191,7 @@ def write_folder(request: Request, folder: Path, tell: Tell = lambda _: None) ->
         UserError: as :meth:`Run.sample`.
         OSError: if one cannot be written.
     """
-    run, first = request.run, _First()
+    run, sheets = request.run, _Sheets(request, folder, pages=True)
     with ExitStack() as stack:
         tables: dict[str, Any] = {}
 
@@ -180,12 +209,12 @@ def write_folder(request: Request, folder: Path, tell: Tell = lambda _: None) ->
             tables[name].writerow([stem, *cells.values()])
 
         for start, samples in request.batches(0, request.n):
-            first.see(start, samples)
+            sheets.see(samples)
             for place, row in enumerate(zip(*samples.values(), strict=True), start):
                 for name, x in zip(samples, row, strict=True):
                     write(name, x, stem_of(place, request.n))
             tell(place + 1)
-    request.sheet(first.samples()).save(folder / SHEET)
+    sheets.end()
     ckpt.write_json(folder / REQUEST, request.record())
 
 
@@ -203,7 +232,8 @@ def missing_shards(out: Path, n: int, size: int, rank: int = 0, world: int = 1) 
 
 
 def write_shards(request: Request, out: Path, size: int, rank: int, world: int, tell: Tell = lambda _: None) -> None:
-    """Draw this process's part of the shards that are missing in a folder; the first of all brings the sheet.
+    """Draw this process's part of the shards that are missing in a folder; the first of all brings a sheet, of its
+    first samples.
 
     A shard is a tar file as WebDataset names its members: ``STEM.NAME.SUFFIX``, those of a sample side by side. It
     gets its name when it is whole, and its bytes follow from the request and from ``size`` alone.
@@ -235,12 +265,14 @@ def write_shards(request: Request, out: Path, size: int, rank: int, world: int, 
 
 
 def _write_shard(request: Request, path: Path, first: int, count: int, tell: Tell) -> None:
-    partial, shown = path.with_name(f".{path.name}"), _First()
+    partial = path.with_name(f".{path.name}")
+    sheets = _Sheets(request, path.parent, pages=False) if first == 0 else None
     try:
         with partial.open("wb") as file, TemporaryDirectory() as scratch:
             with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
                 for start, samples in request.batches(first, count):
-                    shown.see(start, samples)
+                    if sheets is not None:
+                        sheets.see(samples)
                     for place, row in enumerate(zip(*samples.values(), strict=True), start):
                         stem = stem_of(place, request.n)
                         for name, x in zip(samples, row, strict=True):
@@ -248,8 +280,8 @@ def _write_shard(request: Request, path: Path, first: int, count: int, tell: Tel
                     tell(place + 1 - first)
             file.flush()
             os.fsync(file.fileno())  # a shard that has its name is whole, after a loss of power, too
-        if first == 0:
-            request.sheet(shown.samples()).save(path.parent / SHEET)
+        if sheets is not None:
+            sheets.end()
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

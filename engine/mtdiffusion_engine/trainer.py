@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mtdiffusion import Backbone, Draws, LossWeights, MultimodalDiffusion, composite_loss
+from mtdiffusion.precision import to_device
 from mtdiffusion.process import terminal_warning
 from mtdiffusion_engine import checkpoint as ckpt
 from mtdiffusion_engine.augmentation import Augmentation
@@ -40,13 +41,12 @@ from mtdiffusion_engine.data import (
     made_ahead,
     training_batches,
 )
-from mtdiffusion_engine.environment import ignored_variables, without_training_variables
+from mtdiffusion_engine.environment import choose_device, ignored_variables, without_training_variables
 from mtdiffusion_engine.experiment import (
     PLUGINS_FILE,
     Changes,
     Experiment,
     build_model,
-    choose_device,
     origins,
     require_resumable,
     resolved,
@@ -615,7 +615,7 @@ def recompute_activations(backbone: Backbone) -> None:
 def _to(device: torch.device, tensor: Tensor) -> Tensor:
     """A tensor on a device; a copy to a GPU is not waited for."""
     if tensor.device == device or device.type != "cuda":
-        return tensor.to(device)
+        return to_device(tensor, device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mtdiffusion import Encoder, FeatureSpec, LatentSpec
+from mtdiffusion.precision import widened
 from mtdiffusion_plugins.sizes import Size, by
 
 _LOG_SCALE = (-6.0, 2.0)
@@ -77,9 +78,9 @@ def discretised_gaussian_nll(mean: Tensor, log_scale: Tensor, x: Tensor, levels:
 
     The Gaussian's mass in the bin around each value; the outermost bins reach to infinity (Ho et al. 2020).
     """
-    sigma = scale_of(log_scale, mean).double()
+    sigma = widened(scale_of(log_scale, mean))
     half = 1.0 / (levels - 1)
-    centred = (x - mean).double()
+    centred = widened(x - mean)
     low = torch.where(x <= -1 + half, -math.inf, (centred - half) / sigma)
     high = torch.where(x >= 1 - half, math.inf, (centred + half) / sigma)
     # Φ(high) − Φ(low), taken in the left tail, where it loses no digits.

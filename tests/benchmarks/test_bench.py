@@ -492,6 +492,29 @@ def test_the_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "1 cells: 1 ok" in capsys.readouterr().out
     assert cli.main(["bench", "list", profile, "--out", out]) == 0
     assert "ok        digits/masked/joint/0" in capsys.readouterr().out
+    # A change reaches the configuration of each cell, and results of another are not taken for these.
+    assert (
+        cli.main(
+            ["bench", "run", profile, "--out", out, "--only", "digits/masked/joint/0", "--set", "training.steps=4"]
+        )
+        == 2
+    )
+    assert "holds a result of another configuration of digits/masked/joint/0" in capsys.readouterr().err
+    changed = ["bench", "run", profile, "--out", f"{out}-4", "--only", "digits/masked/joint/0"]
+    assert cli.main([*changed, "--set", "training.steps=4", "sampling.steps=2"]) == 0
+    result = read_json(tmp_path / "out-4/cells/digits__masked__joint__0.json")
+    assert result["cost"]["steps"] == result["config"]["experiment"]["training"]["steps"] == 4
+    for change, owner in (
+        ("training.seed=1", 'every cell sets "training.seed" itself'),
+        ("conditioning.partial=0.5", 'the task masked sets "conditioning.partial" itself'),
+    ):
+        assert cli.main([*changed, "--set", change]) == 2
+        assert f"--set {change}: {owner}" in capsys.readouterr().err
+    hot = ["bench", "run", profile, "--out", out, "--only", "digits/masked/hot/0", "--set", "training={steps=4}"]
+    assert cli.main(hot) == 2
+    assert "--set training={steps=4}: every cell sets" in capsys.readouterr().err
+    assert cli.main([*hot[:-1], "training.clip=2"]) == 2
+    assert 'the method hot sets "training.clip" itself; change it in the profile' in capsys.readouterr().err
     assert cli.main(["bench", "run", "nothing", "--out", out]) == 2
     assert "no such profile" in capsys.readouterr().err
     assert cli.main(["bench", "report", str(source)]) == 2

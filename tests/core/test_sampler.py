@@ -47,7 +47,15 @@ from tests.core.gaussians import (
     gaussian_model,
     sampling_errors,
 )
-from tests.core.toys import CLASSES, CategoricalDecoder, CodebookEncoder, LabelModality, data, picture_and_label
+from tests.core.toys import (
+    CLASSES,
+    CategoricalDecoder,
+    CodebookEncoder,
+    LabelModality,
+    PictureModality,
+    data,
+    picture_and_label,
+)
 
 SOLVERS = ("ancestral", "ddim", "dpmpp_2m")
 layouts = pytest.mark.parametrize("layout", ["own", "shared"])
@@ -654,6 +662,28 @@ def test_pixels_that_are_seen_are_kept_and_hidden_ones_do_not_matter(
     assert not torch.isclose(out[0]["picture"][hidden], x["picture"][hidden]).any()
     for name in out[0]:
         assert torch.equal(out[0][name], out[1][name])
+
+
+def test_what_is_put_together_of_seen_and_filled_in_is_mended(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = picture_and_label(), data(4)
+    visible = torch.ones(4, 8, 8)
+    visible[:, :4] = 0
+    ask: dict[str, Any] = {"observed": {"picture": x["picture"]}, "settings": SamplerSettings(5)}
+
+    def drawn() -> Tensor:
+        return sample(model, 4, visible={"picture": visible}, generator=torch.Generator().manual_seed(0), **ask)[
+            "picture"
+        ]
+
+    def unit(self: PictureModality, x: Tensor, visible: Tensor) -> Tensor:
+        assert torch.equal(visible, where)
+        return x / x.flatten(1).norm(dim=1)[:, None, None, None]
+
+    where, plain = visible, drawn()
+    monkeypatch.setattr(PictureModality, "mend", unit)
+    torch.testing.assert_close(drawn(), plain / plain.flatten(1).norm(dim=1)[:, None, None, None])
+    whole = sample(model, 4, **ask)["picture"]  # what is given whole is nobody's to mend
+    assert torch.equal(whole, x["picture"])
 
 
 @pytest.mark.parametrize("epsilon_head", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -225,6 +226,12 @@ def test_config_check_tells_the_cost(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert found["parameters"].startswith(f"{sum(w.numel() for w in model.parameters()) / 1e3:.3g} k: backbone ")
     assert found["latent"] == "768 bytes a sample"
     assert {"evaluation", "training step", "memory"} <= found.keys()
+    assert main(["config", "check", str(path), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["cost"]["parameters"] == sum(w.numel() for w in model.parameters())
+    assert printed["latent"] == list(model.layout.latent.shape)
+    assert printed["modalities"]["image"] == {"kind": "image", "shape": [1, 8, 8], "code": [1, 8, 8]}
+    assert printed["data"]["training_samples"] > 1000 and printed["warnings"] == []
     large = told('backbone={kind="dit", size="XL", patch=2}')
     assert ": backbone 675 M, " in large["parameters"] and "GFLOP" in large["evaluation"] and "GiB" in large["memory"]
 

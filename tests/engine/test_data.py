@@ -125,6 +125,35 @@ def test_a_derived_modality_is_computed_once(monkeypatch: pytest.MonkeyPatch) ->
     assert torch.allclose(first.x["clip"][2], image.flatten() / image.norm())
 
 
+class Paired(ToyData):
+    """Labels drawn anew at each turn."""
+
+    def varied(self, index: int, seed: int) -> dict[str, Tensor | str]:
+        drawn = torch.randint(3, (), generator=torch.Generator().manual_seed(seed))
+        return {**self[index], "label": drawn}
+
+
+def labels(start: int, stop: int, rank: int = 0, world: int = 1, workers: int = 0) -> list[Tensor]:
+    model = build_model(toy())
+    data = ModalityData(Paired(11, "", -1), {name: model.modality(name) for name in model.names})
+    sampler = StepSampler(11, 8, 0, start, stop, 1, rank, world)
+    return [batch.x["label"] for batch in training_batches(data, sampler, workers)]
+
+
+def test_what_a_data_set_varies_differs_from_epoch_to_epoch_and_goes_on_from_any_step() -> None:
+    through = labels(0, 11)
+    assert all(torch.equal(a, b) for a, b in zip(through[4:], labels(4, 11), strict=True))  # as if resumed
+    shared = zip(labels(0, 11, 0, 2), labels(0, 11, 1, 2), strict=True)
+    assert all(torch.equal(a, torch.cat(b)) for a, b in zip(through, shared, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(through, labels(0, 11, workers=1), strict=True))
+    order = [index for turn in StepSampler(11, 8, 0, 0, 11) for index in turn.indices]
+    of_one = [label for label, index in zip(torch.cat(through).tolist(), order, strict=True) if index == 5]
+    assert len(of_one) == 8 and len(set(of_one)) > 1
+    model = build_model(toy())
+    plain = ModalityData(Paired(11, "", -1), {name: model.modality(name) for name in model.names})
+    assert torch.equal(plain.batch(range(11)).x["label"], plain.dataset.label)  # type: ignore[attr-defined]
+
+
 def test_what_a_modality_cannot_be_derived_from_is_said() -> None:
     model = build_model(toy())
     config = ClipConfig(dim=16, source="caption", model="none")

@@ -280,10 +280,12 @@ def test_words_say_what_was_given(model: MultimodalDiffusion, monkeypatch: pytes
         strength={"mask": 0.4},
         values={"mask": f"{'m' * 90}.png"},
     )
+    sample_sheet(model, {name: each[:2] for name, each in x.items()}, first=64, total=70)
     assert told == [
         "everything generated together; first 64 of 70",
         "given mask, label=horse; first 64 of 70",
         f"given image with holes; started from mask={'m' * 79}… at strength 0.4",
+        "everything generated together; 0064 to 0065 of 70",
     ]
 
 

@@ -84,6 +84,28 @@ def test_a_folder_is_written_batch_by_batch_and_holds_what_the_run_samples(
     )
 
 
+def test_more_samples_than_a_sheet_holds_are_on_pages(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "SHOWN", 6)  # of batches of 4
+    drawn: list[tuple[int, dict[str, torch.Tensor]]] = []
+    draw = Request.sheet
+
+    def watched(self: Request, samples: dict[str, torch.Tensor], first: int = 0) -> Image.Image:
+        drawn.append((first, samples))
+        return draw(self, samples, first)
+
+    monkeypatch.setattr(Request, "sheet", watched)
+    given = torch.arange(3)
+    write_folder(Request(run, 14, observed={"label": given}), tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["samples-1.png", "samples-2.png", "samples-3.png"]
+    assert [first for first, _ in drawn] == [0, 6, 12]
+    expected = run.sample(14, observed={"label": given[torch.arange(14) % 3]})
+    for name in ("image", "label"):
+        assert torch.equal(torch.cat([samples[name] for _, samples in drawn]), expected[name])
+    assert sampling.sheet_name(0, 10) == "samples-01.png"
+
+
 def test_a_data_set_of_kind_folder_reads_it_back(tiny_run: Path, run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert main(["sample", str(tiny_run), "-n", "6", "--out", str(out), "--device", "cpu", "--set", BATCH]) == 0

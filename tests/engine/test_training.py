@@ -23,13 +23,25 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from mtdiffusion import Backbone, Features, LossTerms, composite_loss
+from mtdiffusion import (
+    Backbone,
+    Draws,
+    Features,
+    LossTerms,
+    LossWeights,
+    SamplerSettings,
+    composite_loss,
+    precision,
+    sample,
+)
 from mtdiffusion_engine import checkpoint as ckpt
 from mtdiffusion_engine import trainer as trainer_module
 from mtdiffusion_engine.chance import StepChance
 from mtdiffusion_engine.data import Batch, ModalityData, derive_seed, load_data
-from mtdiffusion_engine.experiment import Experiment, build_model, choose_device, load_experiment
+from mtdiffusion_engine.environment import choose_device
+from mtdiffusion_engine.experiment import Experiment, build_model, load_experiment
 from mtdiffusion_engine.interrupt import ECHO, Terminated, deferred_interrupt, held, raise_terminated, terminable
 from mtdiffusion_engine.optimisation import Average, learning_rate
 from mtdiffusion_engine.tally import Tally
@@ -613,11 +625,71 @@ def test_a_folder_without_a_run_is_not_resumed(tmp_path: Path) -> None:
         Trainer(toy(), tmp_path, REGISTRY, resume=True, device="cpu")
 
 
-def test_devices() -> None:
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device("cpu") == torch.device("cpu")
-    with pytest.raises(UserError, match='expected "cpu" or "cuda", found "gpu"'):
-        choose_device("gpu")
+    for name in ("gpu", "cuda:", "cuda:one", "cpu:0", "mps:1"):
+        with pytest.raises(UserError, match=f'expected "cpu", "cuda", .* found "{name}"'):
+            choose_device(name)
+    if not torch.backends.mps.is_available():
+        with pytest.raises(UserError, match=r"device mps: this machine has no Apple GPU .*; this machine has .*cpu"):
+            choose_device("mps")
     if not torch.cuda.is_available():
         assert choose_device(None) == torch.device("cpu")
         with pytest.raises(UserError, match="no CUDA device"):
             choose_device("cuda")
+        with pytest.raises(UserError, match="device cuda:1: there is no CUDA device"):
+            choose_device("cuda:1")
+    # Of a machine with one GPU, what is said follows from what torch tells of it.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="device cuda:1: this machine has 1 GPU, cuda:0"):
+        choose_device("cuda:1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="device cuda:0: of several processes each has a GPU of its own; say cuda"):
+        choose_device("cuda:0")
+
+
+class NoFloat64(TorchDispatchMode):
+    """A device without float64, as Apple's GPUs are: any such tensor on "meta" is an error."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.device.type == "meta":
+                assert x.dtype != torch.float64, func
+        return out
+
+
+@pytest.mark.parametrize("layout", ["own", "shared"])
+def test_a_device_without_float64_trains_and_samples(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "widest", lambda device: torch.float32 if device.type == "meta" else torch.float64)
+    model = build_model(toy(f"latent.layout={layout}"))
+    draws = Draws.of(model, 4)
+    assert draws.clocks.dtype == torch.float64
+    with NoFloat64():
+        model.to("meta")
+        x = {name: model.modality(name).placeholder(4).to("meta") for name in model.names}
+        terms = composite_loss(model, x, LossWeights(1, 1, 1, 1), draws=draws)
+        terms.total.mean().backward()
+        assert terms.sums()["loss"].dtype == torch.float32
+        for solver in ("ancestral", "dpmpp_2m", "ddim"):
+            out = sample(model.eval(), 2, settings=SamplerSettings(steps=3, solver=solver))  # type: ignore[arg-type]
+            assert out["image"].shape == (2, 1, 4, 4)
+
+
+def test_tables_of_float32_change_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model(toy()).eval()
+    x = {name: model.modality(name).placeholder(8) for name in model.names}
+    draws = Draws.of(model, 8, torch.Generator().manual_seed(0))
+
+    def both() -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        loss = composite_loss(model, x, LossWeights(1, 1, 1, 1), draws=draws).total.detach()
+        return loss, sample(model, 4, settings=SamplerSettings(steps=10), generator=generator)["image"]
+
+    wide = both()
+    monkeypatch.setattr(precision, "widest", lambda device: torch.float32)
+    model.to("cpu")
+    assert model.process.signal_table.dtype == torch.float32
+    for found, expected in zip(both(), wide, strict=True):
+        assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4)

@@ -56,7 +56,7 @@ class Regression(Fitted):
         decoder = model.modality(target).decoder
         out = (decoder.sample(params, generator) if self.draw else decoder.mode(params)).cpu()
         if visible is not None:
-            out = merge_visible(x[target].cpu(), out, visible.cpu())
+            out = model.modality(target).mend(merge_visible(x[target].cpu(), out, visible.cpu()), visible.cpu())
         return {target: out}
 
     @torch.no_grad()

@@ -51,7 +51,8 @@ class SDEdit(Fitted):
             settings=self.settings,
             generator=generator,
         )
-        return {target: merge_visible(given, edited[target], seen).cpu()}
+        whole = merge_visible(given, edited[target], seen)
+        return {target: model.modality(target).mend(whole, seen).cpu()}
 
 
 @frozen

@@ -210,13 +210,17 @@ class Sampling:
     def _estimate(self, name: str, params: Params) -> Tensor:
         """What is expected of the first samples of a modality ``[k, ...]``, with what is given of them."""
         first = {key: value[:_TILES] for key, value in params.items()}
-        x = self._run.modality(name).decoder.mode(first).cpu()
+        modality = self._run.modality(name)
+        x = modality.decoder.mode(first).cpu()
         given = self._request.observed.get(name)
         if given is None or (name in self._request.strength and name not in self._request.visible):
             return x
         given = given.cpu().expand(x.shape)
         visible = self._request.visible.get(name)
-        return given if visible is None else merge_visible(given, x, visible.expand(len(x), *visible.shape))
+        if visible is None:
+            return given
+        visible = visible.expand(len(x), *visible.shape)
+        return modality.mend(merge_visible(given, x, visible), visible)
 
 
 def serve(run: Run, host: str, port: int | None, ready: Callable[[str], None]) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mtdiffusion import InputSpec, Modality
+from mtdiffusion_engine.sounds import SUFFIXES
 from mtdiffusion_registry import UserError
 from mtdiffusion_registry.pictures import fit, open_picture, to_colour
 
@@ -28,7 +29,7 @@ Colour = tuple[int, int, int]
 
 HOLE: Colour = (255, 0, 255)
 """What is painted in this colour is a hole: it is not given."""
-SOUNDS, TEXTS, PICTURES = (".wav", ".flac", ".mp3", ".ogg"), (".txt",), (".png", ".jpg", ".jpeg", ".webp")
+SOUNDS, TEXTS, PICTURES = SUFFIXES, (".txt",), (".png", ".jpg", ".jpeg", ".webp")
 """Suffixes of what :meth:`mtdiffusion.Modality.write` writes, by how a page shows it."""
 
 _CANVAS = 320  # pixels that the longer side of a canvas has, about

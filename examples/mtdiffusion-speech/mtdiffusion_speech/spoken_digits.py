@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
 from attrs import field, frozen
-from attrs.validators import ge
+from attrs.validators import ge, in_
 from torch import Tensor
 
 from mtdiffusion import Dataset
@@ -24,16 +25,31 @@ _NAME = re.compile(r"([0-9])_([^_]+)_([0-9]+)")
 
 
 class SpokenDigits(Dataset):
-    """Columns of one length, and the file that each sample's recording is from."""
+    """Columns of one length, and the file that each sample's recording is from.
 
-    def __init__(self, columns: dict[str, Tensor | list[str]], paths: list[Path]) -> None:
-        self.columns, self.paths = columns, paths
+    Args:
+        pictures: by class, ``[n, 1, 8, 8]``, of which each turn of a sample in training shows one at random; None: it
+            always shows its own.
+    """
+
+    def __init__(
+        self, columns: dict[str, Tensor | list[str]], paths: list[Path], pictures: Mapping[int, Tensor] | None = None
+    ) -> None:
+        self.columns, self.paths, self.pictures = columns, paths, pictures
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
         return {name: column[index] for name, column in self.columns.items()}
+
+    def varied(self, index: int, seed: int) -> dict[str, Tensor | str]:
+        sample = self[index]
+        if self.pictures is not None:
+            of_its_class = self.pictures[int(self.columns["label"][index])]
+            drawn = torch.randint(len(of_its_class), (), generator=torch.Generator().manual_seed(seed))
+            sample["image"] = of_its_class[drawn]
+        return sample
 
     def describe(self, index: int, field: str | None = None) -> str:
         return str(self.paths[index])
@@ -74,6 +90,8 @@ class SpokenDigitsConfig(DatasetConfig):
         bands: of the spectrogram.
         frames: of the spectrogram, of 20 ms each.
         seed: of the pictures' split and of the pairs.
+        pairing: "fixed": a recording always comes with one picture; "random": in training with another one of its digit
+            each time.
     """
 
     kind: ClassVar[str] = "spoken_digits"
@@ -82,6 +100,7 @@ class SpokenDigitsConfig(DatasetConfig):
     bands: int = field(default=32, validator=ge(1))
     frames: int = field(default=32, validator=ge(1))
     seed: int = field(default=0, validator=ge(0))
+    pairing: Literal["fixed", "random"] = field(default="fixed", validator=in_(("fixed", "random")))
 
     def _recordings(self, split: Literal["train", "test"]) -> list[tuple[Path, int, str]]:
         """Path, digit and speaker of the split's recordings, in the order of their names."""
@@ -117,14 +136,16 @@ class SpokenDigitsConfig(DatasetConfig):
         rows = torch.tensor(sorted(parts[0] if split == "train" else parts[1]))
         images = torch.from_numpy(bunch.images).float()[rows, None] / 8 - 1
         generator = torch.Generator().manual_seed(self.seed)
-        shown = pair(label, torch.from_numpy(bunch.target).long()[rows], generator)
+        written = torch.from_numpy(bunch.target).long()[rows]
+        shown = pair(label, written, generator)
         columns: dict[str, Tensor | list[str]] = {
             "image": images[shown],
             "label": label,
             "speech": speech,
             "speaker": list(speakers),
         }
-        return SpokenDigits(columns, list(paths))
+        by_class = {digit: images[written == digit] for digit in set(digits)} if self.pairing == "random" else None
+        return SpokenDigits(columns, list(paths), by_class)
 
 
 @hookimpl

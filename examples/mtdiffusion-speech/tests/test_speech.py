@@ -255,6 +255,19 @@ def test_pairs_are_random_follow_from_the_seed_and_use_every_picture_before_one_
     assert not torch.equal(shown, pair(recorded, pictures, torch.Generator().manual_seed(1)))
 
 
+def test_in_training_a_recording_may_come_with_another_picture_of_its_digit_each_time(tmp_path: Path) -> None:
+    recordings(tmp_path / "recordings")
+    testing.check_dataset(SpokenDigitsConfig(root=tmp_path, pairing="random"))
+    data = SpokenDigitsConfig(root=tmp_path, pairing="random").build("train")
+    pictures = data.pictures[int(data[0]["label"])]  # type: ignore[attr-defined, arg-type]
+    seen = [data.varied(0, seed)["image"] for seed in range(20)]
+    assert all(bool((pictures == picture).flatten(1).all(1).any()) for picture in seen)  # of its class
+    assert len({tuple(picture.flatten().tolist()) for picture in seen}) > 10  # type: ignore[union-attr]
+    assert torch.equal(data.varied(0, 3)["speech"], data[0]["speech"])  # type: ignore[arg-type]
+    fixed = SpokenDigitsConfig(root=tmp_path).build("train")
+    assert torch.equal(fixed.varied(0, 3)["image"], fixed[0]["image"])  # type: ignore[arg-type]
+
+
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"gone: no such folder; expected the recordings of the Free Spoken Digit"):
         SpokenDigitsConfig(root=tmp_path / "gone").build("train")

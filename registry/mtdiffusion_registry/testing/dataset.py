@@ -62,11 +62,12 @@ def fields(subject: DatasetSubject) -> None:
     """A sample is a dict of fields that keep the conventions for their names."""
     for where, first, _, index in subject.places():
         _require_fields(first[index], where)
+        _require_fields(first.varied(index, 0), f"{where}, varied,")
 
 
 @check("fields")
 def determinism(subject: DatasetSubject) -> None:
-    """A sample is the same every time it is read, and in every build."""
+    """A sample is the same every time it is read, and in every build; varied, it follows from its seed alone."""
     for where, first, second, index in subject.places():
         torch.manual_seed(index)
         sample = first[index]
@@ -78,6 +79,13 @@ def determinism(subject: DatasetSubject) -> None:
                 f"{where}{how} differs",
                 "draw nothing in __getitem__; seed what build draws",
             )
+        varied = [dataset.varied(index, 7) for dataset in (first, first, second)]
+        require(
+            all(_equal(varied[0], other) for other in varied[1:]),
+            "a varied sample follows from its seed",
+            f"{where} with one seed differs",
+            "draw from torch.Generator().manual_seed(seed)",
+        )
 
 
 def _require_fields(sample: object, where: str) -> None:
