@@ -96,6 +96,8 @@ class Runner:
         write_json(self.out / "profile.json", summary(self.profile, cells, self.out), sort_keys=False)
         states: dict[str, int] = {}
         for number, cell in enumerate(cells, 1):
+            if cell in finished and self._unneeded(cell).is_file():
+                self._remove_run(cell)  # the process that finished the cell was killed before it had
             state = finished.get(cell) or self._finish(cell, f"[{number}/{len(cells)}] {cell.id}")
             states[state] = states.get(state, 0) + 1
         return states
@@ -111,6 +113,9 @@ class Runner:
             if result is None:
                 self.say(told)
                 result = self._run(cell)
+                if not self.keep_runs:
+                    self._unneeded(cell).parent.mkdir(exist_ok=True)
+                    self._unneeded(cell).touch()
                 write_json(self._path(cell), result)
                 self._remove_run(cell)
                 self.say(f"{told}: {_told(result)}")
@@ -316,6 +321,12 @@ class Runner:
         shutil.rmtree(folder, ignore_errors=True)
         folder.with_name(f"{folder.name}.curve.json").unlink(missing_ok=True)
         self._budget_file(trained).unlink(missing_ok=True)
+        for other in sharing:
+            self._unneeded(other).unlink(missing_ok=True)
+
+    def _unneeded(self, cell: Cell) -> Path:
+        """A file that says that what a cell trained can go once it has its result."""
+        return self.out / "runs" / f"{cell.stem}.unneeded"
 
 
 def measure(

@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mtdiffusion_registry import UserError
+from mtdiffusion_registry.partial import partial_of, remove_abandoned
 
 PREFIX = "step-"
 ASIDE = "-diverged"
@@ -46,16 +47,31 @@ def require_free(folder: Path) -> None:
         raise UserError(f"{folder}: already exists; nothing was written. Give another folder, or remove it first.")
 
 
+def remove_unmade(run: Path) -> None:
+    """Empty a run's folder whose making was cut short: there is no ``config.toml``, and nothing but what comes before
+    it."""
+    if (run / "config.toml").exists() or not (run / "plugins.json").is_file():
+        for name in ("plugins.json", "config.toml"):
+            remove_abandoned(run / name)
+        return
+    checkpoints = list((run / "checkpoints").glob("*"))
+    unfinished = re.compile(r"plugins\.json|checkpoints|\.config\.toml\.[0-9]+")
+    if all(unfinished.fullmatch(path.name) for path in run.iterdir()) and all(
+        step_of(path) == 0 or _PARTIAL.fullmatch(path.name) for path in checkpoints
+    ):
+        with alone_in(run):
+            shutil.rmtree(run / "checkpoints", ignore_errors=True)
+            remove_abandoned(run / "config.toml")
+            (run / "plugins.json").unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any, *, sort_keys: bool = True) -> None:
     """Write JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     text = json.dumps(value, indent=2, sort_keys=sort_keys) + "\n"
-    try:
+    with partial_of(path) as partial:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -110,15 +126,22 @@ def remove_partial(run: Path) -> None:
             shutil.rmtree(stale, ignore_errors=True)
 
 
+def tidy(run: Path, keep: int) -> None:
+    """Remove what a process that was killed left: checkpoints cut short, and older ones than the last ``keep``."""
+    remove_partial(run)
+    for old in list_checkpoints(run)[:-keep]:
+        if not old.is_symlink():  # which we never make
+            removed = partial_checkpoint(run, step_of(old) or 0, os.getpid())
+            shutil.rmtree(old.rename(removed))  # renamed first, so that nothing that is cut short looks whole
+
+
 def finish_checkpoint(run: Path, step: int, partial: Path, state: dict[str, Any], keep: int) -> Path:
     """Make a checkpoint of what is written but for ``state.json``; then older ones are removed."""
     final = run / "checkpoints" / name_of(step)
     write_json(partial / "state.json", {**state, "step": step, "format": FORMAT})
     shutil.rmtree(final, ignore_errors=True)
     partial.replace(final)
-    for old in list_checkpoints(run)[:-keep]:
-        if not old.is_symlink():  # which we never make
-            shutil.rmtree(old)
+    tidy(run, keep)
     return final
 
 

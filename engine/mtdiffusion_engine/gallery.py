@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mtdiffusion import MultimodalDiffusion, sample
@@ -14,6 +15,7 @@ from mtdiffusion_engine.pictures import Block, Row, draw_blocks, legends, render
 from mtdiffusion_engine.samples import Samples, Wish, draw_samples, held_out
 from mtdiffusion_engine.subsets import random_holes
 from mtdiffusion_registry.pace import Pace
+from mtdiffusion_registry.partial import partial_of
 
 if TYPE_CHECKING:
     from mtdiffusion_engine.run import Run
@@ -76,7 +78,10 @@ def draw_gallery(
     path.parent.mkdir(parents=True, exist_ok=True)
     title = f"One model, {len(names)} modalities: {', '.join(names)}" if len(names) > 1 else f"A model of {names[0]}"
     told = "Given is what held-out samples have; truth is the rest of the same samples, which the model was not shown."
-    draw_blocks(title, blocks, legends(model), told).save(path)
+    kind = Image.registered_extensions().get(path.suffix.lower(), "PNG")
+    with partial_of(path) as partial:
+        draw_blocks(title, blocks, legends(model), told).save(partial, kind)
+        partial.replace(path)
     return path
 
 

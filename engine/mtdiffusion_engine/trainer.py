@@ -167,6 +167,7 @@ class Trainer:
                 ckpt.load_state(newest)  # says so if another version made it
             changed = require_resumable(experiment, run, registry)
         elif self.main:
+            ckpt.remove_unmade(run)
             ckpt.require_free(run)
         self.model = build_model(experiment)
         self._origin = None if resume or init_from is None else self._initialise(init_from)
@@ -242,9 +243,9 @@ class Trainer:
     def _write_configuration(self, registry: Registry) -> None:
         try:
             ckpt.write_json(self.run / PLUGINS_FILE, origins(self.experiment, registry))
-            dump_toml(self.resolved, self.run / "config.toml")
             if self._origin:
                 self.save()  # otherwise a run resumed before its first checkpoint would start from other weights
+            dump_toml(self.resolved, self.run / "config.toml")  # last: with it, there is a run
         except BaseException:
             self.discard()
             raise
@@ -442,6 +443,8 @@ class Trainer:
                     "file system that all machines share"
                 )
         with ckpt.alone_in(self.run) if self.main else nullcontext():
+            if self.main:
+                ckpt.tidy(self.run, self.config.keep)
             try:
                 self._train(on_progress, on_sample, stop_at)
             finally:

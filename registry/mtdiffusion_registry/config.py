@@ -36,6 +36,7 @@ from cattrs.gen import make_dict_structure_fn
 
 from mtdiffusion_registry.configs import BASES, Config
 from mtdiffusion_registry.errors import ConfigError, UserError, did_you_mean
+from mtdiffusion_registry.partial import partial_of
 from mtdiffusion_registry.registry import Registry
 
 __all__ = [
@@ -95,12 +96,9 @@ def dump_toml(mapping: Mapping[str, Any], path: Source) -> None:
     except TypeError as error:
         raise ConfigError(f"{path}: cannot be written as TOML: {error}") from error
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with partial_of(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
 
 
 def apply_overrides(mapping: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

@@ -1,0 +1,92 @@
+"""SIGKILL at random moments and before every operation on files; then the same command again."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+from mtdiffusion_benchmarks.reliability.children import Child, command, counting, killed_before, run, started_anew
+from mtdiffusion_benchmarks.reliability.jobs import Bench, Job, difference, to_its_end
+
+Wrong = Iterator[str]
+"""What was lost in each trial: a sentence, or nothing."""
+
+
+def expected_of(bench: Bench, job: Job) -> tuple[dict[str, Any], float]:
+    """What a job leaves if nothing interrupts it, and how many seconds it takes."""
+    bench.empty()
+    ended = to_its_end(bench, job)
+    return bench.found(), ended.seconds
+
+
+def lost(bench: Bench, job: Job, expected: dict[str, Any], when: str) -> str:
+    """Start the job again, as it was; what is then not as if nothing had happened."""
+    ended = run(bench.place, job.arguments)
+    wrong = ended.wrong(0) or difference(bench.found(), expected)
+    return f"{when}: {wrong}" if wrong else ""
+
+
+def at_random(bench: Bench, job: Job, trials: int, rng: random.Random) -> Wrong:
+    """Kill at moments drawn uniformly over the time that the job takes, once or, every third time, twice."""
+    expected, seconds = expected_of(bench, job)
+    done = 0
+    while done < trials:
+        bench.empty()
+        moments = [rng.uniform(0, seconds) for _ in range(2 if done % 3 == 2 else 1)]
+        killed = 0
+        for moment in moments:
+            child = Child(bench.place, command(job.arguments))
+            early = child.ended_within(moment)
+            if not early:
+                child.kill()
+                killed += 1
+            child.wait()
+        if killed == 0:  # it was quicker this time: no trial
+            seconds *= 0.98
+            continue
+        yield lost(bench, job, expected, f"killed after {', '.join(f'{moment:.3f} s' for moment in moments)}")
+        done += 1
+
+
+def at_operations(bench: Bench, job: Job, trials: int, rng: random.Random) -> Wrong:
+    """Kill right before an operation on files: all of them, or as many as there are trials, spread evenly."""
+    expected, _ = expected_of(bench, job)
+    log = bench.given.parent / "operations"
+    log.unlink(missing_ok=True)
+    bench.empty()
+    to_its_end(bench, job, counting(bench.place.root, log))
+    operations = log.read_text(encoding="utf-8").splitlines()
+    count = min(trials, len(operations))
+    for number in (round(i * (len(operations) - 1) / max(count - 1, 1)) for i in range(count)):
+        bench.empty()
+        child = Child(bench.place, command(job.arguments), killed_before(bench.place.root, number))
+        ended = child.wait()
+        event, _, path = operations[number].partition("\t")
+        when = f"killed before {event} of {path.removeprefix(str(bench.place.root))}"
+        if ended.status not in (-signal.SIGKILL, 0):
+            yield f"{when}: {ended.wrong(0)}"
+            continue
+        yield lost(bench, job, expected, when)
+
+
+def at_start(bench: Bench, job: Job, trials: int, rng: random.Random) -> Wrong:
+    """Kill a process that starts from nothing, at moments drawn uniformly over all of its time, imports included."""
+    expected, _ = expected_of(bench, job)
+    bench.empty()
+    started = time.monotonic()
+    started_anew(bench.place, job.arguments).communicate()
+    seconds = time.monotonic() - started
+    for _ in range(trials):
+        bench.empty()
+        moment = rng.uniform(0, seconds)
+        process = started_anew(bench.place, job.arguments)
+        time.sleep(moment)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        yield lost(bench, job, expected, f"killed {moment:.2f} s after its start")
