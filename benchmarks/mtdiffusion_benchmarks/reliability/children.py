@@ -7,6 +7,7 @@ child for each trial. A child is a whole process: what SIGKILL does to it is wha
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import resource
 import signal
@@ -162,6 +163,25 @@ def command(arguments: Sequence[str]) -> Callable[[], int]:
         return main(list(arguments))
 
     return work
+
+
+def noting_imports(work: Callable[[], int], into: Path) -> Callable[[], int]:
+    """Work that, at its end, writes down what this process has imported."""
+
+    def noting() -> int:
+        status = work()
+        into.write_text("\n".join(sys.modules), encoding="utf-8")
+        return status
+
+    return noting
+
+
+def import_noted(path: Path) -> None:
+    """Import what a child did, so that those to come need not."""
+    for name in path.read_text(encoding="utf-8").splitlines():
+        if name not in sys.modules and not name.startswith("__"):
+            with contextlib.suppress(Exception):  # some are no modules of their own
+                importlib.import_module(name)
 
 
 def run(place: Place, arguments: Sequence[str], before: Callable[[], None] | None = None) -> Ended:

@@ -12,59 +12,30 @@ import numpy as np
 from attrs import frozen
 from PIL import Image
 
-from mtdiffusion_benchmarks.reliability.children import Ended, Place, run
+from mtdiffusion_benchmarks.reliability.children import (
+    Child,
+    Ended,
+    Place,
+    command,
+    import_noted,
+    noting_imports,
+)
 from mtdiffusion_registry import UserError
 
 CONFIG = """
-data.kind = "digits"
+latent = {{ height = 4, width = 4 }}
+process = {{ steps = 20 }}
+sampling = {{ steps = 2 }}
+evaluation = {{ samples = 16, steps = 2, bound_times = 1, batch_size = 8 }}
 
-[latent]
-height = 8
-width = 8
-
-[modalities]
-image = { kind = "image", size = 8, channels = 1 }
-label = { kind = "label", classes = 10 }
-
-[backbone]
-kind = "unet"
-channels = 8
-multipliers = [1]
-heads = 0
-vector = 16
-
-[process]
-steps = 20
-
-[training]
-steps = 12
-batch_size = 8
-warmup = 2
-log_every = 2
-checkpoint_every = 2
-sample_every = 0
-workers = 0
-
-[sampling]
-steps = 2
-
-[evaluation]
-samples = 16
-steps = 2
-bound_times = 1
-batch_size = 8
-
-[[evaluation.evaluators]]
-kind = "judge"
-epochs = 1
-"""
-
-FOLDER_CONFIG = """
-latent = {{ height = 8, width = 8 }}
-data = {{ kind = "folder", root = "{root}", fields = {{ image = "image", label = "label" }} }}
+[data]
+kind = "folder"
+root = "{root}"
+test_fraction = 0.5
+fields = {{ image = {{ kind = "image", channels = 1 }}, label = "label" }}
 
 [modalities]
-image = {{ kind = "image", size = 8, channels = 1 }}
+image = {{ kind = "image", size = 4, channels = 1 }}
 label = {{ kind = "label", classes = 4 }}
 
 [backbone]
@@ -74,8 +45,15 @@ multipliers = [1]
 heads = 0
 vector = 16
 
-[process]
-steps = 20
+[training]
+steps = 6
+batch_size = 4
+warmup = 2
+log_every = 2
+checkpoint_every = 2
+sample_every = 0
+held_out_every = 0
+workers = 0
 """
 
 PROFILE = """
@@ -84,7 +62,7 @@ description = "Two methods, trained for a few steps: what is killed and goes on.
 seeds = [0]
 figures = 1
 
-[settings.digits]
+[settings.pictures]
 config = "config.toml"
 set = ["training.steps=4"]
 
@@ -98,7 +76,7 @@ method = { kind = "joint" }
 method = { kind = "regression", observed = ["image"], target = "label" }
 
 [[run]]
-settings = ["digits"]
+settings = ["pictures"]
 tasks = ["all"]
 methods = ["joint", "classifier"]
 """
@@ -114,14 +92,15 @@ class Job:
     Attributes:
         name: for people.
         arguments: of the command line; the same each time.
-        needs_run: whether it works on a trained run, ``run`` in the folder.
+        all_or_nothing: whether it makes a folder at once: where it was killed after that, it says so, with status 2.
     """
 
     name: str
     arguments: Sequence[str]
-    needs_run: bool = False
+    all_or_nothing: bool = False
 
 
+_JUDGE = '[{kind = "judge", epochs = 1, width = 4}]'
 _DEVICE = ("--device", "cpu")
 JOBS: dict[str, Job] = {
     job.name: job
@@ -130,19 +109,21 @@ JOBS: dict[str, Job] = {
         Job(
             "training from another run's weights",
             ("train", "config.toml", "--out", "new", "--resume", "--init-from", "run", *_DEVICE),
-            True,
         ),
         Job("sampling into a folder", ("sample", "run", "-n", "16", "--out", "samples", *_DEVICE), True),
         Job(
             "sampling into shards",
             ("sample", "run", "-n", "16", "--out", "samples", "--shards", "tar", "--shard-size", "4", *_DEVICE),
-            True,
         ),
-        Job("evaluation", ("evaluate", "run", *_DEVICE), True),
-        Job("gallery", ("gallery", "run", *_DEVICE), True),
+        Job("evaluation", ("evaluate", "run", *_DEVICE)),
+        Job(
+            "a judge's cache",
+            ("evaluate", "run", "--only", "label|image", "--set", f"evaluation.evaluators={_JUDGE}", *_DEVICE),
+        ),
+        Job("gallery", ("gallery", "run", *_DEVICE)),
         Job("export", ("export", "run", "--out", "exported", *_DEVICE), True),
         Job("benchmark", ("bench", "run", "profile.toml", "--out", "bench")),
-        Job("data cache", ("config", "check", "folder.toml")),
+        Job("data cache", ("config", "check", "config.toml")),
     )
 }
 
@@ -171,13 +152,11 @@ class Bench:
         bench = cls(Place(folder / "trial"), folder / "given", folder / "data")
         bench.given.mkdir(parents=True)
         write_pictures(bench.data, 24)
-        texts = {"config.toml": CONFIG, "profile.toml": PROFILE, "folder.toml": FOLDER_CONFIG.format(root=bench.data)}
+        texts = {"config.toml": CONFIG.format(root=bench.data), "profile.toml": PROFILE}
         for name, text in texts.items():
             (bench.given / name).write_text(text, encoding="utf-8")
         bench.empty()
-        ended = run(bench.place, ["train", "config.toml", "--out", "run", *_DEVICE])
-        if ended.status:
-            raise UserError(f"reliability: the run to start from could not be trained: {ended.said[-500:]}")
+        to_its_end(bench, Job("the run to start from", ("train", "config.toml", "--out", "run", *_DEVICE)))
         shutil.rmtree(bench.place.work / "run" / "tensorboard")
         shutil.copytree(bench.place.work / "run", bench.given / "run")
         return bench
@@ -224,12 +203,12 @@ def difference(found: dict[str, Any], expected: dict[str, Any]) -> str:
 
 
 def write_pictures(folder: Path, count: int) -> None:
-    """A data set of kind ``folder``: pictures of 8 × 8 pixels and a table of labels."""
+    """A data set of kind ``folder``: pictures of 4 × 4 pixels and a table of labels."""
     rng = np.random.default_rng(0)
     (folder / "image").mkdir(parents=True)
     lines = ["stem,value"]
     for index in range(count):
-        Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(folder / "image" / f"{index:03d}.png")
+        Image.fromarray(rng.integers(0, 256, (4, 4), np.uint8)).save(folder / "image" / f"{index:03d}.png")
         lines.append(f"{index:03d},{index % 4}")
     (folder / "label.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -240,7 +219,8 @@ def to_its_end(bench: Bench, job: Job, before: Callable[[], None] | None = None)
     Raises:
         UserError: if it fails.
     """
-    ended = run(bench.place, job.arguments, before)
+    ended = Child(bench.place, noting_imports(command(job.arguments), bench.given.parent / "imports"), before).wait()
     if ended.status:
         raise UserError(f"reliability: {job.name} failed without a fault: {ended.said[-500:]}")
+    import_noted(bench.given.parent / "imports")
     return ended

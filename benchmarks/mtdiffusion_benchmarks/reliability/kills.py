@@ -27,34 +27,36 @@ def expected_of(bench: Bench, job: Job) -> tuple[dict[str, Any], float]:
 def lost(bench: Bench, job: Job, expected: dict[str, Any], when: str) -> str:
     """Start the job again, as it was; what is then not as if nothing had happened."""
     ended = run(bench.place, job.arguments)
-    wrong = ended.wrong(0) or difference(bench.found(), expected)
+    wrong = ended.wrong(0, *([2] if job.all_or_nothing else [])) or difference(bench.found(), expected)
     return f"{when}: {wrong}" if wrong else ""
 
 
 def at_random(bench: Bench, job: Job, trials: int, rng: random.Random) -> Wrong:
-    """Kill at moments drawn uniformly over the time that the job takes, once or, every third time, twice."""
+    """Kill at moments drawn uniformly over the time that the job takes, up to four times in a row, then let it end."""
     expected, seconds = expected_of(bench, job)
     done = 0
     while done < trials:
         bench.empty()
-        moments = [rng.uniform(0, seconds) for _ in range(2 if done % 3 == 2 else 1)]
-        killed = 0
-        for moment in moments:
+        moments: list[float] = []
+        for _ in range(min(rng.randint(1, 4), trials - done)):
+            moment = rng.uniform(0, seconds)
             child = Child(bench.place, command(job.arguments))
             early = child.ended_within(moment)
-            if not early:
-                child.kill()
-                killed += 1
+            child.kill()
             child.wait()
-        if killed == 0:  # it was quicker this time: no trial
-            seconds *= 0.98
-            continue
-        yield lost(bench, job, expected, f"killed after {', '.join(f'{moment:.3f} s' for moment in moments)}")
-        done += 1
+            if early:  # it was done before: no trial
+                seconds *= 0.98
+                break
+            moments.append(moment)
+        if moments:
+            done += len(moments)
+            yield lost(bench, job, expected, f"killed after {', '.join(f'{moment:.3f} s' for moment in moments)}")
+            yield from [""] * (len(moments) - 1)
 
 
 def at_operations(bench: Bench, job: Job, trials: int, rng: random.Random) -> Wrong:
-    """Kill right before an operation on files: all of them, or as many as there are trials, spread evenly."""
+    """Kill right before an operation on files: each of them, or as many as there are trials, spread evenly; every other
+    time once more, before any operation of the second attempt."""
     expected, _ = expected_of(bench, job)
     log = bench.given.parent / "operations"
     log.unlink(missing_ok=True)
@@ -62,16 +64,14 @@ def at_operations(bench: Bench, job: Job, trials: int, rng: random.Random) -> Wr
     to_its_end(bench, job, counting(bench.place.root, log))
     operations = log.read_text(encoding="utf-8").splitlines()
     count = min(trials, len(operations))
-    for number in (round(i * (len(operations) - 1) / max(count - 1, 1)) for i in range(count)):
+    for trial, number in enumerate(round(i * (len(operations) - 1) / max(count - 1, 1)) for i in range(count)):
         bench.empty()
-        child = Child(bench.place, command(job.arguments), killed_before(bench.place.root, number))
-        ended = child.wait()
+        numbers = [number, *([rng.randrange(len(operations))] if trial % 2 else [])]
+        for each in numbers:
+            Child(bench.place, command(job.arguments), killed_before(bench.place.root, each)).wait()
         event, _, path = operations[number].partition("\t")
-        when = f"killed before {event} of {path.removeprefix(str(bench.place.root))}"
-        if ended.status not in (-signal.SIGKILL, 0):
-            yield f"{when}: {ended.wrong(0)}"
-            continue
-        yield lost(bench, job, expected, when)
+        at = f"operation {number} ({event} of {path.removeprefix(str(bench.place.root))})"
+        yield lost(bench, job, expected, f"killed before {at}{', and again' * (len(numbers) - 1)}")
 
 
 def at_start(bench: Bench, job: Job, trials: int, rng: random.Random) -> Wrong:
@@ -81,12 +81,12 @@ def at_start(bench: Bench, job: Job, trials: int, rng: random.Random) -> Wrong:
     started = time.monotonic()
     started_anew(bench.place, job.arguments).communicate()
     seconds = time.monotonic() - started
-    for _ in range(trials):
-        bench.empty()
+    bench.empty()
+    for trial in range(trials):
         moment = rng.uniform(0, seconds)
         process = started_anew(bench.place, job.arguments)
         time.sleep(moment)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        yield lost(bench, job, expected, f"killed {moment:.2f} s after its start")
+        yield lost(bench, job, expected, f"killed after {moment:.2f} s") if trial == trials - 1 else ""

@@ -14,5 +14,6 @@ def warm_up() -> None:
         "mtdiffusion_benchmarks.runner",
         "torch.utils.tensorboard",
         "sklearn.datasets",
+        "torch._dynamo",  # an optimizer asks for it
     ):
         importlib.import_module(name)
