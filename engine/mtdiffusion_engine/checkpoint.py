@@ -19,7 +19,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -231,12 +231,24 @@ def load_weights(module: torch.nn.Module, path: Path) -> None:
     tensors = load_tensors(path)
     if misfit := misfits(module, tensors):
         raise UserError(f"{path}: these weights belong to another model than config.toml describes ({misfit})")
+    _require_finite({name: tensors[name] for name, _ in module.named_parameters()}, path)
     state = module.state_dict()
     try:
         module.load_state_dict({key: _as_it_lies(x, state[key]) for key, x in tensors.items()})
     except RuntimeError as error:  # of a module that reads them in a way of its own
         detail = " ".join(str(error).split())[:400]
         raise UserError(f"{path}: these weights cannot be loaded ({detail})") from None
+
+
+def _require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Check that numbers are numbers: with one that is not, all that follows from it is lost.
+
+    Raises:
+        UserError: if a value is NaN or infinite; the message names its tensor.
+    """
+    for name, x in tensors.items():
+        if x.is_floating_point() and not bool(x.isfinite().all()):
+            raise UserError(f"{path}: damaged ({name} holds NaN or infinity); {_REMEDY}")
 
 
 def misfits(module: torch.nn.Module, tensors: dict[str, Tensor], most: int = 3) -> str:
@@ -255,8 +267,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     """Restore an optimizer's state, over the same parameters in the same order."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
-    for key, value in load_tensors(path).items():
+    tensors = load_tensors(path)
+    _require_finite(tensors, path)
+    for key, value in tensors.items():
         index, _, name = key.partition(".")
+        if not index.isdecimal() or int(index) >= len(parameters):
+            raise UserError(f"{path}: damaged (found {key!r}, expected PARAMETER.NAME of this model's); {_REMEDY}")
         parameter = parameters[int(index)]
         of_each_weight = value.shape == parameter.shape
         state.setdefault(int(index), {})[name] = _as_it_lies(value, parameter) if of_each_weight else value
@@ -280,7 +296,11 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     Raises:
         UserError: if it is missing or damaged, or of another format than this version's.
     """
-    state = read_json(checkpoint / "state.json", _REMEDY)
+    path = checkpoint / "state.json"
+    state = read_json(path, _REMEDY)
+    for key in ("format", "step", "ema_updates", "samples"):  # whichever of them are there
+        if key in state and (type(state[key]) is not int or state[key] < 0):
+            raise UserError(f"{path}: damaged ({key} is {state[key]!r}, expected a number of 0 or more); {_REMEDY}")
     found = state.get("format", 1)
     if found != FORMAT:
         with_ = "mtdiffusion 0.1" if found == 1 else "a newer mtdiffusion"
@@ -288,6 +308,8 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
             f"{checkpoint}: made by {with_} (format {found}, expected {FORMAT}): its network is shown other things "
             f"than this version's, so its weights cannot be used. Train it anew into another folder, or use {with_}"
         )
+    if "step" not in state:
+        raise UserError(f"{path}: damaged (it has no step); {_REMEDY}")
     return state
 
 
@@ -299,8 +321,10 @@ def read_json(path: Path, remedy: str = "remove it and make it again") -> dict[s
     """
     try:
         value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); {remedy}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}; {remedy}")
     return value
 
 

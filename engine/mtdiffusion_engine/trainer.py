@@ -295,7 +295,7 @@ class Trainer:
                 f"training.steps = {self.config.steps}: {self.run} has {self.step} steps already; give that number or "
                 "more"
             )
-        self.ema.updates = int(state["ema_updates"])
+        self.ema.updates = int(state.get("ema_updates", self.step))  # of each step one
         self._gather()
         self._origin = state.get("init_from")
         count = len(self.data)
@@ -467,8 +467,14 @@ class Trainer:
             while self.step < stop:
                 try:
                     rate, norm = self.advance(batches, tally)
-                except RuntimeError:
+                except RuntimeError as error:
                     if not (reason := interrupted()):
+                        if "DataLoader worker" in str(error):  # torch has no class of its own for it
+                            raise UserError(
+                                f"a process that loads data ended by itself at step {self.step + 1} ({error}); often "
+                                "memory has run out: lower training.workers or training.batch_size. Go on with: "
+                                f"{ckpt.resume_command(self.run)}"
+                            ) from error
                         raise
                     # A signal to the whole group ended the workers: without them this step cannot be, the last one can,
                     # unless it takes other processes, which may be elsewhere.

@@ -82,6 +82,8 @@ def load_toml(path: Source) -> dict[str, Any]:
         raise UserError(f"{path}: not UTF-8 (at line {line})") from error
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: not TOML: {error}") from error
+    except RecursionError:
+        raise UserError(f"{path}: arrays or tables are nested too deeply to be read; check its brackets") from None
 
 
 def dump_toml(mapping: Mapping[str, Any], path: Source) -> None:
@@ -127,10 +129,14 @@ def apply_overrides(mapping: Mapping[str, Any], overrides: Iterable[str]) -> dic
 
 
 def _override_value(text: str, argument: str) -> Any:
-    with suppress(tomllib.TOMLDecodeError):
+    try:
         parsed = tomllib.loads(f"value = {text}")
         if parsed.keys() == {"value"}:  # a line break in the text could add others
             return parsed["value"]
+    except tomllib.TOMLDecodeError:
+        pass
+    except RecursionError:
+        raise UserError(f'override "{argument[:80]}...": nested too deeply to be read; check its brackets') from None
     if text[0] in "\"'[{":
         raise UserError(f'override "{argument}": {text} is not a TOML value')
     return text
