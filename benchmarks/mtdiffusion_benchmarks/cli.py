@@ -72,7 +72,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "Needs hypothesis. It forks, and uses one thread.",
     )
     reliability.add_argument(
-        "--out", type=Path, metavar="FILE.json", help="write what was found here, beside what is there, and go on with it"
+        "--out",
+        type=Path,
+        metavar="FILE.json",
+        help="write what was found here; go on with what is there",
     )
     reliability.add_argument("--trials", type=int, default=50, metavar="N", help="of each fault (default: %(default)s)")
     reliability.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")

@@ -17,6 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.util import _exit_function  # type: ignore[attr-defined]
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,7 @@ class Child:
             traceback.print_exc()
         finally:
             with contextlib.suppress(Exception):
+                _exit_function()  # what multiprocessing leaves to a process's end; the rest is the parent's
                 sys.stdout.flush()
                 sys.stderr.flush()
             os._exit(status)
@@ -238,7 +240,7 @@ def counting(root: Path, into: Path) -> Callable[[], None]:
 def _writes(event: str, arguments: tuple[Any, ...], root: Path) -> bool:
     """Whether an audit event is of something that changes what lies below a folder; TensorBoard's own thread apart."""
     if event == "open":
-        _, mode, flags = arguments
+        flags = arguments[2]
         if not (isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
             return False
     elif event not in _WRITES:

@@ -1,15 +1,12 @@
-"""Signals, workers that die, two processes in one folder, folders that cannot be written, disks that are full, clocks."""
+"""Signals, workers that die, two processes in one folder, folders that cannot be written, full disks, clocks."""
 
 from __future__ import annotations
 
 import os
 import random
-import shutil
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
 from mtdiffusion_benchmarks.reliability.children import Child, as_nobody, command, limit_file_size, run
@@ -111,18 +108,6 @@ def full_disk(bench: Bench, trials: int, rng: random.Random) -> Wrong:
         yield f"{when}: {wrong}" if wrong else lost(bench, job, expected, when)
 
 
-@contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[bool]:
-    """A file system of its own on a folder; whether it could be made, which takes root."""
-    folder.mkdir(exist_ok=True)
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
-    try:
-        yield made.returncode == 0
-    finally:
-        if made.returncode == 0:
-            subprocess.run(["umount", "-l", str(folder)], check=False)
-
-
 def clock_behind(bench: Bench, trials: int, rng: random.Random) -> Wrong:
     """The clock was set back: all files there are seem to be from the future."""
     for name, job in list(JOBS.items())[:trials]:
@@ -136,36 +121,3 @@ def clock_behind(bench: Bench, trials: int, rng: random.Random) -> Wrong:
         for path in bench.place.root.rglob("*"):
             os.utime(path, (future, future))
         yield lost(bench, job, expected, f"{name}, files from the future")
-
-
-def rank_dies(bench: Bench, trials: int, rng: random.Random) -> Wrong:
-    """SIGKILL to one of two processes that torchrun started: the training ends, and goes on when it is started again.
-
-    Sums of two processes are taken in another order than one process takes them, so what is expected is theirs.
-    """
-    from mtdiffusion_benchmarks.reliability.ranks import torchrun
-
-    bench.empty()
-    status, said = torchrun(bench.place, JOBS["training"].arguments)
-    if status:
-        yield f"two processes do not train here: {said[-300:]}"
-        return
-    expected = bench.found()
-    for _ in range(trials):
-        bench.empty()
-        status, said = torchrun(bench.place, JOBS["training"].arguments, kill=rng.randrange(2))
-        if status == 0:
-            yield "it ended well without one of its processes"
-            continue
-        status, said = torchrun(bench.place, JOBS["training"].arguments)
-        from mtdiffusion_benchmarks.reliability.jobs import difference
-
-        yield said[-300:] if status else difference(bench.found(), expected)
-
-
-def remove(bench: Bench) -> None:
-    """Remove all that trials have left."""
-    shutil.rmtree(bench.place.root, ignore_errors=True)
-
-
-Trial = Callable[[Bench, int, random.Random], Wrong]

@@ -14,6 +14,7 @@ import signal
 import tempfile
 import tomllib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,20 @@ SHARES = {
 }
 """Targets, and how many cases of each for one trial of other faults: 10,000 for 50."""
 _BATCH = 500
-_KEYS = ("kind", "steps", "size", "channels", "data", "latent", "height", "modalities", "image", "label", "classes", "root")
+_KEYS = (
+    "kind",
+    "steps",
+    "size",
+    "channels",
+    "data",
+    "latent",
+    "height",
+    "modalities",
+    "image",
+    "label",
+    "classes",
+    "root",
+)
 
 
 def fuzz(bench: Bench, trials: int, rng: random.Random, target: str) -> Iterator[str]:
@@ -47,7 +61,7 @@ def fuzz(bench: Bench, trials: int, rng: random.Random, target: str) -> Iterator
     for start in range(0, trials, _BATCH):
         count = min(_BATCH, trials - start)
         bench.empty()
-        ended = Child(bench.place, lambda count=count, at=seed + start: _child(target, count, at)).wait(count * 1.0 + 60)  # type: ignore[misc]
+        ended = Child(bench.place, partial(_child, target, count, seed + start)).wait(count + 60)
         wrong = ended.wrong(0)
         if wrong and "FOUND " in ended.said:
             wrong = ended.said[ended.said.rindex("FOUND ") + 6 :].strip()[:600]
@@ -114,9 +128,13 @@ def targets() -> dict[str, tuple[SearchStrategy[Any], Callable[[Any], object]]]:
     words = st.sampled_from(_KEYS) | st.text(max_size=12)
     numbers = st.integers(-(2**70), 2**70) | st.integers(-3, 9) | st.floats() | st.sampled_from([0, -1, 2**31, 10**6])
     scalars = st.booleans() | numbers | words
-    values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(words, inner, max_size=4), max_leaves=12)
+    values = st.recursive(
+        scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(words, inner, max_size=4), max_leaves=12
+    )
     plain = st.recursive(
-        scalars | st.none(), lambda inner: st.lists(inner, max_size=4) | st.dictionaries(words, inner, max_size=4), max_leaves=8
+        scalars | st.none(),
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(words, inner, max_size=4),
+        max_leaves=8,
     )
 
     def changed(table: dict[str, Any], anything: SearchStrategy[Any]) -> SearchStrategy[Any]:
@@ -164,7 +182,9 @@ def targets() -> dict[str, tuple[SearchStrategy[Any], Callable[[Any], object]]]:
     stems = st.sampled_from([f"{i:03d}" for i in range(24)]) | words
     rows = st.lists(st.tuples(stems, scalars), max_size=26)
     csv = rows.map(lambda pairs: "stem,value\n" + "".join(f"{stem},{value}\n" for stem, value in pairs))
-    jsonl = st.lists(st.dictionaries(st.sampled_from(["stem", "value", "file_name"]) | words, plain, max_size=3), max_size=26)
+    jsonl = st.lists(
+        st.dictionaries(st.sampled_from(["stem", "value", "file_name"]) | words, plain, max_size=3), max_size=26
+    )
     lines = jsonl.map(lambda pairs: "".join(json.dumps(row) + "\n" for row in pairs))
     contents = st.one_of(csv, lines, plain.map(json.dumps), st.text(max_size=200)).map(
         lambda text: text.encode(errors="surrogatepass")
@@ -172,14 +192,17 @@ def targets() -> dict[str, tuple[SearchStrategy[Any], Callable[[Any], object]]]:
     raw = contents | st.binary(max_size=200)
     keys = st.sampled_from([".".join((*path, key)) for path, inner in _tables(base) for key in inner]) | words
     literals = values.map(_literal)
+    texts = st.binary(max_size=300) | st.text(max_size=300).map(lambda text: text.encode(errors="ignore"))
+    names = st.sampled_from(["image", "label"]) | words
+    suffixes = st.sampled_from([".csv", ".tsv", ".json", ".jsonl"])
     return {
         "a configuration, some keys changed": (changed(base, values), configuration),
-        "a configuration's text": (st.binary(max_size=300) | st.text(max_size=300).map(lambda x: x.encode(errors="ignore")), text),
+        "a configuration's text": (texts, text),
         "--set": (st.tuples(keys, literals | st.text(max_size=40)).map("=".join), override),
-        "--observe": (st.tuples(st.sampled_from(["image", "label"]) | words, st.text(max_size=40) | literals).map("=".join), observed),
-        "a table of labels": (st.tuples(st.sampled_from([".csv", ".tsv", ".json", ".jsonl"]), raw), table),
+        "--observe": (st.tuples(names, literals | st.text(max_size=40)).map("=".join), observed),
+        "a table of labels": (st.tuples(suffixes, raw), table),
         "a checkpoint's state": (changed(state, plain) | plain, checkpoint_state),
-    }  # fmt: skip
+    }
 
 
 def _literal(value: Any) -> str:

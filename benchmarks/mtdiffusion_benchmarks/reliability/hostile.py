@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from mtdiffusion_benchmarks.reliability.children import run
 from mtdiffusion_benchmarks.reliability.jobs import Bench
@@ -64,7 +63,7 @@ def unpickled(bench: Bench, trials: int, rng: random.Random) -> Wrong:
                 case = (f"{file} is a pickle ({name})", put(_checkpoint(bench) / file, content), arguments)
                 yield _met(bench, case, (0,) if unused else (2,), mark)
         for suffix in (".npy", ".npz", ".safetensors", ".json", ".csv", ".parquet"):
-            field = f'data={{kind="folder", root="tree", fields={{image={{kind="image", channels=1}}, label="{_kind(suffix)}"}}}}'
+            field = _TREE.replace('label="label"', f'label="{_kind(suffix)}"')
 
             def make(suffix: str = suffix, content: bytes = content) -> None:
                 shutil.copytree(bench.data, work / "tree")
@@ -153,14 +152,19 @@ def oversized_cases(bench: Bench) -> Iterator[Case]:
         yield f"an endless label{suffix}", _tree(bench, f"label{suffix}", content), (*_CHECK, "--set", _TREE)
     vectors = _TREE.replace('label="label"', 'label="embedding"')
     npz = io.BytesIO()
-    with zipfile.ZipFile(npz, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive, archive.open("000.npy", "w", force_zip64=True) as file:
-        count = 5 * 2**27  # 2.5 GiB of zeros, in 2.5 MiB
+    with (
+        zipfile.ZipFile(npz, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("000.npy", "w", force_zip64=True) as file,
+    ):
+        count = 5 * 2**27  # 2.5 GiB of zeros
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (count,)})
         for _ in range(count * 4 // 2**24):
             file.write(bytes(2**24))
     yield "label.npz with 2.5 GiB of zeros", _tree(bench, "label.npz", npz.getvalue()), (*_CHECK, "--set", vectors)
-    claims = _saved(lambda x, to: np.save(to, x), np.zeros(1, np.float32)).replace(b"(1,)", b"(2**40,)"[:4])
-    yield "label.npy cut off", _tree(bench, "label/000.npy", claims[:90]), (*_CHECK, "--set", vectors)
+    claims = io.BytesIO()
+    np.lib.format.write_array_header_1_0(claims, {"descr": "<f4", "fortran_order": False, "shape": (2**40,)})
+    claimed = _tree(bench, "label/000.npy", claims.getvalue())
+    yield "label/000.npy that says it has 2⁴⁰ values", claimed, (*_CHECK, "--set", vectors)
 
 
 def outside(bench: Bench, trials: int, rng: random.Random) -> Wrong:

@@ -94,7 +94,9 @@ def in_checkpoints(bench: Bench, trials: int, rng: random.Random) -> Wrong:
         bench.empty()
         path = _checkpoint(bench) / f"{name}.safetensors"
         tensors = load_file(path)
-        key = rng.choice([key for key, x in tensors.items() if x.is_floating_point() and (name == "optimizer" or x.ndim > 1)])
+        key = rng.choice(
+            [key for key, x in tensors.items() if x.is_floating_point() and (name == "optimizer" or x.ndim > 1)]
+        )
         tensors[key].view(-1)[rng.randrange(tensors[key].numel())] = VALUES[trial // 3 % 3]
         save_file(tensors, path)
         ended = run(bench.place, _SAMPLE if name == "ema" else _RESUME)
@@ -106,9 +108,9 @@ def in_data(bench: Bench, trials: int, rng: random.Random) -> Wrong:
     """A vector in a data set that is not finite: refused before anything is written, with the file or the sample."""
     vectors = _TREE.replace('label="label"', 'label="embedding"')
     for trial in range(trials):
-        vector = np.zeros(4, np.float32)
+        vector = np.ones(4, np.float32)
         vector[rng.randrange(4)] = VALUES[trial % 3]
-        vectors_of = {f"{i:03d}": np.zeros(4, np.float32) if i != 7 else vector for i in range(24)}
+        vectors_of = {f"{i:03d}": np.ones(4, np.float32) if i != 7 else vector for i in range(24)}
         bench.empty()
         _tree(bench, "label.npz", _saved(lambda x, to: np.savez(to, **x), vectors_of))()
         ended = run(bench.place, (*_CHECK, "--set", vectors))

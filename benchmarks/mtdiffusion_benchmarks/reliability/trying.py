@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import platform
 import random
@@ -27,7 +26,8 @@ from mtdiffusion_registry import UserError
 
 NOT_TRIED = (
     "a loss of power, after which what a disk had promised to keep may be gone",
-    "a process that hangs instead of dying while others wait for it",
+    "SIGKILL of a training with processes that load data: Python's own folders for them stay where temporary files go",
+    "one of several processes that train or draw together, dying or hanging",
     "a full disk but by a limit on the size of files",
     "a clock that goes backwards while a command runs; files from the future are",
     "data sets in shards (litdata), Parquet files but as pickles, and the page to play with",
@@ -122,7 +122,7 @@ def measure(
         trials: of each fault; of some more or fewer (:attr:`Fault.share`).
         seed: of the moments and the cases.
         only: try these.
-        before: what was found of others; what was tried as often by the same code is not tried again.
+        before: what was found of others; what was tried as often of the same version is not tried again.
         keep: given all that was found so far after each fault.
 
     Raises:
@@ -142,11 +142,10 @@ def measure(
     _warm_up()
     if threading.active_count() > 1:
         raise UserError("reliability: this process has threads, and cannot be forked; run it on its own")
-    code = _code()
     with tempfile.TemporaryDirectory(prefix="mtdiffusion-reliability-") as name:
         bench = Bench.set_up(Path(name).resolve())
         for what, fault in chosen(only).items():
-            mark = {"of": max(round(trials * fault.share), 1), "seed": seed, "code": code}
+            mark = {"of": max(round(trials * fault.share), 1), "seed": seed, "version": result["version"]}
             if result["faults"].get(what, {}).get("mark") == mark:
                 say(f"{what}: there already")
                 continue
@@ -175,11 +174,3 @@ def _warm_up() -> None:
     """Import what takes longest, before anything is forked; what else a child imports is imported after the first."""
     for name in ("mtdiffusion_engine.commands", "mtdiffusion_engine.evaluation", "torch._dynamo", "hypothesis"):
         importlib.import_module(name)
-
-
-def _code() -> str:
-    """What identifies the code that tries."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
