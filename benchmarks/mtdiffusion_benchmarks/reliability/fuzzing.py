@@ -32,8 +32,8 @@ SLOW = 20
 SHARES = {
     "a configuration, some keys changed": 20,
     "a configuration's text": 60,
-    "--set": 20,
-    "--observe": 60,
+    "arguments of --set": 20,
+    "arguments of --observe": 60,
     "a table of labels": 20,
     "a checkpoint's state": 20,
 }
@@ -198,8 +198,8 @@ def targets() -> dict[str, tuple[SearchStrategy[Any], Callable[[Any], object]]]:
     return {
         "a configuration, some keys changed": (changed(base, values), configuration),
         "a configuration's text": (texts, text),
-        "--set": (st.tuples(keys, literals | st.text(max_size=40)).map("=".join), override),
-        "--observe": (st.tuples(names, literals | st.text(max_size=40)).map("=".join), observed),
+        "arguments of --set": (st.tuples(keys, literals | st.text(max_size=40)).map("=".join), override),
+        "arguments of --observe": (st.tuples(names, literals | st.text(max_size=40)).map("=".join), observed),
         "a table of labels": (st.tuples(suffixes, raw), table),
         "a checkpoint's state": (changed(state, plain) | plain, checkpoint_state),
     }

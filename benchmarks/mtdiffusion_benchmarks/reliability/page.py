@@ -6,31 +6,50 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mtdiffusion_benchmarks.reliability.children import LIMIT, MOST_MEMORY
+
 PAGE = Path("docs/reliability.md")
 RESULT = Path("benchmarks/results/reliability.json")
 
 _INTRODUCTION = """# Reliability
 
-{answer}
+{answer} The faults were tried on the real commands, by
 
-`mtdiffusion bench reliability --out benchmarks/results/reliability.json` tries each fault below on the real commands, and `--docs` makes this page of what it found. `--only` chooses, `--trials` says how often, `--seed` draws other
-moments and other cases. What was tried already is not tried again.
+```text
+mtdiffusion bench reliability --out benchmarks/results/reliability.json
+mtdiffusion bench reliability --docs
+```
+
+The second makes this page of what the first found. `--only` chooses faults, `--trials` says how often each is tried,
+`--seed` draws other moments and other cases. What was tried already is not tried again. It needs `hypothesis`.
 
 ## What counts as lost
 
-- **Killed**: the command is killed, and the same command is started again. At the end every file must have the bytes of a run that was not interrupted, and nothing else may be there: no temporary file, no half-made folder, in the
-  folder of the work, in the cache, or where temporary files go.
-- **Stopped and starved**: besides, the command must end with the status that its signal calls for, or with 2 and a sentence, and never with a traceback.
-- **Hostile files**: the command must end with a sentence, within two minutes and two GiB. Nothing is unpickled.
-- **Numbers**: the message names the term and the step, or the file and the tensor, or the sample; checkpoints that stay are finite.
-- **Made-up inputs**: each is used, or refused with a sentence, within {slow} seconds.
+- **Killed**: the command is killed, and the same command is started again. In the end every file has to have the bytes
+  of a run that nothing interrupted. Nothing else may be there: no temporary file and no half-made folder, beside the
+  results, in the cache, or where temporary files go.
+- **Stopped and starved**: the command has to end with the status of its signal, or with status 2 and a sentence. A
+  traceback counts as lost. Then the same as for what was killed.
+- **Hostile files**: the command has to end with a sentence, within {seconds:.0f} seconds and {memory:.0f} GiB. Nothing
+  in a file is run.
+- **Numbers**: the message has to name the term and the step, or the file and the tensor, or the file with the sample.
+  Checkpoints that stay have to be finite.
+- **Made-up inputs**: each is used, or refused with a sentence, within {slow} seconds and {memory:.0f} GiB beyond what
+  is there before.
 
-Left out of the comparison are TensorBoard's files, whose names hold the time, and in a benchmark's cells the keys that tell seconds.
+Two things are left out of the comparison. TensorBoard's files have the time in their names. A benchmark's cells say how
+many seconds something took.
 
 ## How it is done
 
-One process imports everything, and forks a child for each trial; a child runs the whole command line, on one thread. Moments are uniform over the time that the command takes, and up to four kills come one after another before it may
-end. To kill before an operation on files, the child counts its own (Python's audit events) and kills itself before one of them. The work is tiny: 24 pictures of 4 × 4 pixels, six steps, a checkpoint every second.
+One process imports everything, and forks a child for each trial. A child runs the whole command line, on one thread.
+Where a fault says that a new process starts, it starts from nothing.
+
+Random moments are uniform over the time that the command takes. Up to four kills come one after another before it may
+end. To be killed before an operation on files, a child counts its own, by Python's audit events.
+
+The work is tiny: pictures of 4 × 4 pixels, six steps, a checkpoint every second step. A full disk is a limit on the
+size of files.
 """
 
 
@@ -39,19 +58,23 @@ def page(result: Mapping[str, Any]) -> str:
     from mtdiffusion_benchmarks.reliability.fuzzing import SLOW
 
     faults: Mapping[str, Mapping[str, Any]] = result["faults"]
-    tried = sum(row["tried"] for row in faults.values())
-    lost = sum(row["lost"] for row in faults.values())
-    answer = f"Nothing was lost in {tried:,} trials." if not lost else f"In {lost:,} of {tried:,} trials something was."
-    parts = [_INTRODUCTION.format(answer=answer, slow=SLOW), "## What was found\n"]
+    tried, lost = (sum(row[key] for row in faults.values()) for key in ("tried", "lost"))
+    answer = (
+        f"Something was lost in {lost:,} of {tried:,} trials." if lost else f"Nothing was lost in {tried:,} trials."
+    )
+    parts = [_INTRODUCTION.format(answer=answer, seconds=LIMIT, memory=MOST_MEMORY / 2**30, slow=SLOW)]
+    parts.append("## What was found\n")
     for group in dict.fromkeys(row["group"] for row in faults.values()):
         parts.append(f"### {group}\n\n| fault | trials | something was lost |\n|---|---|---|")
-        for name, row in faults.items():
-            if row["group"] == group:
-                parts.append(f"| {name} | {row['tried']:,} | {row['lost'] or 'never'} |")
+        rows = ((name, row) for name, row in faults.items() if row["group"] == group)
+        parts += [f"| {name} | {row['tried']:,} | {row['lost'] or 'never'} |" for name, row in rows]
         parts.append("")
-    examples = [f"- {name}: {text}" for name, row in faults.items() for text in row["examples"]]
-    if examples:
-        parts += ["What was lost:\n", *examples, ""]
+    if lost:
+        parts += [
+            "What was lost:\n",
+            *(f"- {name}: {text}" for name, row in faults.items() for text in row["examples"]),
+            "",
+        ]
     hardware = result["hardware"]
     parts += [
         "## Not tried\n",
