@@ -48,7 +48,7 @@ def test_what_is_nested_without_end_is_refused(tmp_path: Path) -> None:
         ckpt.read_json(tmp_path / "x.json")
     with pytest.raises(UserError, match=r"x\.toml: .*nested too deeply"):
         load_toml(tmp_path / "x.toml")
-    with pytest.raises(UserError, match="override.*nested too deeply"):
+    with pytest.raises(UserError, match=r"override.*nested too deeply"):
         apply_overrides({}, [f"x={NESTED}"])
 
 
@@ -110,11 +110,13 @@ def test_what_somebody_put_into_a_folder_stays_there(tmp_path: Path) -> None:
 def test_an_archive_that_is_huge_when_it_is_unpacked_is_refused(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     count = 2**28  # 1 GiB of zeros
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        with archive.open("000.npy", "w", force_zip64=True) as file:
-            np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (count,)})
-            for _ in range(count * 4 // 2**24):
-                file.write(bytes(2**24))
+    with (
+        zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("000.npy", "w", force_zip64=True) as file,
+    ):
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (count,)})
+        for _ in range(count * 4 // 2**24):
+            file.write(bytes(2**24))
     (tmp_path / "label.npz").write_bytes(buffer.getvalue())
     with pytest.raises(UserError, match=r"label\.npz: would take 1\.0 GiB unpacked"):
         _arrays(tmp_path / "label.npz")

@@ -1,4 +1,4 @@
-"""``mtdiffusion bench reliability``: a few trials of most faults, by the real command; the page is that of the results."""
+"""``mtdiffusion bench reliability`` by the real command, a few trials of most faults; the page is of the results."""
 
 from __future__ import annotations
 
