@@ -104,13 +104,22 @@ def save_checkpoint(
     """Write a checkpoint under a temporary name, then rename it; only then are older ones removed.
 
     What else lies beside checkpoints is its owner's, and stays.
+
+    Raises:
+        UserError: if there is no room for it.
     """
     remove_partial(run)
     partial = partial_checkpoint(run, step, os.getpid())
     partial.mkdir(parents=True)
-    save_file(_storable(model), partial / "model.safetensors")
-    save_file(_storable(ema), partial / "ema.safetensors")
-    save_file(_storable(moments(optimizer)), partial / "optimizer.safetensors")
+    try:
+        for name, tensors in {"model": model, "ema": ema, "optimizer": moments(optimizer)}.items():
+            save_file(_storable(tensors), partial / f"{name}.safetensors")
+    except SafetensorError as error:  # in which safetensors wraps what the system says
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"{run}: the checkpoint of step {step} cannot be written ({error}); those before it are whole. Make room, "
+            f"then go on with: {resume_command(run)}"
+        ) from error
     return finish_checkpoint(run, step, partial, state, keep)
 
 

@@ -469,7 +469,7 @@ class Trainer:
                     rate, norm = self.advance(batches, tally)
                 except RuntimeError as error:
                     if not (reason := interrupted()):
-                        if "DataLoader worker" in str(error):  # torch has no class of its own for it
+                        if str(error).startswith("DataLoader worker (pid"):  # torch has no class of its own for it
                             raise UserError(
                                 f"a process that loads data ended by itself at step {self.step + 1} ({error}); often "
                                 "memory has run out: lower training.workers or training.batch_size. Go on with: "

@@ -149,11 +149,11 @@ def targets() -> dict[str, tuple[SearchStrategy[Any], Callable[[Any], object]]]:
         except (TypeError, ValueError, UnicodeError):
             return
         Path("fuzzed.toml").write_text(text, encoding="utf-8", errors="surrogatepass")
-        build_model(load_experiment(Path("fuzzed.toml"), (), registry), weightless=True)
+        build_model(load_experiment(Path("fuzzed.toml"), [], registry), weightless=True)
 
     def text(content: bytes) -> None:
         Path("fuzzed.toml").write_bytes(content)
-        load_experiment(Path("fuzzed.toml"), (), registry)
+        load_experiment(Path("fuzzed.toml"), [], registry)
 
     def override(argument: str) -> None:
         structure_experiment(apply_overrides(base, [argument]), registry, "fuzzed")

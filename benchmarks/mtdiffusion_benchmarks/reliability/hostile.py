@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,18 +50,11 @@ def unpickled(bench: Bench, trials: int, rng: random.Random) -> Wrong:
         "numpy": _saved(lambda x, to: np.save(to, x, allow_pickle=True), np.array([Bomb(mark)], dtype=object)),
     }
 
-    def put(path: Path, content: bytes) -> Callable[[], None]:
-        def make() -> None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-
-        return make
-
     for name, content in bombs.items():
         for file in _FILES:
             for arguments in (_SAMPLE, _RESUME):
                 unused = arguments is _SAMPLE and file in ("model.safetensors", "optimizer.safetensors")
-                case = (f"{file} is a pickle ({name})", put(_checkpoint(bench) / file, content), arguments)
+                case: Case = (f"{file} is a pickle ({name})", _put(_checkpoint(bench) / file, content), arguments)
                 yield _met(bench, case, (0,) if unused else (2,), mark)
         for suffix in (".npy", ".npz", ".safetensors", ".json", ".csv", ".parquet"):
             field = _TREE.replace('label="label"', f'label="{_kind(suffix)}"')
@@ -72,9 +66,9 @@ def unpickled(bench: Bench, trials: int, rng: random.Random) -> Wrong:
 
             yield _met(bench, (f"label{suffix} is a pickle ({name})", make, (*_CHECK, "--set", field)), (2,), mark)
         for observed in ("image=given.png", "image=given.npy", "label=given.pt"):
-            file = work / observed.partition("=")[2]
-            case = (f"--observe {observed} is a pickle ({name})", put(file, content), (*_SAMPLE, "--observe", observed))
-            yield _met(bench, case, (2,), mark)
+            put = _put(work / observed.partition("=")[2], content)
+            given = (f"--observe {observed} is a pickle ({name})", put, (*_SAMPLE, "--observe", observed))
+            yield _met(bench, given, (2,), mark)
 
 
 def _kind(suffix: str) -> str:
@@ -203,7 +197,11 @@ def _checkpoint(bench: Bench) -> Path:
 
 
 def _put(path: Path, content: bytes) -> Callable[[], None]:
-    return lambda: (path.parent.mkdir(parents=True, exist_ok=True), path.write_bytes(content), None)[2]
+    def make() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+    return make
 
 
 def _tree(bench: Bench, name: str, content: bytes) -> Callable[[], None]:
@@ -218,7 +216,7 @@ def _tree(bench: Bench, name: str, content: bytes) -> Callable[[], None]:
     return make
 
 
-def _saved(save: Callable[[object, io.BytesIO], object], value: object) -> bytes:
+def _saved(save: Callable[[Any, io.BytesIO], object], value: Any) -> bytes:
     buffer = io.BytesIO()
     save(value, buffer)
     return buffer.getvalue()

@@ -58,7 +58,7 @@ def _training(where: str, value: float, first: int, forever: bool) -> Callable[[
         elif where == "decoder":
             image.decoder.register_forward_hook(lambda _module, _given, out: {k: spoil(x) for k, x in out.items()})
         else:
-            next(trainer.model.parameters()).register_hook(spoil)
+            next(trainer.model.parameters()).register_hook(spoil)  # type: ignore[no-untyped-call]
         skipped: list[int] = []
         try:
             trainer.train(lambda progress: skipped.append(progress.skipped))

@@ -37,8 +37,9 @@ The second makes this page of what the first found. `--only` chooses faults, `--
 - **Made-up inputs**: each is used, or refused with a sentence, within {slow} seconds and {memory:.0f} GiB beyond what
   is there before.
 
-Two things are left out of the comparison. TensorBoard's files have the time in their names. A benchmark's cells say how
-many seconds something took.
+Three things are left out of the comparison. TensorBoard's files have the time in their names. A benchmark's cells say
+how many seconds something took. And Python keeps a folder `pymp-...` for each process that loads data, which stays
+among the temporary files if that process is killed.
 
 ## How it is done
 

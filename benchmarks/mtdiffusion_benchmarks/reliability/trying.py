@@ -26,7 +26,6 @@ from mtdiffusion_registry import UserError
 
 NOT_TRIED = (
     "a loss of power, after which what a disk had promised to keep may be gone",
-    "SIGKILL of a training with processes that load data: Python's own folders for them stay where temporary files go",
     "one of several processes that train or draw together, dying or hanging",
     "a full disk but by a limit on the size of files",
     "a clock that goes backwards while a command runs; files from the future are",
