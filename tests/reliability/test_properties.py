@@ -3,6 +3,8 @@ other tests."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, seed, settings
@@ -37,19 +39,20 @@ from tests.core.toys import data, picture_and_label
 
 cases = settings(max_examples=30, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
-gains = st.floats(0.1, 2.0)
+floats = partial(st.floats, allow_subnormal=False)  # a trainer sets this process to flush them to zero
+gains = floats(0.1, 2.0)
 schedules: st.SearchStrategy[WeightSchedule] = st.one_of(
     st.just(SNRMatched()),
     st.lists(gains, min_size=2, max_size=5).map(lambda knots: TargetSignal(tuple(knots))),
     st.builds(
         DirectWeights,
         st.sampled_from(["constant", "linear", "cosine"]),
-        st.floats(0.1, 2.0),
-        st.floats(-0.5, 0.5),
-        st.floats(-0.5, 0.5),
+        floats(0.1, 2.0),
+        floats(-0.5, 0.5),
+        floats(-0.5, 0.5),
     ),
 )
-shares = st.floats(0.0, 1.0)
+shares = floats(0.0, 1.0)
 
 
 @st.composite
@@ -134,7 +137,7 @@ def test_a_samples_loss_does_not_depend_on_its_batch(layout: str) -> None:
 
     @seed(0)
     @cases
-    @given(st.integers(2, 6), st.integers(0, 2**31), st.floats(0, 1), st.floats(0, 1))
+    @given(st.integers(2, 6), st.integers(0, 2**31), floats(0, 1), floats(0, 1))
     def holds(batch: int, number: int, l1: float, l2: float) -> None:
         generator = torch.Generator().manual_seed(number)
         x, draws = data(batch, number), Draws.of(model, batch, generator)
