@@ -80,6 +80,27 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     data.add_argument("--out", type=Path, metavar="FILE.json", help="write what was measured here, too")
     data.add_argument("--pictures", type=int, default=50000, metavar="N", help="default: %(default)s")
 
+    reliability = actions.add_parser(
+        "reliability",
+        help="what is lost when things go wrong",
+        description="Try faults on the real commands: kill them, starve them, feed them damaged and made-up files. "
+        "Needs hypothesis. It forks, and uses one thread.",
+    )
+    reliability.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.json",
+        help="write what was found here; go on with what is there",
+    )
+    reliability.add_argument("--trials", type=int, default=50, metavar="N", help="of each fault (default: %(default)s)")
+    reliability.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    reliability.add_argument(
+        "--only", nargs="+", default=[], metavar="PATTERN", help="faults by name, with * for any, such as 'training*'"
+    )
+    reliability.add_argument(
+        "--docs", action="store_true", help="try nothing: make docs/reliability.md of the committed results"
+    )
+
     listing = actions.add_parser("list", help="list profiles, or a profile's cells")
     listing.add_argument("profile", nargs="?", metavar="PROFILE|FILE.toml")
     listing.add_argument("--out", type=Path, metavar="DIR", help="say which cells are done there")
@@ -97,8 +118,8 @@ def run(args: argparse.Namespace) -> None:
         for path in build_report(args.out):
             print(path)
         return
-    if args.action in ("perf", "data"):
-        (_perf if args.action == "perf" else _data)(args)
+    if args.action in ("perf", "data", "reliability"):
+        {"perf": _perf, "data": _data, "reliability": _reliability}[args.action](args)
         return
     from mtdiffusion_benchmarks.profile import load_profile, plan, shipped, with_changes
     from mtdiffusion_registry import Registry
@@ -166,6 +187,36 @@ def _data(args: argparse.Namespace) -> None:
     print(startup.table(result))
     if args.out is not None:
         write_json(args.out, result, sort_keys=False)
+
+
+def _reliability(args: argparse.Namespace) -> None:
+    from importlib.util import find_spec
+
+    from mtdiffusion_benchmarks.reliability import page
+    from mtdiffusion_engine.checkpoint import read_json, write_json
+    from mtdiffusion_registry import UserError
+
+    if args.docs:
+        if not page.PAGE.parent.is_dir():
+            raise UserError(f"{page.PAGE.parent}: no such folder; run this from a clone of the repository")
+        page.PAGE.write_text(page.page(read_json(page.RESULT)), encoding="utf-8")
+        print(page.PAGE)
+        return
+    if args.trials < 1:
+        raise UserError(f"--trials {args.trials}: expected 1 or more")
+    if find_spec("hypothesis") is None:
+        raise UserError("bench reliability: made-up inputs need hypothesis: pip install hypothesis")
+    from mtdiffusion_benchmarks.reliability import trying
+
+    def keep(result: dict[str, Any]) -> None:
+        if args.out is not None:
+            write_json(args.out, result, sort_keys=False)
+
+    before = read_json(args.out) if args.out is not None and args.out.is_file() else None
+    say = partial(print, flush=True)
+    result = trying.measure(args.trials, args.seed, args.only, before, keep, say)
+    rows = [row for name, row in result["faults"].items() if name in trying.chosen(args.only)]
+    print(f"{sum(row['tried'] for row in rows):,} trials, something was lost in {sum(row['lost'] for row in rows):,}")
 
 
 def _state(path: Path) -> str:

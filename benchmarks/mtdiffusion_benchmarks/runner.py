@@ -104,6 +104,8 @@ class Runner:
         write_json(self.out / "profile.json", summary(self.profile, cells, self.out), sort_keys=False)
         states: dict[str, int] = {}
         for number, cell in enumerate(cells, 1):
+            if cell in finished and self._unneeded(cell).is_file():
+                self._remove_run(cell)  # the process that finished the cell was killed before it had
             state = finished.get(cell) or self._finish(cell, f"[{number}/{len(cells)}] {cell.id}")
             self._left.discard(cell)
             states[state] = states.get(state, 0) + 1
@@ -120,6 +122,9 @@ class Runner:
             if result is None:
                 self.say(told)
                 result = self._run(cell)
+                if not self.keep_runs:
+                    self._unneeded(cell).parent.mkdir(exist_ok=True)
+                    self._unneeded(cell).touch()
                 write_json(self._path(cell), result)
                 self._left.discard(cell)
                 self._remove_run(cell)
@@ -396,6 +401,8 @@ class Runner:
         done = all(self._path(other).is_file() and other not in self._left for other in sharing)
         if done and not self.keep_runs:
             self._forget(trained)
+            for other in sharing:
+                self._unneeded(other).unlink(missing_ok=True)
 
     def _forget(self, trained: Cell) -> None:
         folder = self.out / "runs" / trained.stem
@@ -403,6 +410,10 @@ class Runner:
         folder.with_name(f"{folder.name}.curve.json").unlink(missing_ok=True)
         self._budget_file(trained).unlink(missing_ok=True)
         self._plugins_file(trained).unlink(missing_ok=True)
+
+    def _unneeded(self, cell: Cell) -> Path:
+        """A file that says that what a cell trained can go once it has its result."""
+        return self.out / "runs" / f"{cell.stem}.unneeded"
 
 
 def measure(

@@ -53,7 +53,7 @@ def noise_level(signal: Tensor, variance: Tensor) -> Tensor:
 def _estimate(z: Tensor, signal: Tensor, variance: Tensor, error: float) -> Estimate:
     """Of e from z = signal · e + what else is in it, of this variance; signal and variance ``[B, 1, h, w]``."""
     shown = signal.square() * error**2
-    total = (shown + variance).clamp(min=torch.finfo(torch.float64).tiny)
+    total = (shown + variance).clamp(min=torch.finfo(variance.dtype).tiny)
     return Estimate(z * (signal * error**2 / total).to(z.dtype), (variance / total).to(z.dtype))
 
 

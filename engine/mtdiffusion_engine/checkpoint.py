@@ -19,7 +19,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mtdiffusion_registry import UserError
+from mtdiffusion_registry.partial import partial_of, remove_abandoned
 
 PREFIX = "step-"
 ASIDE = "-diverged"
@@ -48,16 +49,31 @@ def require_free(folder: Path) -> None:
         raise UserError(f"{folder}: already exists; nothing was written. Give another folder, or remove it first.")
 
 
+def remove_unmade(run: Path) -> None:
+    """Empty a run's folder whose making was cut short: there is no ``config.toml``, and nothing but what comes before
+    it."""
+    if (run / "config.toml").exists() or not (run / "plugins.json").is_file():
+        for name in ("plugins.json", "config.toml"):
+            remove_abandoned(run / name)
+        return
+    checkpoints = list((run / "checkpoints").glob("*"))
+    unfinished = re.compile(r"plugins\.json|checkpoints|\.config\.toml\.[0-9]+")
+    if all(unfinished.fullmatch(path.name) for path in run.iterdir()) and all(
+        step_of(path) == 0 or _PARTIAL.fullmatch(path.name) for path in checkpoints
+    ):
+        with alone_in(run):
+            shutil.rmtree(run / "checkpoints", ignore_errors=True)
+            remove_abandoned(run / "config.toml")
+            (run / "plugins.json").unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any, *, sort_keys: bool = True) -> None:
     """Write JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     text = json.dumps(value, indent=2, sort_keys=sort_keys) + "\n"
-    try:
+    with partial_of(path) as partial:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -90,13 +106,22 @@ def save_checkpoint(
     """Write a checkpoint under a temporary name, then rename it; only then are older ones removed.
 
     What else lies beside checkpoints is its owner's, and stays.
+
+    Raises:
+        UserError: if there is no room for it.
     """
     remove_partial(run)
     partial = partial_checkpoint(run, step, os.getpid())
     partial.mkdir(parents=True)
-    save_file(_storable(model), partial / "model.safetensors")
-    save_file(_storable(ema), partial / "ema.safetensors")
-    save_file(_storable(moments(optimizer)), partial / "optimizer.safetensors")
+    try:
+        for name, tensors in {"model": model, "ema": ema, "optimizer": moments(optimizer)}.items():
+            save_file(_storable(tensors), partial / f"{name}.safetensors")
+    except SafetensorError as error:  # in which safetensors wraps what the system says
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"{run}: the checkpoint of step {step} cannot be written ({error}); those before it are whole. Make room, "
+            f"then go on with: {resume_command(run)}"
+        ) from error
     return finish_checkpoint(run, step, partial, state, keep)
 
 
@@ -112,15 +137,22 @@ def remove_partial(run: Path) -> None:
             shutil.rmtree(stale, ignore_errors=True)
 
 
+def tidy(run: Path, keep: int) -> None:
+    """Remove what a process that was killed left: checkpoints cut short, and older ones than the last ``keep``."""
+    remove_partial(run)
+    for old in list_checkpoints(run)[:-keep]:
+        if not old.is_symlink():  # which we never make
+            removed = partial_checkpoint(run, step_of(old) or 0, os.getpid())
+            shutil.rmtree(old.rename(removed))  # renamed first, so that nothing that is cut short looks whole
+
+
 def finish_checkpoint(run: Path, step: int, partial: Path, state: dict[str, Any], keep: int) -> Path:
     """Make a checkpoint of what is written but for ``state.json``; then older ones are removed."""
     final = run / "checkpoints" / name_of(step)
     write_json(partial / "state.json", {**state, "step": step, "format": FORMAT})
     shutil.rmtree(final, ignore_errors=True)
     partial.replace(final)
-    for old in list_checkpoints(run)[:-keep]:
-        if not old.is_symlink():  # which we never make
-            shutil.rmtree(old)
+    tidy(run, keep)
     return final
 
 
@@ -210,12 +242,24 @@ def load_weights(module: torch.nn.Module, path: Path) -> None:
     tensors = load_tensors(path)
     if misfit := misfits(module, tensors):
         raise UserError(f"{path}: these weights belong to another model than config.toml describes ({misfit})")
+    _require_finite({name: tensors[name] for name, _ in module.named_parameters()}, path)
     state = module.state_dict()
     try:
         module.load_state_dict({key: _as_it_lies(x, state[key]) for key, x in tensors.items()})
     except RuntimeError as error:  # of a module that reads them in a way of its own
         detail = " ".join(str(error).split())[:400]
         raise UserError(f"{path}: these weights cannot be loaded ({detail})") from None
+
+
+def _require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Check that numbers are numbers: with one that is not, all that follows from it is lost.
+
+    Raises:
+        UserError: if a value is NaN or infinite; the message names its tensor.
+    """
+    for name, x in tensors.items():
+        if x.is_floating_point() and not bool(x.isfinite().all()):
+            raise UserError(f"{path}: damaged ({name} holds NaN or infinity); {_REMEDY}")
 
 
 def misfits(module: torch.nn.Module, tensors: dict[str, Tensor], most: int = 3) -> str:
@@ -234,8 +278,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     """Restore an optimizer's state, over the same parameters in the same order."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
-    for key, value in load_tensors(path).items():
+    tensors = load_tensors(path)
+    _require_finite(tensors, path)
+    for key, value in tensors.items():
         index, _, name = key.partition(".")
+        if not index.isdecimal() or int(index) >= len(parameters):
+            raise UserError(f"{path}: damaged (found {key!r}, expected PARAMETER.NAME of this model's); {_REMEDY}")
         parameter = parameters[int(index)]
         of_each_weight = value.shape == parameter.shape
         state.setdefault(int(index), {})[name] = _as_it_lies(value, parameter) if of_each_weight else value
@@ -259,7 +307,11 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     Raises:
         UserError: if it is missing or damaged, or of another format than this version's.
     """
-    state = read_json(checkpoint / "state.json", _REMEDY)
+    path = checkpoint / "state.json"
+    state = read_json(path, _REMEDY)
+    for key in ("format", "step", "ema_updates", "samples"):  # whichever of them are there
+        if key in state and (type(state[key]) is not int or state[key] < 0):
+            raise UserError(f"{path}: damaged ({key} is {state[key]!r}, expected a number of 0 or more); {_REMEDY}")
     found = state.get("format", 1)
     if found != FORMAT:
         with_ = _MADE_BY.get(found, "a newer mtdiffusion")
@@ -267,6 +319,8 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
             f"{checkpoint}: made by {with_} (format {found}, expected {FORMAT}): its network is asked otherwise "
             f"than this version's, so its weights cannot be used. Train it anew into another folder, or use {with_}"
         )
+    if "step" not in state:
+        raise UserError(f"{path}: damaged (it has no step); {_REMEDY}")
     return state
 
 
@@ -278,8 +332,10 @@ def read_json(path: Path, remedy: str = "remove it and make it again") -> dict[s
     """
     try:
         value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); {remedy}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}; {remedy}")
     return value
 
 

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shlex
-import shutil
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -39,6 +38,7 @@ from mtdiffusion_engine.team import Team
 from mtdiffusion_engine.trainer import Trainer
 from mtdiffusion_registry import DatasetConfig, Registry, UserError
 from mtdiffusion_registry.pace import LOGGER, Pace
+from mtdiffusion_registry.partial import partial_of
 
 if TYPE_CHECKING:
     from mtdiffusion_engine.measures import Kept
@@ -412,14 +412,11 @@ def _given(run: Run, name: str, text: str) -> Tensor:
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
     """A folder to write in that becomes ``out`` if all goes well, and leaves nothing if not."""
-    partial = out.absolute().parent / f".{out.absolute().name}.{os.getpid()}"
-    partial.mkdir(parents=True)
-    try:
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with partial_of(out.absolute(), folder=True) as partial:
         yield partial
         ckpt.require_free(out)
         partial.replace(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def evaluate(args: Namespace) -> None:

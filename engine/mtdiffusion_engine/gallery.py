@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mtdiffusion import MultimodalDiffusion, sample
@@ -15,6 +16,7 @@ from mtdiffusion_engine.samples import Samples, Wish, draw_samples, held_out
 from mtdiffusion_engine.sounds import page_with_players
 from mtdiffusion_engine.subsets import random_holes
 from mtdiffusion_registry.pace import Pace
+from mtdiffusion_registry.partial import partial_of
 
 if TYPE_CHECKING:
     from mtdiffusion_engine.run import Run
@@ -78,9 +80,14 @@ def draw_gallery(
     path.parent.mkdir(parents=True, exist_ok=True)
     title = f"One model, {len(names)} modalities: {', '.join(names)}" if len(names) > 1 else f"A model of {names[0]}"
     told = "Given is what held-out samples have; truth is the rest of the same samples, which the model was not shown."
-    draw_blocks(title, blocks, legends(model), told).save(path)
+    kind = Image.registered_extensions().get(path.suffix.lower(), "PNG")
+    with partial_of(path) as partial:
+        draw_blocks(title, blocks, legends(model), told).save(partial, kind)
+        partial.replace(path)
     if (page := page_with_players(title, blocks, model)) is not None:
-        path.with_suffix(".html").write_text(page, encoding="utf-8")
+        with partial_of(path.with_suffix(".html")) as partial:
+            partial.write_text(page, encoding="utf-8")
+            partial.replace(path.with_suffix(".html"))
     return path
 
 

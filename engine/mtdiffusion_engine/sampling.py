@@ -10,12 +10,12 @@ import csv
 import io
 import json
 import os
+import shutil
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -28,9 +28,12 @@ from mtdiffusion_engine.pictures import sample_sheet, stem_of
 from mtdiffusion_engine.run import Run
 from mtdiffusion_registry import UserError
 from mtdiffusion_registry.installed import version
+from mtdiffusion_registry.partial import remove_abandoned
 
 REQUEST, SHEET = "request.json", "samples.png"
 SHARDS = "samples-*.tar"
+SCRATCH = ".samples-*"
+"""What is written before a shard is whole."""
 SHOWN = 128
 """Samples on a sheet, at most; more of them in a folder have several."""
 SHARD_SIZE = 1024
@@ -265,10 +268,12 @@ def write_shards(request: Request, out: Path, size: int, rank: int, world: int, 
 
 
 def _write_shard(request: Request, path: Path, first: int, count: int, tell: Tell) -> None:
-    partial = path.with_name(f".{path.name}")
+    partial, scratch = path.with_name(f".{path.name}"), path.with_name(f".{path.stem}")
     sheets = _Sheets(request, path.parent, pages=False) if first == 0 else None
+    shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
     try:
-        with partial.open("wb") as file, TemporaryDirectory() as scratch:
+        scratch.mkdir()
+        with partial.open("wb") as file:
             with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
                 for start, samples in request.batches(first, count):
                     if sheets is not None:
@@ -276,14 +281,16 @@ def _write_shard(request: Request, path: Path, first: int, count: int, tell: Tel
                     for place, row in enumerate(zip(*samples.values(), strict=True), start):
                         stem = stem_of(place, request.n)
                         for name, x in zip(samples, row, strict=True):
-                            _add(tar, f"{stem}.{name}", request.run.modality(name).write(x, Path(scratch), stem))
+                            _add(tar, f"{stem}.{name}", request.run.modality(name).write(x, scratch, stem))
                     tell(place + 1 - first)
             file.flush()
             os.fsync(file.fileno())  # a shard that has its name is whole, after a loss of power, too
         if sheets is not None:
             sheets.end()
+        shutil.rmtree(scratch)  # before the shard has its name: then nothing is left to do
         partial.replace(path)
     finally:
+        shutil.rmtree(scratch, ignore_errors=True)
         partial.unlink(missing_ok=True)
 
 
@@ -341,8 +348,9 @@ def shards_in(out: Path, record: Mapping[str, Any], rank: int, world: int) -> It
 
 def _claim(out: Path, record: Mapping[str, Any]) -> None:
     """Write the request of a folder's shards; if it has some, they must be of this one."""
+    remove_abandoned(out / REQUEST)
     if not any(out.glob(SHARDS)):
-        if any(path.name not in (REQUEST, SHEET) and not path.match(f".{SHARDS}") for path in out.iterdir()):
+        if any(path.name not in (REQUEST, SHEET) and not path.match(SCRATCH) for path in out.iterdir()):
             ckpt.require_free(out)
         ckpt.write_json(out / REQUEST, record)
         return

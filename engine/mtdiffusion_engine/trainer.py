@@ -167,6 +167,7 @@ class Trainer:
                 ckpt.load_state(newest)  # says so if another version made it
             changed = require_resumable(experiment, run, registry)
         elif self.main:
+            ckpt.remove_unmade(run)
             ckpt.require_free(run)
         self.model = build_model(experiment)
         self._origin = None if resume or init_from is None else self._initialise(init_from)
@@ -242,9 +243,9 @@ class Trainer:
     def _write_configuration(self, registry: Registry) -> None:
         try:
             ckpt.write_json(self.run / PLUGINS_FILE, origins(self.experiment, registry))
-            dump_toml(self.resolved, self.run / "config.toml")
             if self._origin:
                 self.save()  # otherwise a run resumed before its first checkpoint would start from other weights
+            dump_toml(self.resolved, self.run / "config.toml")  # last: with it, there is a run
         except BaseException:
             self.discard()
             raise
@@ -294,7 +295,7 @@ class Trainer:
                 f"training.steps = {self.config.steps}: {self.run} has {self.step} steps already; give that number or "
                 "more"
             )
-        self.ema.updates = int(state["ema_updates"])
+        self.ema.updates = int(state.get("ema_updates", self.step))  # of each step one
         self._gather()
         self._origin = state.get("init_from")
         count = len(self.data)
@@ -442,6 +443,8 @@ class Trainer:
                     "file system that all machines share"
                 )
         with ckpt.alone_in(self.run) if self.main else nullcontext():
+            if self.main:
+                ckpt.tidy(self.run, self.config.keep)
             try:
                 self._train(on_progress, on_sample, stop_at)
             finally:
@@ -464,8 +467,14 @@ class Trainer:
             while self.step < stop:
                 try:
                     rate, norm = self.advance(batches, tally)
-                except RuntimeError:
+                except RuntimeError as error:
                     if not (reason := interrupted()):
+                        if str(error).startswith("DataLoader worker (pid"):  # torch has no class of its own for it
+                            raise UserError(
+                                f"a process that loads data ended by itself at step {self.step + 1} ({error}); often "
+                                "memory has run out: lower training.workers or training.batch_size. Go on with: "
+                                f"{ckpt.resume_command(self.run)}"
+                            ) from error
                         raise
                     # A signal to the whole group ended the workers: without them this step cannot be, the last one can,
                     # unless it takes other processes, which may be elsewhere.

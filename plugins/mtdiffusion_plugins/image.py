@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 import torch
 from attrs import field, frozen
-from attrs.validators import ge, gt, in_, optional
+from attrs.validators import ge, gt, in_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -87,7 +87,9 @@ class ConvEncoder(Encoder):
 
     def decode(self, code: Tensor) -> Tensor:
         """The x of a code as far as it tells: ``[B, channels, h, w]``."""
-        patches = F.linear(code.movedim(1, -1), self.filters.weight.T)
+        filters = self.filters.weight
+        assert isinstance(filters, Tensor)
+        patches = code.movedim(1, -1) @ filters
         return F.pixel_shuffle(patches.movedim(-1, 1), self.patch)
 
 
@@ -95,10 +97,10 @@ class GaussianImageDecoder(Decoder):
     """p(x | h) = N(mean, σ² I) with one σ a sample; the exact likelihood is over the discrete levels of the pixels."""
 
     def __init__(
-        self, features: FeatureSpec, shape: tuple[int, int, int], patch: int, levels: int, detail: float | None
+        self, features: FeatureSpec, shape: tuple[int, int, int], patch: int, levels: int, detail: float
     ) -> None:
         super().__init__()
-        self.detail = detail
+        self.detail = detail or None
         self.mean = MapHead(features, shape[0], patch)
         self.log_scale = ScaleHead(features)
         self.levels = levels
@@ -228,7 +230,7 @@ class ImageConfig(ModalityConfig):
         loss_weight: λ of its part of L2.
         snr_clamp: λ_t = loss_weight · clamp(SNR_t, low, high).
         detail: error of the network, as a root mean square of pixels in [−1, 1], from which on the noisy picture itself
-            is gone by; None: never.
+            is gone by; 0: never.
         field: the data set's field; None: the instance's name.
     """
 
@@ -240,7 +242,7 @@ class ImageConfig(ModalityConfig):
     levels: int = field(default=256, validator=ge(2))
     loss_weight: float = field(default=1.0, validator=gt(0.0))
     snr_clamp: tuple[float, float] = field(default=(0.05, 5.0), validator=low_before_high)
-    detail: float | None = field(default=0.1, validator=optional(gt(0.0)))
+    detail: float = field(default=0.1, validator=ge(0.0))
     field: str | None = None
 
     def latent_channels(self, height: int, width: int) -> int:

@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 
 import torch
 from attrs import field, frozen
-from attrs.validators import gt, in_, optional
+from attrs.validators import ge, gt, in_
 from torch import Tensor
 
 from mtdiffusion import Decoder, Encoder, Estimate, Features, FeatureSpec, InputSpec, LatentSpec, Modality, Params
@@ -103,10 +103,10 @@ class GaussianLatentDecoder(Decoder):
     """
 
     def __init__(
-        self, features: FeatureSpec, shape: tuple[int, int, int], patch: int, scale: Scale, detail: float | None
+        self, features: FeatureSpec, shape: tuple[int, int, int], patch: int, scale: Scale, detail: float
     ) -> None:
         super().__init__()
-        self.detail = detail
+        self.detail = detail or None
         self.mean = MapHead(features, shape[0], patch)
         self.log_scale = ScaleHead(features)
         self.scale = scale
@@ -280,7 +280,7 @@ class LatentImageConfig(ModalityConfig):
         loss_weight: λ of its part of L2.
         snr_clamp: λ_t = loss_weight · clamp(SNR_t, low, high).
         detail: error of the network, as a root mean square of normalised latents, from which on the noisy latent itself
-            is gone by; None: never.
+            is gone by; 0: never.
         field: the data set's field of pictures; None: the instance's name.
     """
 
@@ -292,7 +292,7 @@ class LatentImageConfig(ModalityConfig):
     normalisation: Literal["autoencoder", "data"] = field(default="autoencoder", validator=in_(("autoencoder", "data")))
     loss_weight: float = field(default=1.0, validator=gt(0.0))
     snr_clamp: tuple[float, float] = field(default=(0.05, 5.0), validator=low_before_high)
-    detail: float | None = field(default=0.1, validator=optional(gt(0.0)))
+    detail: float = field(default=0.1, validator=ge(0.0))
     field: str | None = None
 
     @property

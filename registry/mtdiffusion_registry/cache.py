@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from mtdiffusion_registry.configs import Config
+from mtdiffusion_registry.partial import partial_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,12 +79,9 @@ def save_kept(path: Path, tensors: Mapping[str, Tensor]) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with suppress(OSError, SafetensorError), partial_of(path) as partial:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
         partial.replace(path)
-    except (OSError, SafetensorError):
-        partial.unlink(missing_ok=True)
 
 
 def config_key(config: Config) -> str:

@@ -36,6 +36,7 @@ from cattrs.gen import make_dict_structure_fn
 
 from mtdiffusion_registry.configs import BASES, Config
 from mtdiffusion_registry.errors import ConfigError, UserError, did_you_mean
+from mtdiffusion_registry.partial import partial_of
 from mtdiffusion_registry.registry import Registry
 
 __all__ = [
@@ -81,6 +82,8 @@ def load_toml(path: Source) -> dict[str, Any]:
         raise UserError(f"{path}: not UTF-8 (at line {line})") from error
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: not TOML: {error}") from error
+    except RecursionError:
+        raise UserError(f"{path}: arrays or tables are nested too deeply to be read; check its brackets") from None
 
 
 def dump_toml(mapping: Mapping[str, Any], path: Source) -> None:
@@ -95,12 +98,9 @@ def dump_toml(mapping: Mapping[str, Any], path: Source) -> None:
     except TypeError as error:
         raise ConfigError(f"{path}: cannot be written as TOML: {error}") from error
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with partial_of(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
 
 
 def apply_overrides(mapping: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -129,10 +129,14 @@ def apply_overrides(mapping: Mapping[str, Any], overrides: Iterable[str]) -> dic
 
 
 def _override_value(text: str, argument: str) -> Any:
-    with suppress(tomllib.TOMLDecodeError):
+    try:
         parsed = tomllib.loads(f"value = {text}")
         if parsed.keys() == {"value"}:  # a line break in the text could add others
             return parsed["value"]
+    except tomllib.TOMLDecodeError:
+        pass
+    except RecursionError:
+        raise UserError(f'override "{argument[:80]}...": nested too deeply to be read; check its brackets') from None
     if text[0] in "\"'[{":
         raise UserError(f'override "{argument}": {text} is not a TOML value')
     return text

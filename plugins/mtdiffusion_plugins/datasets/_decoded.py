@@ -28,6 +28,7 @@ from mtdiffusion_registry.cache import cached, config_key
 from mtdiffusion_registry.configs import FieldConfig
 from mtdiffusion_registry.errors import UserError
 from mtdiffusion_registry.pace import Pace
+from mtdiffusion_registry.partial import partial_of
 
 CACHE_LIMIT = 50 * 2**30
 """Bytes that one field may take on disk; beyond it, files are decoded at every access."""
@@ -112,8 +113,7 @@ def _decode(
     few: list[Tensor | str] = []
     array: np.ndarray | None = None
     shape: tuple[torch.Size, torch.dtype] | None = None
-    partial = _place(key).with_suffix(f".{os.getpid()}")
-    try:
+    with partial_of(_place(key)) as partial:
         for place, stored in enumerate(_all(name, field, paths, size)):
             if isinstance(stored, str) or stored.ndim == 0:  # a class may be a name here and an index there
                 few.append(stored)
@@ -137,8 +137,6 @@ def _decode(
         array.flush()  # type: ignore[attr-defined]
         partial.replace(_place(key))
         return Decoded(field, paths, size, key, _mapped(key))
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _mapped(key: str) -> np.ndarray:

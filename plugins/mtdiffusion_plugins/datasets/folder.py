@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import unicodedata
+import zipfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
@@ -41,6 +42,7 @@ HELD_OUT = ("test", "val", "validation")
 """Names of the folder with the test split, in order of preference."""
 METADATA = "metadata"
 """A table of this name holds columns for several fields; its ``file_name`` is the picture's, from its own folder."""
+_UNPACKED = 100  # times the size of a file that its content may have
 _NO_DATA = ("thumbs.db", "desktop.ini", "__macosx")  # what systems leave in folders, beside names that begin with a dot
 
 
@@ -440,8 +442,17 @@ def _arrays(path: Path) -> dict[str, object]:
         if path.suffix == ".safetensors":
             # By way of float32: numpy has no bfloat16.
             return {stem: vector.to(torch.float32).numpy() for stem, vector in load_file(path).items()}
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+        if unpacked > max(_UNPACKED * path.stat().st_size, 2**28):  # vectors hardly shrink; a bomb does
+            raise UserError(
+                f"{path}: would take {unpacked / 2**30:.1f} GiB unpacked, more than {_UNPACKED} times its size; write "
+                "it with numpy.savez, which does not pack"
+            )
         with np.load(path, allow_pickle=False) as arrays:
             return dict(arrays)
+    except UserError:
+        raise
     except Exception as error:  # each format's reader has errors of its own
         raise UserError(f"cannot read {path}: {error}") from error
 

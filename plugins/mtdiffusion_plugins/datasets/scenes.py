@@ -239,7 +239,7 @@ def draw(seen: Scene, size: int) -> tuple[Array, npt.NDArray[np.int64]]:
 
     ground = np.array(GROUNDS[seen.ground], np.float32)
     depth = ((y - seen.horizon) / (1 - seen.horizon)).clip(0, 1)[..., None]
-    land = np.broadcast_to(ground * (1.06 - 0.22 * depth) * light, (side, side, 3))
+    land: Array = np.broadcast_to(ground * (1.06 - 0.22 * depth) * light, (side, side, 3))
     if seen.ground == "water":
         land = land * 0.8 + 0.2 * below  # which the sky is seen in
     on_ground = np.broadcast_to(y >= seen.horizon, (side, side))

@@ -152,7 +152,7 @@ def retrieval(embedder: ImageEmbedder, codes: Tensor, captions: list[str]) -> di
     """
     similarity = codes @ embedder.embed_text(captions).T
     same = torch.tensor([[caption == other for other in captions] for caption in captions])
-    found = {}
+    found: dict[str, float] = {}
     for name, scores in (("image_to_text", similarity), ("text_to_image", similarity.T)):
         nearer = (scores > scores.masked_fill(~same, -2).amax(dim=1, keepdim=True)).sum(dim=1)
         found |= {f"{name}_at_{k}": (nearer < k).double().mean().item() for k in (1, 5)}

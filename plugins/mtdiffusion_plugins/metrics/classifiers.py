@@ -14,8 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from mtdiffusion_registry.cache import cache_folder
 from mtdiffusion_registry.pace import Pace
+from mtdiffusion_registry.partial import partial_of
 
 RECIPE = 1
 """Counts the changes of :class:`Classifier` and :func:`train_classifier`: what was trained otherwise does not serve."""
@@ -147,19 +148,13 @@ def _keep(model: nn.Module, entry: Path, about: dict[str, Any]) -> None:
     """Write the entry, whole or not at all; where that cannot be done, the model is trained again the next time."""
     weights = save({name: tensor.contiguous() for name, tensor in model.state_dict().items()})
     stored = {**about, "sha256": hashlib.sha256(weights).hexdigest()}
-    partial: Path | None = None
-    try:
+    with suppress(OSError):
         entry.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", dir=entry.parent))
-        (partial / _WEIGHTS).write_bytes(weights)
-        (partial / _ABOUT).write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        _remove(entry)  # what is damaged
-        partial.replace(entry)
-    except OSError:
-        pass
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
+        with partial_of(entry, folder=True) as partial:
+            (partial / _WEIGHTS).write_bytes(weights)
+            (partial / _ABOUT).write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            _remove(entry)  # what is damaged
+            partial.replace(entry)
 
 
 def _remove(entry: Path) -> None:

@@ -1,0 +1,88 @@
+"""``docs/reliability.md`` from what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mtdiffusion_benchmarks.reliability.children import LIMIT, MOST_MEMORY
+
+PAGE = Path("docs/reliability.md")
+RESULT = Path("benchmarks/results/reliability.json")
+
+_INTRODUCTION = """# Reliability
+
+{answer} The faults were tried on the real commands, by
+
+```text
+mtdiffusion bench reliability --out benchmarks/results/reliability.json
+mtdiffusion bench reliability --docs
+```
+
+The second makes this page of what the first found. `--only` chooses faults, `--trials` says how often each is tried,
+`--seed` draws other moments and other cases. What was tried already is not tried again. It needs `hypothesis`.
+
+## What counts as lost
+
+- **Killed**: the command is killed, and the same command is started again. In the end every file has to have the bytes
+  of a run that nothing interrupted. Nothing else may be there: no temporary file and no half-made folder, beside the
+  results, in the cache, or where temporary files go.
+- **Stopped and starved**: the command has to end with the status of its signal, or with status 2 and a sentence. A
+  traceback counts as lost. Then the same as for what was killed.
+- **Hostile files**: the command has to end with a sentence, within {seconds:.0f} seconds and {memory:.0f} GiB. Nothing
+  in a file is run.
+- **Numbers**: the message has to name the term and the step, or the file and the tensor, or the file with the sample.
+  Checkpoints that stay have to be finite.
+- **Made-up inputs**: each is used, or refused with a sentence, within {slow} seconds and {memory:.0f} GiB beyond what
+  is there before.
+
+Three things are left out of the comparison. TensorBoard's files have the time in their names. A benchmark's cells say
+how many seconds something took. And Python keeps a folder `pymp-...` for each process that loads data, which stays
+among the temporary files if that process is killed.
+
+## How it is done
+
+One process imports everything, and forks a child for each trial. A child runs the whole command line, on one thread.
+Where a fault says that a new process starts, it starts from nothing.
+
+Random moments are uniform over the time that the command takes. Up to four kills come one after another before it may
+end. To be killed before an operation on files, a child counts its own, by Python's audit events.
+
+The work is tiny: pictures of 4 × 4 pixels, six steps, a checkpoint every second step. A full disk is a limit on the
+size of files.
+"""
+
+
+def page(result: Mapping[str, Any]) -> str:
+    """The page."""
+    from mtdiffusion_benchmarks.reliability.fuzzing import SLOW
+
+    faults: Mapping[str, Mapping[str, Any]] = result["faults"]
+    tried, lost = (sum(row[key] for row in faults.values()) for key in ("tried", "lost"))
+    answer = (
+        f"Something was lost in {lost:,} of {tried:,} trials." if lost else f"Nothing was lost in {tried:,} trials."
+    )
+    parts = [_INTRODUCTION.format(answer=answer, seconds=LIMIT, memory=MOST_MEMORY / 2**30, slow=SLOW)]
+    parts.append("## What was found\n")
+    for group in dict.fromkeys(row["group"] for row in faults.values()):
+        parts.append(f"### {group}\n\n| fault | trials | something was lost |\n|---|---|---|")
+        rows = ((name, row) for name, row in faults.items() if row["group"] == group)
+        parts += [f"| {name} | {row['tried']:,} | {row['lost'] or 'never'} |" for name, row in rows]
+        parts.append("")
+    if lost:
+        parts += [
+            "What was lost:\n",
+            *(f"- {name}: {text}" for name, row in faults.items() for text in row["examples"]),
+            "",
+        ]
+    hardware = result["hardware"]
+    parts += [
+        "## Not tried\n",
+        *(f"- {what}" for what in result["not_tried"]),
+        "",
+        f"mtdiffusion {result['version']}, torch {hardware['torch']}, Python {hardware['python']}, hypothesis "
+        f"{result['hypothesis']}, {hardware['processor']}, {result['system']}; seed {result['seed']}.",
+        "",
+    ]
+    return "\n".join(parts)
