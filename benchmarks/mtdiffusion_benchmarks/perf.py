@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mtdiffusion import (
-    Estimate,
     Features,
     Modality,
     MultimodalDiffusion,
+    Noisy,
     Params,
     SamplerSettings,
     composite_loss,
@@ -101,11 +101,10 @@ class Lean(nn.Module):
     def head(self, i: int, features: Features, z: Tensor, level: Tensor) -> Params:
         """One head's parameters, with the details that z ``[B, c, H, W]`` shows at a level ``[B, 1, 1, 1]``."""
         decoder, encoder = self.parts[i].decoder, self.parts[i].encoder
-        if decoder.detail is None:
+        if not decoder.details:
             return decoder(features)
-        signal, variance = (level * math.pi / 2).cos() * decoder.detail**2, (level * math.pi / 2).sin().square()
-        total = signal.square() / decoder.detail**2 + variance
-        return decoder.precondition(decoder(features), Estimate(z * (signal / total), variance / total), encoder)
+        angle = level * (math.pi / 2)
+        return decoder.precondition(decoder(features), Noisy(z, angle.cos(), angle.sin().square()), encoder)
 
     def forward(self, x: Mapping[str, Tensor]) -> Tensor:
         e = torch.cat([part.encoder(x[name]) for name, part in zip(self.names, self.parts, strict=True)], 1)

@@ -17,7 +17,7 @@ from attrs.validators import ge, min_len
 from torch import Tensor
 
 from mtdiffusion.conditioning import Observation
-from mtdiffusion.interfaces import Estimate, LatentSpec
+from mtdiffusion.interfaces import LatentSpec, Noisy
 from mtdiffusion.precision import widened
 
 Codes = Mapping[str, Tensor]
@@ -48,13 +48,6 @@ def noise_level(signal: Tensor, variance: Tensor) -> Tensor:
     What a backbone is told instead of t: it means the same for another T, curve or retention.
     """
     return torch.atan2(variance.sqrt(), signal.abs()) * (2 / math.pi)
-
-
-def _estimate(z: Tensor, signal: Tensor, variance: Tensor, error: float) -> Estimate:
-    """Of e from z = signal · e + what else is in it, of this variance; signal and variance ``[B, 1, h, w]``."""
-    shown = signal.square() * error**2
-    total = (shown + variance).clamp(min=torch.finfo(variance.dtype).tiny)
-    return Estimate(z * (signal * error**2 / total).to(z.dtype), (variance / total).to(z.dtype))
 
 
 class Shown(NamedTuple):
@@ -95,8 +88,8 @@ class Layout(ABC):
         """The channels ``[B, c_i, H, W]`` of z that a modality's code fills."""
 
     @abstractmethod
-    def estimate(self, name: str, z: Tensor, standing: Standing, error: float) -> Estimate:
-        """What z ``[B, C, H, W]`` shows by itself of a modality's code, beside a network with this error."""
+    def noisy(self, name: str, z: Tensor, standing: Standing) -> Noisy:
+        """A modality's code as z ``[B, C, H, W]`` shows it by itself."""
 
     @abstractmethod
     def clocks(self, t: Tensor, seen: Tensor) -> Tensor:
@@ -174,10 +167,10 @@ class OwnLayout(Layout):
         i = self.names.index(name)
         return z.narrow(1, sum(counts[:i]), counts[i])
 
-    def estimate(self, name: str, z: Tensor, standing: Standing, error: float) -> Estimate:
+    def noisy(self, name: str, z: Tensor, standing: Standing) -> Noisy:
         i = self.names.index(name)
         signal = standing.signal[:, i : i + 1] * ~standing.hidden[:, i : i + 1]
-        return _estimate(self.take(name, z), signal, standing.variance[:, i : i + 1], error)
+        return Noisy(self.take(name, z), signal, standing.variance[:, i : i + 1])
 
     def clocks(self, t: Tensor, seen: Tensor) -> Tensor:
         return torch.where(seen > 0.5, 0, t)
@@ -253,10 +246,10 @@ class SharedLayout(Layout):
     def take(self, name: str, z: Tensor) -> Tensor:
         return z
 
-    def estimate(self, name: str, z: Tensor, standing: Standing, error: float) -> Estimate:
+    def noisy(self, name: str, z: Tensor, standing: Standing) -> Noisy:
         signal = standing.signal * ~standing.hidden
         own, power = signal[:, self.names.index(name)][:, None], signal.square().sum(1, keepdim=True)
-        return _estimate(z, own, power - own.square() + standing.variance[:, :1], error)
+        return Noisy(z, own, power - own.square() + standing.variance[:, :1])
 
     def clocks(self, t: Tensor, seen: Tensor) -> Tensor:
         return t

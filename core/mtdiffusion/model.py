@@ -233,10 +233,9 @@ class MultimodalDiffusion(nn.Module):
     def _params(self, name: str, features: Features, z: Tensor, standing: Standing) -> Params:
         modality = self.modality(name)
         params = modality.decoder(features)
-        if modality.decoder.detail is None:
+        if not modality.decoder.details:
             return params
-        estimate = self.layout.estimate(name, z, standing, modality.decoder.detail)
-        return modality.decoder.precondition(params, estimate, modality.encoder)
+        return modality.decoder.precondition(params, self.layout.noisy(name, z, standing), modality.encoder)
 
     def complete(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import ClassVar, Literal
@@ -14,11 +14,12 @@ from attrs.validators import ge, gt, in_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mtdiffusion import Decoder, Encoder, Estimate, Features, FeatureSpec, InputSpec, LatentSpec, Modality, Params
+from mtdiffusion import Decoder, Encoder, Features, FeatureSpec, InputSpec, LatentSpec, Modality, Noisy, Params
 from mtdiffusion.loss import low_before_high
 from mtdiffusion_plugins.files import read_image, write_image
 from mtdiffusion_plugins.heads import (
     SIZE_HINT,
+    DetailHead,
     MapHead,
     ScaleHead,
     check_batch,
@@ -29,6 +30,7 @@ from mtdiffusion_plugins.heads import (
     patch_channels,
     picture_size,
     scale_of,
+    with_details,
 )
 from mtdiffusion_plugins.sizes import Size, positive_size
 from mtdiffusion_registry.configs import ModalityConfig
@@ -100,18 +102,20 @@ class GaussianImageDecoder(Decoder):
         self, features: FeatureSpec, shape: tuple[int, int, int], patch: int, levels: int, detail: float
     ) -> None:
         super().__init__()
-        self.detail = detail or None
         self.mean = MapHead(features, shape[0], patch)
         self.log_scale = ScaleHead(features)
+        self.detail = DetailHead(features, detail) if detail else None
+        self.details = detail > 0
         self.levels = levels
         self.dims = math.prod(shape)
 
     def forward(self, features: Features) -> Params:
-        return {"mean": self.mean(features.map), "log_scale": self.log_scale(features.vector)}
+        params = {"mean": self.mean(features.map), "log_scale": self.log_scale(features.vector)}
+        return params if self.detail is None else {**params, "log_error": self.detail(features.map)}
 
-    def precondition(self, params: Params, estimate: Estimate, encoder: Encoder) -> Params:
+    def precondition(self, params: Params, noisy: Noisy, encoder: Encoder) -> Params:
         assert isinstance(encoder, PatchEncoder | ConvEncoder)
-        return {**params, "mean": preconditioned(params["mean"], estimate, encoder, encoder.decode)}
+        return {**params, "mean": with_details(params, noisy, encoder, encoder.decode)}
 
     def nll(self, params: Params, x: Tensor) -> Tensor:
         return discretised_gaussian_nll(params["mean"], params["log_scale"], x, self.levels)
@@ -130,13 +134,6 @@ class GaussianImageDecoder(Decoder):
         device = mean.device if generator is None else generator.device
         noise = torch.randn(mean.shape, dtype=mean.dtype, device=device, generator=generator).to(mean.device)
         return (mean + scale_of(params["log_scale"], mean) * noise).clamp(-1, 1)
-
-
-def preconditioned(
-    x: Tensor, estimate: Estimate, encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """What a head says of x ``[B, ...]``, with as much of the code as z shows; what no code holds is the head's."""
-    return x + decode(estimate.code + (estimate.rest - 1) * encode(x))
 
 
 class ImageModality(Modality):
@@ -229,8 +226,8 @@ class ImageConfig(ModalityConfig):
         levels: how many values a pixel can take, for the exact likelihood (256 for 8 bits).
         loss_weight: λ of its part of L2.
         snr_clamp: λ_t = loss_weight · clamp(SNR_t, low, high).
-        detail: error of the network, as a root mean square of pixels in [−1, 1], from which on the noisy picture itself
-            is gone by; 0: never.
+        detail: error of the network's codes, as a root mean square, with which it begins to learn where to go by the
+            details that the noisy code shows; 0: never.
         field: the data set's field; None: the instance's name.
     """
 

@@ -18,7 +18,7 @@ from attrs import field, frozen
 from attrs.validators import ge, gt, in_
 from torch import Tensor
 
-from mtdiffusion import Decoder, Encoder, Estimate, Features, FeatureSpec, InputSpec, LatentSpec, Modality, Params
+from mtdiffusion import Decoder, Encoder, Features, FeatureSpec, InputSpec, LatentSpec, Modality, Noisy, Params
 from mtdiffusion.loss import low_before_high
 from mtdiffusion_plugins.autoencoders import (
     Autoencoder,
@@ -30,9 +30,18 @@ from mtdiffusion_plugins.autoencoders import (
     weights_key,
 )
 from mtdiffusion_plugins.files import read_image, write_image
-from mtdiffusion_plugins.heads import MapHead, ScaleHead, check_batch, gaussian_objective, patch_channels, scale_of
+from mtdiffusion_plugins.heads import (
+    DetailHead,
+    MapHead,
+    ScaleHead,
+    check_batch,
+    gaussian_objective,
+    patch_channels,
+    scale_of,
+    with_details,
+)
 from mtdiffusion_plugins.heads import picture_size as fitting_size
-from mtdiffusion_plugins.image import PatchEncoder, picture_metrics, preconditioned
+from mtdiffusion_plugins.image import PatchEncoder, picture_metrics
 from mtdiffusion_plugins.sizes import Size, by, positive_size
 from mtdiffusion_registry.configs import ModalityConfig
 from mtdiffusion_registry.hookspecs import hookimpl
@@ -106,18 +115,20 @@ class GaussianLatentDecoder(Decoder):
         self, features: FeatureSpec, shape: tuple[int, int, int], patch: int, scale: Scale, detail: float
     ) -> None:
         super().__init__()
-        self.detail = detail or None
         self.mean = MapHead(features, shape[0], patch)
         self.log_scale = ScaleHead(features)
+        self.detail = DetailHead(features, detail) if detail else None
+        self.details = detail > 0
         self.scale = scale
         self.dims = math.prod(shape)
 
     def forward(self, features: Features) -> Params:
-        return {"mean": self.mean(features.map), "log_scale": self.log_scale(features.vector)}
+        params = {"mean": self.mean(features.map), "log_scale": self.log_scale(features.vector)}
+        return params if self.detail is None else {**params, "log_error": self.detail(features.map)}
 
-    def precondition(self, params: Params, estimate: Estimate, encoder: Encoder) -> Params:
+    def precondition(self, params: Params, noisy: Noisy, encoder: Encoder) -> Params:
         assert isinstance(encoder, LatentEncoder)
-        return {**params, "mean": preconditioned(params["mean"], estimate, encoder.patches, encoder.decode)}
+        return {**params, "mean": with_details(params, noisy, encoder.patches, encoder.decode)}
 
     def nll(self, params: Params, x: Tensor) -> Tensor:
         mean = params["mean"]
@@ -279,8 +290,8 @@ class LatentImageConfig(ModalityConfig):
             where it has none, as "data": by mean and standard deviation of each channel over the training data.
         loss_weight: λ of its part of L2.
         snr_clamp: λ_t = loss_weight · clamp(SNR_t, low, high).
-        detail: error of the network, as a root mean square of normalised latents, from which on the noisy latent itself
-            is gone by; 0: never.
+        detail: error of the network's codes, as a root mean square, with which it begins to learn where to go by the
+            details that the noisy code shows; 0: never.
         field: the data set's field of pictures; None: the instance's name.
     """
 

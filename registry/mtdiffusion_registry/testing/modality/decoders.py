@@ -9,7 +9,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor
 
-from mtdiffusion.interfaces import Decoder, Estimate, Params
+from mtdiffusion.interfaces import Decoder, Noisy, Params
 from mtdiffusion_registry.testing.contract import (
     BATCHES,
     ContractError,
@@ -286,28 +286,23 @@ def _require_mean_code(case: Case, bias: float) -> None:
 
 @check("expected_encoding")
 def precondition(subject: ModalitySubject) -> None:
-    """precondition(params, estimate, encoder) has the code that is sure, and leaves params where there is none."""
-    if subject.cases[0].modality.decoder.detail is None:
-        raise NotApplicable("decoder.detail is None: it does not go by what z shows of its code")
-    contract = "precondition(params, estimate, encoder)"
+    """precondition(params, noisy, encoder) has the code that z shows without noise, and no more where z is noise."""
+    if not subject.cases[0].modality.decoder.details:
+        raise NotApplicable("decoder.details is False: it does not go by what z shows of its code")
+    contract = "precondition(params, noisy, encoder)"
+    fix = "take w z / m + (1 - w) times the code of what the head says: noisy.beside(error) gives both"
     for case in subject.cases:
         encoder, decoder = case.modality.encoder, case.modality.decoder
         batch = max(BATCHES)
         with torch.no_grad():
             code, params = encoder(subject.examples[:batch]), case.params(batch)
-            sure = decoder.precondition(params, Estimate(code, code.new_zeros(1, 1, 1, 1)), encoder)
-            blank = decoder.precondition(params, Estimate(0 * code, code.new_ones(1, 1, 1, 1)), encoder)
-            off = rms(decoder.expected_encoding(sure, encoder) - code) / rms(code)
+            none, whole = code.new_zeros(1, 1, 1, 1), code.new_ones(1, 1, 1, 1)
+            clean = decoder.precondition(params, Noisy(code, whole, none), encoder)
+            noise = decoder.precondition(params, Noisy(torch.randn_like(code), none, whole), encoder)
+            off = rms(decoder.expected_encoding(clean, encoder) - code) / rms(code)
+        found = f"an expected code that differs by {off:.3g} of its root mean square"
+        require(off < 1e-3, f"{contract} has the code of a z without noise", found, fix)
+        same = all(torch.allclose(noise[name], value, rtol=1e-4, atol=1e-5) for name, value in params.items())
         require(
-            off < 1e-3,
-            f"{contract} has the code estimated where nothing is left to be told (rest 0)",
-            f"an expected code that differs by {off:.3g} of its root mean square",
-            "add decode(estimate.code + (estimate.rest - 1) * code of the head's x) to the head's x",
-        )
-        same = all(torch.allclose(blank[name], value, rtol=1e-4, atol=1e-5) for name, value in params.items())
-        require(
-            same and blank.keys() == params.keys(),
-            f"{contract} leaves params where z shows nothing (code 0, rest 1)",
-            "other params",
-            "add decode(estimate.code + (estimate.rest - 1) * code of the head's x) to the head's x",
+            same and noise.keys() == params.keys(), f"{contract} leaves params where z is noise", "other params", fix
         )
