@@ -32,10 +32,10 @@ class SamplerSettings:
     Attributes:
         steps: network evaluations (twice as large with guidance).
         solver: "ancestral" (η = 1): modalities go on correcting one another; conditionals are good from 25 steps, joint
-            samples from 50. "dpmpp_2m" (DPM-Solver++(2M)): deterministic, good from 8 to 12 and from 25. "ddim": η as
-            given.
-        eta: noise of a "ddim" step: 0 none, 1 ancestral sampling's; above, modalities correct one another further, at
-            the price of diversity, up to starting each step afresh. Other solvers have none to set.
+            samples from 50. "dpmpp_2m" (DPM-Solver++(2M)): of second order, good from 8 to 12 and from 25. "ddim": of
+            first order.
+        eta: noise of a step of "ddim" or "dpmpp_2m": 0 none, 1 ancestral sampling's; above, modalities correct one
+            another further, at the price of diversity, up to starting each step afresh. "ancestral" has 1.
         path: how far ahead of the slowest each modality is denoised, by name, in shares of the path (0 for those not
             named; {}: all together). None: as the model's law of clocks says.
         guidance: classifier-free guidance on what is observed; 1 is none, and replacement knows no other.

@@ -1,6 +1,6 @@
 """Trains a small open_clip model of a data set's pictures and captions, in minutes on a CPU.
 
-Run as ``python -m mtdiffusion_plugins.embedders.train_clip digits|shapes|CONFIG.toml --out FOLDER``: a built-in
+Run as ``python -m mtdiffusion_plugins.embedders.train_clip digits|shapes|scenes|CONFIG.toml --out FOLDER``: a built-in
 embedder anew, or one of the data that a configuration names. Only the training split is seen; the accuracies that are
 printed, and kept in the configuration file, are those on the test split.
 """
