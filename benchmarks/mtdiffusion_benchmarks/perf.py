@@ -25,16 +25,7 @@ from attrs import frozen
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mtdiffusion import (
-    Features,
-    Modality,
-    MultimodalDiffusion,
-    Noisy,
-    Params,
-    SamplerSettings,
-    composite_loss,
-    sample,
-)
+from mtdiffusion import Modality, MultimodalDiffusion, Params, SamplerSettings, composite_loss, sample
 from mtdiffusion_benchmarks import launching, peers
 from mtdiffusion_benchmarks.runner import hardware
 from mtdiffusion_benchmarks.timing import (
@@ -95,16 +86,7 @@ class Lean(nn.Module):
         ]
         vector = torch.cat([angles.sin().flatten(1), angles.cos().flatten(1), level, *readouts], 1)
         features = self.backbone(torch.cat([z, clean, maps], 1), level.amax(1), vector)
-        blocks = torch.split(z, self.channels, 1)
-        return [self.head(i, features, block, level[:, i, None, None, None]) for i, block in enumerate(blocks)]
-
-    def head(self, i: int, features: Features, z: Tensor, level: Tensor) -> Params:
-        """One head's parameters, with the details that z ``[B, c, H, W]`` shows at a level ``[B, 1, 1, 1]``."""
-        decoder, encoder = self.parts[i].decoder, self.parts[i].encoder
-        if not decoder.details:
-            return decoder(features)
-        angle = level * (math.pi / 2)
-        return decoder.precondition(decoder(features), Noisy(z, angle.cos(), angle.sin().square()), encoder)
+        return [part.decoder(features) for part in self.parts]
 
     def forward(self, x: Mapping[str, Tensor]) -> Tensor:
         e = torch.cat([part.encoder(x[name]) for name, part in zip(self.names, self.parts, strict=True)], 1)

@@ -13,7 +13,6 @@ from mtdiffusion.interfaces import (
     InputSpec,
     LatentSpec,
     Modality,
-    Noisy,
     Params,
     WeightSchedule,
 )
@@ -48,7 +47,6 @@ __all__ = [
     "MixedClocks",
     "Modality",
     "MultimodalDiffusion",
-    "Noisy",
     "Observation",
     "OffsetClocks",
     "OwnLayout",

@@ -70,36 +70,6 @@ class Features(NamedTuple):
     vector: Tensor
 
 
-class Noisy(NamedTuple):
-    """One code as z_t shows it by itself: z = m e + σ n, of the code e ``[B, c, H, W]``.
-
-    Attributes:
-        z: ``[B, c, H, W]``.
-        signal: m ``[B, 1, h, w]``, h and w being 1 or the latent's own; 0 where z tells nothing.
-        variance: σ² ``[B, 1, h, w]``: of the noise, and of other codes that lie upon this one; 0 at clock 0.
-    """
-
-    z: Tensor
-    signal: Tensor
-    variance: Tensor
-
-    def beside(self, error: Tensor) -> tuple[Tensor, Tensor]:
-        """The share that z has in an estimate of e, and the weight of a network's estimate that errs by d.
-
-        Of z / m, which errs by σ / m, and ê, the mean of least error is w z / m + (1 − w) ê with
-        w = d² / (d² + σ² / m²).
-
-        Args:
-            error: d, a root mean square, that broadcasts to ``[B, 1, H, W]``.
-
-        Returns:
-            w z / m ``[B, c, H, W]`` and 1 − w ``[B, 1, H, W]``.
-        """
-        squared = error.square().to(self.signal.dtype)
-        total = (self.signal.square() * squared + self.variance).clamp(min=torch.finfo(self.signal.dtype).tiny)
-        return self.z * (self.signal * squared / total).to(self.z.dtype), (self.variance / total).to(self.z.dtype)
-
-
 @frozen
 class InputSpec:
     """How a person may give one x on a page or in a form. What is entered goes through :meth:`Modality.parse`.
@@ -168,24 +138,13 @@ class Decoder(nn.Module, ABC):
 
     Attributes:
         dims: number of scalar dimensions of one x, for bits per dimension.
-        details: whether :meth:`precondition` is to be asked.
     """
 
     dims: int = 1
-    details: bool = False
 
     @abstractmethod
     def forward(self, features: Features) -> Params:
         """Parameters of p(x_i | .), unconstrained, with the batch first."""
-
-    def precondition(self, params: Params, noisy: Noisy, encoder: Encoder) -> Params:
-        """Parameters of p(x_i | z_t, observed) from those that the features gave and what z_t shows by itself.
-
-        Asked only of a decoder that has :attr:`details`. Those that little noise leaves to be seen then need not go
-        through the network, whose features may be too few to hold them (Karras et al. 2022, section 5, have a skip
-        connection for this). By default the parameters as they are.
-        """
-        return params
 
     @abstractmethod
     def nll(self, params: Params, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from attrs.validators import ge, min_len
 from torch import Tensor
 
 from mtdiffusion.conditioning import Observation
-from mtdiffusion.interfaces import LatentSpec, Noisy
+from mtdiffusion.interfaces import LatentSpec
 from mtdiffusion.precision import widened
 
 Codes = Mapping[str, Tensor]
@@ -86,10 +86,6 @@ class Layout(ABC):
     @abstractmethod
     def take(self, name: str, z: Tensor) -> Tensor:
         """The channels ``[B, c_i, H, W]`` of z that a modality's code fills."""
-
-    @abstractmethod
-    def noisy(self, name: str, z: Tensor, standing: Standing) -> Noisy:
-        """A modality's code as z ``[B, C, H, W]`` shows it by itself."""
 
     @abstractmethod
     def clocks(self, t: Tensor, seen: Tensor) -> Tensor:
@@ -167,11 +163,6 @@ class OwnLayout(Layout):
         i = self.names.index(name)
         return z.narrow(1, sum(counts[:i]), counts[i])
 
-    def noisy(self, name: str, z: Tensor, standing: Standing) -> Noisy:
-        i = self.names.index(name)
-        signal = standing.signal[:, i : i + 1] * ~standing.hidden[:, i : i + 1]
-        return Noisy(self.take(name, z), signal, standing.variance[:, i : i + 1])
-
     def clocks(self, t: Tensor, seen: Tensor) -> Tensor:
         return torch.where(seen > 0.5, 0, t)
 
@@ -245,11 +236,6 @@ class SharedLayout(Layout):
 
     def take(self, name: str, z: Tensor) -> Tensor:
         return z
-
-    def noisy(self, name: str, z: Tensor, standing: Standing) -> Noisy:
-        signal = standing.signal * ~standing.hidden
-        own, power = signal[:, self.names.index(name)][:, None], signal.square().sum(1, keepdim=True)
-        return Noisy(z, own, power - own.square() + standing.variance[:, :1])
 
     def clocks(self, t: Tensor, seen: Tensor) -> Tensor:
         return t

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from mtdiffusion.clocks import SharedClock, check_path, clock_path
 from mtdiffusion.conditioning import Observation, pool_visibility
-from mtdiffusion.interfaces import Backbone, ClockLaw, Encoder, Features, Modality, Params
-from mtdiffusion.layout import Layout, Standing
+from mtdiffusion.interfaces import Backbone, ClockLaw, Encoder, Modality, Params
+from mtdiffusion.layout import Layout
 from mtdiffusion.process import DiffusionProcess
 
 
@@ -227,15 +227,8 @@ class MultimodalDiffusion(nn.Module):
         if self.epsilon_head is not None:  # which is to tell the noise, at t = T too
             standing = standing._replace(hidden=torch.zeros_like(standing.hidden))
         features = self.backbone(*self.layout.show(z, standing, observation, presence, self._readout))
-        params = {name: self._params(name, features, z, standing) for name in self.names}
+        params: dict[str, Params] = {n: self.modality(n).decoder(features) for n in self.names}
         return Heads(params, None if self.epsilon_head is None else self.epsilon_head(features.map))
-
-    def _params(self, name: str, features: Features, z: Tensor, standing: Standing) -> Params:
-        modality = self.modality(name)
-        params = modality.decoder(features)
-        if not modality.decoder.details:
-            return params
-        return modality.decoder.precondition(params, self.layout.noisy(name, z, standing), modality.encoder)
 
     def complete(
         self,

@@ -37,10 +37,8 @@ ASIDE = "-diverged"
 """What is added to the name of a checkpoint from which training cannot go on."""
 _PARTIAL = re.compile(r"\.step-[0-9]{8,}\.[0-9]+")
 _REMEDY = "remove that checkpoint to fall back on the one before (of an exported run: export or fetch it again)"
-FORMAT = 3
-"""Of what a checkpoint's weights mean: 2 since a network is shown each modality's clock, 3 since heads of pictures go
-by the details that z shows (both version 0.2)."""
-_MADE_BY = {1: "mtdiffusion 0.1", 2: "an early mtdiffusion 0.2"}
+FORMAT = 2
+"""Of what a checkpoint's weights mean: 2 since a network is shown each modality's clock (version 0.2)."""
 
 
 def require_free(folder: Path) -> None:
@@ -314,9 +312,9 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
             raise UserError(f"{path}: damaged ({key} is {state[key]!r}, expected a number of 0 or more); {_REMEDY}")
     found = state.get("format", 1)
     if found != FORMAT:
-        with_ = _MADE_BY.get(found, "a newer mtdiffusion")
+        with_ = "mtdiffusion 0.1" if found == 1 else "a newer mtdiffusion"
         raise UserError(
-            f"{checkpoint}: made by {with_} (format {found}, expected {FORMAT}): its network is asked otherwise "
+            f"{checkpoint}: made by {with_} (format {found}, expected {FORMAT}): its network is shown other things "
             f"than this version's, so its weights cannot be used. Train it anew into another folder, or use {with_}"
         )
     if "step" not in state:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mtdiffusion import Encoder, FeatureSpec, LatentSpec, Noisy, Params
+from mtdiffusion import Encoder, FeatureSpec, LatentSpec
 from mtdiffusion.precision import widened
 from mtdiffusion_plugins.sizes import Size, by
 
@@ -27,43 +26,6 @@ class MapHead(nn.Module):
 
     def forward(self, feature_map: Tensor) -> Tensor:
         return self.shuffle(self.conv(feature_map))
-
-
-class DetailHead(nn.Module):
-    """log of the error that a Gaussian head's mean has in its code, place by place: ``[B, 1, H, W]``.
-
-    It is learned with the mean: where the network sees what is there, such as a sky, it trusts itself; where there are
-    details that it cannot tell, it goes by what z shows.
-
-    Args:
-        start: the error before it is learned, a root mean square over the code.
-    """
-
-    def __init__(self, features: FeatureSpec, start: float) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(features.channels, 1, 3, padding=1)
-        nn.init.zeros_(self.conv.weight)
-        assert self.conv.bias is not None
-        nn.init.constant_(self.conv.bias, math.log(start))
-
-    def forward(self, feature_map: Tensor) -> Tensor:
-        return self.conv(feature_map)
-
-
-def with_details(
-    params: Params, noisy: Noisy, encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """The mean of a Gaussian head, with the details of its code that z shows: see :meth:`Noisy.beside`.
-
-    What the code does not hold is the head's alone.
-
-    Args:
-        params: ``mean``, and ``log_error`` as a :class:`DetailHead` has it.
-        encode, decode: from a mean to its code, linear, and back.
-    """
-    mean = params["mean"]
-    shown, rest = noisy.beside(params["log_error"].clamp(-10, 3).exp())
-    return mean + decode(shown + (rest - 1) * encode(mean))
 
 
 class VectorHead(nn.Module):

@@ -14,12 +14,11 @@ from attrs.validators import ge, gt, in_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mtdiffusion import Decoder, Encoder, Features, FeatureSpec, InputSpec, LatentSpec, Modality, Noisy, Params
+from mtdiffusion import Decoder, Encoder, Features, FeatureSpec, InputSpec, LatentSpec, Modality, Params
 from mtdiffusion.loss import low_before_high
 from mtdiffusion_plugins.files import read_image, write_image
 from mtdiffusion_plugins.heads import (
     SIZE_HINT,
-    DetailHead,
     MapHead,
     ScaleHead,
     check_batch,
@@ -30,7 +29,6 @@ from mtdiffusion_plugins.heads import (
     patch_channels,
     picture_size,
     scale_of,
-    with_details,
 )
 from mtdiffusion_plugins.sizes import Size, positive_size
 from mtdiffusion_registry.configs import ModalityConfig
@@ -53,15 +51,7 @@ class PatchEncoder(Encoder):
         self.spare = latent.channels - channels * patch**2
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.patches(x)
-
-    def patches(self, x: Tensor) -> Tensor:
-        """``[B, channels, h, w]`` as ``[B, c, H, W]``."""
         return F.pad(F.pixel_unshuffle(x, self.patch), (0, 0, 0, 0, 0, self.spare))
-
-    def decode(self, code: Tensor) -> Tensor:
-        """``[B, c, H, W]`` as ``[B, channels, h, w]``: what :meth:`patches` undoes."""
-        return F.pixel_shuffle(code[:, : code.shape[1] - self.spare], self.patch)
 
 
 class ConvEncoder(Encoder):
@@ -87,35 +77,19 @@ class ConvEncoder(Encoder):
         patches = F.pixel_unshuffle(x, self.patch).movedim(1, -1)  # [B, H, W, channels · p²]
         return self.filters(patches).movedim(-1, 1)
 
-    def decode(self, code: Tensor) -> Tensor:
-        """The x of a code as far as it tells: ``[B, channels, h, w]``."""
-        filters = self.filters.weight
-        assert isinstance(filters, Tensor)
-        patches = code.movedim(1, -1) @ filters
-        return F.pixel_shuffle(patches.movedim(-1, 1), self.patch)
-
 
 class GaussianImageDecoder(Decoder):
     """p(x | h) = N(mean, σ² I) with one σ a sample; the exact likelihood is over the discrete levels of the pixels."""
 
-    def __init__(
-        self, features: FeatureSpec, shape: tuple[int, int, int], patch: int, levels: int, detail: float
-    ) -> None:
+    def __init__(self, features: FeatureSpec, shape: tuple[int, int, int], patch: int, levels: int) -> None:
         super().__init__()
         self.mean = MapHead(features, shape[0], patch)
         self.log_scale = ScaleHead(features)
-        self.detail = DetailHead(features, detail) if detail else None
-        self.details = detail > 0
         self.levels = levels
         self.dims = math.prod(shape)
 
     def forward(self, features: Features) -> Params:
-        params = {"mean": self.mean(features.map), "log_scale": self.log_scale(features.vector)}
-        return params if self.detail is None else {**params, "log_error": self.detail(features.map)}
-
-    def precondition(self, params: Params, noisy: Noisy, encoder: Encoder) -> Params:
-        assert isinstance(encoder, PatchEncoder | ConvEncoder)
-        return {**params, "mean": with_details(params, noisy, encoder, encoder.decode)}
+        return {"mean": self.mean(features.map), "log_scale": self.log_scale(features.vector)}
 
     def nll(self, params: Params, x: Tensor) -> Tensor:
         return discretised_gaussian_nll(params["mean"], params["log_scale"], x, self.levels)
@@ -226,8 +200,6 @@ class ImageConfig(ModalityConfig):
         levels: how many values a pixel can take, for the exact likelihood (256 for 8 bits).
         loss_weight: λ of its part of L2.
         snr_clamp: λ_t = loss_weight · clamp(SNR_t, low, high).
-        detail: error of the network's codes, as a root mean square, with which it begins to learn where to go by the
-            details that the noisy code shows; 0: never.
         field: the data set's field; None: the instance's name.
     """
 
@@ -239,7 +211,6 @@ class ImageConfig(ModalityConfig):
     levels: int = field(default=256, validator=ge(2))
     loss_weight: float = field(default=1.0, validator=gt(0.0))
     snr_clamp: tuple[float, float] = field(default=(0.05, 5.0), validator=low_before_high)
-    detail: float = field(default=0.1, validator=ge(0.0))
     field: str | None = None
 
     def latent_channels(self, height: int, width: int) -> int:
@@ -251,7 +222,7 @@ class ImageConfig(ModalityConfig):
         height, width, patch = picture_size("image", self.size, latent)
         shape = (self.channels, height, width)
         encoder = (PatchEncoder if self.encoder == "patch" else ConvEncoder)(latent, self.channels, patch)
-        decoder = GaussianImageDecoder(features, shape, patch, self.levels, self.detail)
+        decoder = GaussianImageDecoder(features, shape, patch, self.levels)
         return ImageModality(encoder, decoder, self, shape)
 
 

@@ -15,10 +15,10 @@ from typing import ClassVar, Literal
 
 import torch
 from attrs import field, frozen
-from attrs.validators import ge, gt, in_
+from attrs.validators import gt, in_
 from torch import Tensor
 
-from mtdiffusion import Decoder, Encoder, Features, FeatureSpec, InputSpec, LatentSpec, Modality, Noisy, Params
+from mtdiffusion import Decoder, Encoder, Features, FeatureSpec, InputSpec, LatentSpec, Modality, Params
 from mtdiffusion.loss import low_before_high
 from mtdiffusion_plugins.autoencoders import (
     Autoencoder,
@@ -30,16 +30,7 @@ from mtdiffusion_plugins.autoencoders import (
     weights_key,
 )
 from mtdiffusion_plugins.files import read_image, write_image
-from mtdiffusion_plugins.heads import (
-    DetailHead,
-    MapHead,
-    ScaleHead,
-    check_batch,
-    gaussian_objective,
-    patch_channels,
-    scale_of,
-    with_details,
-)
+from mtdiffusion_plugins.heads import MapHead, ScaleHead, check_batch, gaussian_objective, patch_channels, scale_of
 from mtdiffusion_plugins.heads import picture_size as fitting_size
 from mtdiffusion_plugins.image import PatchEncoder, picture_metrics
 from mtdiffusion_plugins.sizes import Size, by, positive_size
@@ -101,7 +92,7 @@ class LatentEncoder(PatchEncoder):
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.patches(self.scale.normalised(x))
+        return super().forward(self.scale.normalised(x))
 
 
 class GaussianLatentDecoder(Decoder):
@@ -111,24 +102,15 @@ class GaussianLatentDecoder(Decoder):
     The likelihood is the density of the latents: what it says in bits is of them, not of pixels.
     """
 
-    def __init__(
-        self, features: FeatureSpec, shape: tuple[int, int, int], patch: int, scale: Scale, detail: float
-    ) -> None:
+    def __init__(self, features: FeatureSpec, shape: tuple[int, int, int], patch: int, scale: Scale) -> None:
         super().__init__()
         self.mean = MapHead(features, shape[0], patch)
         self.log_scale = ScaleHead(features)
-        self.detail = DetailHead(features, detail) if detail else None
-        self.details = detail > 0
         self.scale = scale
         self.dims = math.prod(shape)
 
     def forward(self, features: Features) -> Params:
-        params = {"mean": self.mean(features.map), "log_scale": self.log_scale(features.vector)}
-        return params if self.detail is None else {**params, "log_error": self.detail(features.map)}
-
-    def precondition(self, params: Params, noisy: Noisy, encoder: Encoder) -> Params:
-        assert isinstance(encoder, LatentEncoder)
-        return {**params, "mean": with_details(params, noisy, encoder.patches, encoder.decode)}
+        return {"mean": self.mean(features.map), "log_scale": self.log_scale(features.vector)}
 
     def nll(self, params: Params, x: Tensor) -> Tensor:
         mean = params["mean"]
@@ -290,8 +272,6 @@ class LatentImageConfig(ModalityConfig):
             where it has none, as "data": by mean and standard deviation of each channel over the training data.
         loss_weight: λ of its part of L2.
         snr_clamp: λ_t = loss_weight · clamp(SNR_t, low, high).
-        detail: error of the network's codes, as a root mean square, with which it begins to learn where to go by the
-            details that the noisy code shows; 0: never.
         field: the data set's field of pictures; None: the instance's name.
     """
 
@@ -303,7 +283,6 @@ class LatentImageConfig(ModalityConfig):
     normalisation: Literal["autoencoder", "data"] = field(default="autoencoder", validator=in_(("autoencoder", "data")))
     loss_weight: float = field(default=1.0, validator=gt(0.0))
     snr_clamp: tuple[float, float] = field(default=(0.05, 5.0), validator=low_before_high)
-    detail: float = field(default=0.1, validator=ge(0.0))
     field: str | None = None
 
     @property
@@ -331,9 +310,7 @@ class LatentImageConfig(ModalityConfig):
         scale = Scale(spec.channels, spec.scale if self.normalisation == "autoencoder" else None)
         patch = pixels // spec.factor
         encoder = LatentEncoder(latent, spec.channels, patch, scale)
-        return LatentImageModality(
-            encoder, GaussianLatentDecoder(features, shape, patch, scale, self.detail), self, spec, shape
-        )
+        return LatentImageModality(encoder, GaussianLatentDecoder(features, shape, patch, scale), self, spec, shape)
 
 
 @hookimpl

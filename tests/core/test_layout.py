@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from mtdiffusion import (
-    DiffusionProcess,
     DirectWeights,
     LatentSpec,
     MultimodalDiffusion,
@@ -113,54 +112,6 @@ def test_placing_puts_the_signal_and_the_rest_where_a_modality_is_seen_and_leave
         assert torch.equal(placed[:, 2], z[:, 2])
     shared = SharedLayout(("a", "b"), LatentSpec(3, 1, 2))
     assert shared.place(z, Observation({"a": rest}, seen), signal) is z
-
-
-@pytest.mark.parametrize("error", [0.05, 0.5])
-@pytest.mark.parametrize("shared", [False, True])
-def test_what_z_shows_of_a_code_and_what_a_network_tells_have_the_least_error_together(
-    shared: bool, error: float
-) -> None:
-    """Of independent codes of unit variance and a network that errs by so much, against the error of all weights."""
-    names = ("a", "b")
-    layout = SharedLayout(names, LatentSpec(1, 1, 1)) if shared else OwnLayout(dict.fromkeys(names, 1), 1, 1)
-    process = DiffusionProcess.build(Retention.from_curve("cosine", T), DirectWeights(), layout)
-    generator = torch.Generator().manual_seed(0)
-
-    def normal() -> Tensor:
-        return torch.randn(20000, 1, 1, 1, generator=generator, dtype=torch.float64)
-
-    for t in ([3, 3], [9, 9], [15, 15]) if shared else ([3, 12], [9, 9], [15, 3]):
-        clocks = torch.tensor(t)[None, :, None, None]
-        codes = {name: normal() for name in names}
-        noise = torch.randn(20000, *layout.latent.shape, generator=generator, dtype=torch.float64)
-        z = process.corrupt(codes, clocks, noise)
-        told = {name: code + error * normal() for name, code in codes.items()}
-        for i, name in enumerate(names):
-            shown, rest = layout.noisy(name, z, process.standing(clocks)).beside(torch.tensor(error))
-            assert 0 < rest.item() < 1
-            together = (shown + rest * told[name] - codes[name]).square().mean().item()
-            direct = shown / (1 - rest)  # what z says alone, without bias
-            for weight in torch.linspace(0, 1, 21):
-                other = (weight * direct + (1 - weight) * told[name] - codes[name]).square().mean().item()
-                assert together <= 1.02 * other, (t, i, weight)
-
-
-def test_z_shows_the_code_itself_at_clock_0_and_nothing_of_what_is_hidden_or_missing() -> None:
-    layout = OwnLayout({"a": 2, "b": 1}, 3, 3)
-    process = DiffusionProcess.build(Retention.from_curve("cosine", T), DirectWeights(), layout)
-    codes = {"a": torch.randn(4, 2, 3, 3), "b": torch.randn(4, 1, 3, 3)}
-    clocks = torch.zeros(1, 2, 3, 3, dtype=torch.int64)
-    clocks[:, 0, :, 0] = T
-    z = process.corrupt(codes, clocks, torch.randn(4, 3, 3, 3))
-    shown, rest = layout.noisy("a", z, process.standing(clocks)).beside(torch.tensor(0.1))
-    torch.testing.assert_close(shown[..., 1:], codes["a"][..., 1:])
-    assert rest.shape == (1, 1, 3, 3) and bool((rest[..., 1:] == 0).all())
-    assert bool((shown[..., 0] == 0).all() and (rest[..., 0] == 1).all())
-    at_t = torch.full((4, 2, 1, 1), 7)
-    presence = torch.tensor([[1.0, 1.0]] * 3 + [[0.0, 1.0]])
-    at_t[3, 0] = T
-    shown, rest = layout.noisy("a", z, process.standing(at_t, presence)).beside(torch.tensor(0.1))
-    assert bool((shown[3] == 0).all()) and rest[3] == 1 and bool((shown[:3] != 0).all())
 
 
 # What is shown ------------------------------------------------------------------------------------------------------

@@ -137,16 +137,14 @@ def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
         ckpt.load_state(folder)
 
 
-@pytest.mark.parametrize(
-    ("found", "by"), [(None, "mtdiffusion 0.1"), (2, "an early mtdiffusion 0.2"), (4, "a newer mtdiffusion")]
-)
+@pytest.mark.parametrize(("found", "by"), [(None, "mtdiffusion 0.1"), (3, "a newer mtdiffusion")])
 def test_a_run_of_another_version_is_refused_by_name(tmp_path: Path, found: int | None, by: str) -> None:
     state = save(tmp_path, 1) / "state.json"
     stored = ckpt.read_json(state)
     assert stored.pop("format") == ckpt.FORMAT
     ckpt.write_json(state, stored | ({} if found is None else {"format": found}))
     (tmp_path / "config.toml").touch()
-    with pytest.raises(UserError, match=rf"step-00000001: made by {by} \(format .*, expected 3\).*Train it anew"):
+    with pytest.raises(UserError, match=rf"step-00000001: made by {by} \(format .*, expected 2\).*Train it anew"):
         ckpt.require_run(tmp_path)
 
 

@@ -31,7 +31,6 @@ CHECKS: tuple[contract.Check, ...] = (
     decoders.draw,
     decoders.generator,
     decoders.expected_encoding,
-    decoders.precondition,
     presentation.render,
     presentation.similarity,
     presentation.metrics,

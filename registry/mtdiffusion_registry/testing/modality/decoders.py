@@ -9,7 +9,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor
 
-from mtdiffusion.interfaces import Decoder, Noisy, Params
+from mtdiffusion.interfaces import Decoder, Params
 from mtdiffusion_registry.testing.contract import (
     BATCHES,
     ContractError,
@@ -282,27 +282,3 @@ def _require_mean_code(case: Case, bias: float) -> None:
         f"a distance of {off[worst].item():.3g}, allowed {allowed[worst].item():.3g}",
         "average codes over p(x | params): for a categorical, sum p_k E(k), not the code of the most likely x",
     )
-
-
-@check("expected_encoding")
-def precondition(subject: ModalitySubject) -> None:
-    """precondition(params, noisy, encoder) has the code that z shows without noise, and no more where z is noise."""
-    if not subject.cases[0].modality.decoder.details:
-        raise NotApplicable("decoder.details is False: it does not go by what z shows of its code")
-    contract = "precondition(params, noisy, encoder)"
-    fix = "take w z / m + (1 - w) times the code of what the head says: noisy.beside(error) gives both"
-    for case in subject.cases:
-        encoder, decoder = case.modality.encoder, case.modality.decoder
-        batch = max(BATCHES)
-        with torch.no_grad():
-            code, params = encoder(subject.examples[:batch]), case.params(batch)
-            none, whole = code.new_zeros(1, 1, 1, 1), code.new_ones(1, 1, 1, 1)
-            clean = decoder.precondition(params, Noisy(code, whole, none), encoder)
-            noise = decoder.precondition(params, Noisy(torch.randn_like(code), none, whole), encoder)
-            off = rms(decoder.expected_encoding(clean, encoder) - code) / rms(code)
-        found = f"an expected code that differs by {off:.3g} of its root mean square"
-        require(off < 1e-3, f"{contract} has the code of a z without noise", found, fix)
-        same = all(torch.allclose(noise[name], value, rtol=1e-4, atol=1e-5) for name, value in params.items())
-        require(
-            same and noise.keys() == params.keys(), f"{contract} leaves params where z is noise", "other params", fix
-        )
