@@ -430,7 +430,8 @@ class Trainer:
         Raises:
             Diverged: if the gradient was not finite in the last :data:`PATIENCE` steps, or in half of fewer; the last
                 checkpoint from which one can go on stays.
-            UserError: if another process is training the run, or a process of a sharded training does not see it.
+            UserError: if another process is training the run, a process of a sharded training does not see it, or one
+                that loads data ends by itself.
             KeyboardInterrupt: after Ctrl-C, once the step under way is done and a checkpoint is written; after SIGTERM
                 it is a :class:`Terminated`.
         """
@@ -447,6 +448,14 @@ class Trainer:
                 ckpt.tidy(self.run, self.config.keep)
             try:
                 self._train(on_progress, on_sample, stop_at)
+            except RuntimeError as error:  # torch raises it wherever the training is when the process ends
+                if not str(error).startswith("DataLoader worker (pid"):
+                    raise
+                raise UserError(
+                    f"a process that loads data ended by itself at step {self.step + 1} ({error}); often memory has "
+                    "run out: lower training.workers or training.batch_size. Go on with: "
+                    f"{ckpt.resume_command(self.run)}"
+                ) from error
             finally:
                 self._finish_saving()
 
@@ -467,14 +476,8 @@ class Trainer:
             while self.step < stop:
                 try:
                     rate, norm = self.advance(batches, tally)
-                except RuntimeError as error:
+                except RuntimeError:
                     if not (reason := interrupted()):
-                        if str(error).startswith("DataLoader worker (pid"):  # torch has no class of its own for it
-                            raise UserError(
-                                f"a process that loads data ended by itself at step {self.step + 1} ({error}); often "
-                                "memory has run out: lower training.workers or training.batch_size. Go on with: "
-                                f"{ckpt.resume_command(self.run)}"
-                            ) from error
                         raise
                     # A signal to the whole group ended the workers: without them this step cannot be, the last one can,
                     # unless it takes other processes, which may be elsewhere.

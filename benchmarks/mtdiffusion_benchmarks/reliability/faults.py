@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -63,6 +64,8 @@ def worker_dies(bench: Bench, trials: int, rng: random.Random) -> Wrong:
         ended = child.wait()
         wrong = "" if worker else "no worker was seen"
         wrong = wrong or ended.wrong(0, 2)  # 0: it had given all it had to give
+        shutil.rmtree(bench.place.root / "tmp")  # Python keeps files of its own there for such a process
+        (bench.place.root / "tmp").mkdir()
         yield wrong or lost(bench, job, expected, "a worker was killed")
 
 

@@ -172,12 +172,12 @@ class Bench:
         """Everything in the place, by its path: bytes of files, None of folders.
 
         TensorBoard's files are left out, whose names and contents hold the time; and of a benchmark's results the
-        seconds that something took; and folders that Python makes for processes that load data.
+        seconds that something took.
         """
         contents: dict[str, Any] = {}
         for path in sorted(self.place.root.rglob("*")):
             name = str(path.relative_to(self.place.root))
-            if "tensorboard" in path.parts or name.startswith("tmp/pymp-"):
+            if "tensorboard" in path.parts:
                 continue
             if not path.is_file():
                 contents[name] = None

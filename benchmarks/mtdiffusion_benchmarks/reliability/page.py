@@ -38,8 +38,8 @@ The second makes this page of what the first found. `--only` chooses faults, `--
   is there before.
 
 Three things are left out of the comparison. TensorBoard's files have the time in their names. A benchmark's cells say
-how many seconds something took. And Python keeps a folder `pymp-...` for each process that loads data, which stays
-among the temporary files if that process is killed.
+how many seconds something took. And for a process that loads data Python keeps files of its own among the temporary
+ones, which stay there if that process is killed.
 
 ## How it is done
 
