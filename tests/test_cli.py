@@ -751,6 +751,19 @@ def test_evaluate_and_gallery_say_how_far_they_are(cli: Cli, copy: Path, monkeyp
     assert re.search(r"^drawing the gallery: 5 of 6, ", cli("gallery", copy, "--device", "cpu").err, re.M)
 
 
+def test_gallery_shows_what_is_asked_for(cli: Cli, copy: Path, tmp_path: Path) -> None:
+    heights = []
+    for number, show in enumerate((["image"], ["image", "label"])):
+        out = tmp_path / f"{number}.png"
+        cli("gallery", copy, "--device", "cpu", "--columns", 3, "--show", *show, "--out", out)
+        with Image.open(out) as picture:
+            heights.append(picture.height)
+    assert heights[0] < heights[1]
+    refused = cli("gallery", copy, "--device", "cpu", "--show", "sound", "--out", tmp_path / "no.png")
+    assert refused.code == 2 and "show: no modality named sound; this model has image" in refused.err
+    assert not (tmp_path / "no.png").exists()
+
+
 def test_gallery_draws_a_picture(cli: Cli, copy: Path, tmp_path: Path) -> None:
     for options, path in (((), copy / "gallery.png"), (("--out", tmp_path / "my.png"), tmp_path / "my.png")):
         result = cli("gallery", copy, "--device", "cpu", *options)

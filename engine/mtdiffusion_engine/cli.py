@@ -238,6 +238,8 @@ def _parser() -> argparse.ArgumentParser:
     gallery.add_argument("run", type=Path, metavar="RUN")
     gallery.add_argument("--out", type=Path, metavar="PNG", help="default: RUN/gallery.png")
     gallery.add_argument("--seed", type=_natural, default=0)
+    gallery.add_argument("--columns", type=_positive, default=12, help="samples in a block (default: %(default)s)")
+    gallery.add_argument("--show", nargs="+", metavar="NAME", help="modalities to show and to give (default: all)")
     setting(gallery, of_a_run)
     on_device(gallery)
 

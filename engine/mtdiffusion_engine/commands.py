@@ -7,7 +7,7 @@ import logging
 import os
 import shlex
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -494,17 +494,20 @@ def gallery(args: Namespace) -> None:
         # A few samples in one picture: the first process draws it, and the others wait.
         if rank == 0:
             run = load_run(args.run, device=args.device, overrides=args.set)
-            picture = _gallery(run, args.out or run.path / GALLERY, args.seed)
+            picture = _gallery(run, args.out or run.path / GALLERY, args.seed, args.columns, args.show)
             print(f"gallery: {picture}")
             if any(is_heard(modality) for modality in run.model.modalities.values()):  # type: ignore[arg-type]
                 print(f"to hear it: {picture.with_suffix('.html')}")
         Team(rank, world).told(None)
 
 
-def _gallery(run: Run, out: Path, seed: int) -> Path:
+def _gallery(run: Run, out: Path, seed: int, columns: int = 12, show: Sequence[str] | None = None) -> Path:
     from mtdiffusion_engine.gallery import draw_gallery
 
-    return draw_gallery(run, out, seed, note=lambda note: _console().print(note, markup=False, soft_wrap=True))
+    def note(text: str) -> None:
+        _console().print(text, markup=False, soft_wrap=True)
+
+    return draw_gallery(run, out, seed, columns, note, show)
 
 
 def export(args: Namespace) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from mtdiffusion_engine.pictures import Block, Row, draw_blocks, legends, render
 from mtdiffusion_engine.samples import Samples, Wish, draw_samples, held_out
 from mtdiffusion_engine.sounds import page_with_players
 from mtdiffusion_engine.subsets import random_holes
+from mtdiffusion_registry.errors import UserError
 from mtdiffusion_registry.pace import Pace
 from mtdiffusion_registry.partial import partial_of
 
@@ -23,7 +24,12 @@ if TYPE_CHECKING:
 
 
 def draw_gallery(
-    run: Run, path: Path, seed: int = 0, columns: int = 12, note: Callable[[str], None] = lambda _: None
+    run: Run,
+    path: Path,
+    seed: int = 0,
+    columns: int = 12,
+    note: Callable[[str], None] = lambda _: None,
+    show: Sequence[str] | None = None,
 ) -> Path:
     """Write the gallery of a run's model as a picture; what is given comes from its test split, and so does the truth
     below what is read off it. Where a modality writes sounds, there is a page beside it on which they are heard, of the
@@ -34,12 +40,15 @@ def draw_gallery(
         columns: samples in a block at most: of those given, fewer where fewer have what is given; of large pictures,
             fewer.
         note: is told which blocks are left out, since no held-out sample has what they are given.
+        show: the modalities that are shown and given; None: all. The others are generated all the same.
 
     Raises:
-        UserError: if the test split is empty or cannot be read.
+        UserError: if the test split is empty or cannot be read, or for a name that is no modality's.
     """
     model, settings = run.model, run.experiment.sampling
-    names = model.names
+    if unknown := sorted(set(show or ()) - set(model.names)):
+        raise UserError(f"show: no modality named {', '.join(unknown)}; this model has {', '.join(model.names)}")
+    names = [name for name in model.names if show is None or name in show]
     columns = sheet_columns(model, columns)
     generator = torch.Generator().manual_seed(seed)
     drawn = draw_samples(held_out(run), [Wish([name], columns) for name in names], seed)
@@ -47,15 +56,16 @@ def draw_gallery(
     if absent := [name for name in names if name not in test]:
         note(f"the gallery shows nothing given {' or '.join(absent)}: no held-out sample has it")
 
-    filled = [name for name, spatial in zip(names, model.spatial, strict=True) if spatial and name in test]
-    pace = Pace("drawing the gallery", 1 + (len(test) if len(names) > 1 else 0) + len(filled))
+    filled = [name for name in test if model.modality(name).encoder.spatial]
+    several = len(model.names) > 1
+    pace = Pace("drawing the gallery", 1 + (len(test) if several else 0) + len(filled))
     joint = sample(model, columns, settings=settings, generator=generator)
     blocks = [Block("everything generated together", [rendered(model.modality(k), k, joint[k]) for k in names])]
-    for given, samples in test.items() if len(names) > 1 else ():
+    for given, samples in test.items() if several else ():
         pace.tell(len(blocks))
         observed = {given: samples.x[given]}
         out = sample(model, len(samples), observed=observed, settings=settings, generator=generator)
-        blocks.append(Block(f"given only this {given}", list(_read_off(model, given, samples, out))))
+        blocks.append(Block(f"given only this {given}", list(_read_off(model, names, given, samples, out))))
     latent = model.layout.latent
     for name in filled:
         pace.tell(len(blocks))
@@ -78,7 +88,8 @@ def draw_gallery(
         ]
         blocks.append(Block(f"given only this {name} with holes", rows))
     path.parent.mkdir(parents=True, exist_ok=True)
-    title = f"One model, {len(names)} modalities: {', '.join(names)}" if len(names) > 1 else f"A model of {names[0]}"
+    every = model.names
+    title = f"One model, {len(every)} modalities: {', '.join(every)}" if several else f"A model of {every[0]}"
     told = "Given is what held-out samples have; truth is the rest of the same samples, which the model was not shown."
     kind = Image.registered_extensions().get(path.suffix.lower(), "PNG")
     with partial_of(path) as partial:
@@ -91,10 +102,12 @@ def draw_gallery(
     return path
 
 
-def _read_off(model: MultimodalDiffusion, given: str, samples: Samples, out: Mapping[str, Tensor]) -> Iterator[Row]:
+def _read_off(
+    model: MultimodalDiffusion, names: Sequence[str], given: str, samples: Samples, out: Mapping[str, Tensor]
+) -> Iterator[Row]:
     """Rows of one modality given, of each other as generated, and below of its truth, where any sample has it."""
     yield rendered(model.modality(given), given, samples.x[given], "given")
-    for name in model.names:
+    for name in names:
         if name == given:
             continue
         yield rendered(model.modality(name), name, out[name])
