@@ -21,7 +21,8 @@ mtdiffusion bench reliability --docs
 ```
 
 The second makes this page of what the first found. `--only` chooses faults, `--trials` says how often each is tried,
-`--seed` draws other moments and other cases. What was tried already is not tried again. It needs `hypothesis`.
+`--seed` draws other moments and other cases. It needs `hypothesis`. What was tried already and lost nothing is not
+tried again. What lost something is, once it is mended: then the later trials alone are counted here.
 
 ## What counts as lost
 

@@ -121,7 +121,8 @@ def measure(
         trials: of each fault; of some more or fewer (:attr:`Fault.share`).
         seed: of the moments and the cases.
         only: try these.
-        before: what was found of others; what was tried as often of the same version is not tried again.
+        before: what was found of others; what was tried as often of the same version, and
+            lost nothing, is not tried again.
         keep: given all that was found so far after each fault.
 
     Raises:
@@ -145,7 +146,8 @@ def measure(
         bench = Bench.set_up(Path(name).resolve())
         for what, fault in chosen(only).items():
             mark = {"of": max(round(trials * fault.share), 1), "seed": seed, "version": result["version"]}
-            if result["faults"].get(what, {}).get("mark") == mark:
+            there = result["faults"].get(what, {})
+            if there.get("mark") == mark and not there["lost"]:  # what was lost may have been mended since
                 say(f"{what}: there already")
                 continue
             started = time.monotonic()
