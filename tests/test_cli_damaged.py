@@ -143,7 +143,7 @@ def test_broken_subcommands_are_told_of_and_the_others_work(put: Callable[..., N
     put("object", "[mtdiffusion.commands]\nobject = module_object:add_parser\n", GOOD)
     put("zz", "[mtdiffusion.commands]\ngreet = module_zz\n", GOOD)
     ours = {"train", "sample", "evaluate", "gallery", "export", "push", "demo", "config", "data", "plugins"}
-    ours |= {"play", "process", "completion"}
+    ours |= {"play", "plan", "process", "completion"}
     sound = ours | {"bench", "greet"}
 
     done = run("--help")
