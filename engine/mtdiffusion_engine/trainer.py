@@ -295,7 +295,12 @@ class Trainer:
                 f"training.steps = {self.config.steps}: {self.run} has {self.step} steps already; give that number or "
                 "more"
             )
-        self.ema.updates = int(state.get("ema_updates", self.step))  # of each step one
+        if "ema_updates" not in state:
+            raise UserError(
+                f"{folder / 'state.json'}: damaged (it has no ema_updates, which training goes on by); remove that "
+                "checkpoint to fall back on the one before"
+            )
+        self.ema.updates = int(state["ema_updates"])
         self._gather()
         self._origin = state.get("init_from")
         count = len(self.data)

@@ -60,6 +60,15 @@ def test_a_checkpoints_state_is_checked(run: Path, state: object) -> None:
         ckpt.load_state(checkpoint)
 
 
+def test_a_checkpoint_that_does_not_say_what_training_goes_on_by_is_not_resumed(run: Path) -> None:
+    path = ckpt.list_checkpoints(run)[-1] / "state.json"
+    state = ckpt.read_json(path)
+    del state["ema_updates"]
+    ckpt.write_json(path, state)
+    with pytest.raises(UserError, match=r"state\.json: damaged \(it has no ema_updates"):
+        session(run, resume=True)
+
+
 @pytest.mark.parametrize("name", ["model", "ema", "optimizer"])
 def test_a_checkpoint_with_a_value_that_is_no_number_is_refused(run: Path, name: str) -> None:
     path = ckpt.list_checkpoints(run)[-1] / f"{name}.safetensors"
