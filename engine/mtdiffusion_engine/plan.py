@@ -505,7 +505,9 @@ def device_of(name: str | None, given: Mapping[str, float | None]) -> Device:
         )
     like = DEVICES["h100"]
     full = {"float32": stated["flops"], "link": like.link, "network": like.network, **stated}
-    return evolve(like, name="given by hand", source="given by hand", **full)
+    borrowed = [key for key in ("link", "network") if key not in stated]
+    source = "given by hand" + (f", but {' and '.join(borrowed)} of the {like.name}" if borrowed else "")
+    return evolve(like, name="given by hand", source=source, **full)
 
 
 def assumptions_of(given: Mapping[str, float]) -> Assumptions:

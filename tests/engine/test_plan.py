@@ -289,6 +289,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     found = json.loads(capsys.readouterr().out)
     assert [(row["gpus"], row["parallel"]) for row in found["rows"]] == [(1, "ddp"), (8, "ddp"), (8, "fsdp")]
     assert found["device"]["memory"] == 1e11 and found["device"]["float32"] == 1e15
+    assert found["device"]["source"] == "given by hand, but link and network of the h100"
     assert found["assumptions"]["attained"] == 0.5 and found["assumptions"]["link_attained"] == 1
     row = found["rows"][0]
     assert row["memory"]["total"] == sum(size for name, size in row["memory"].items() if name != "total")
