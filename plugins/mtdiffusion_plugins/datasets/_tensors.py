@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,12 @@ class TensorDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
         return {name: column[index] for name, column in self.fields.items()}
+
+
+def generators(seed: int, split: Literal["train", "test"], count: int) -> Iterator[np.random.Generator]:
+    """What each sample of a split is drawn with. Sample i follows from (seed, split, i) alone, so that more samples
+    leave the first ones as they are."""
+    return (np.random.default_rng([seed, 0 if split == "train" else 1, index]) for index in range(count))
 
 
 def from_uint8(pixels: npt.NDArray[np.uint8]) -> Tensor:

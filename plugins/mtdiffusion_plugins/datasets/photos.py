@@ -11,7 +11,7 @@ from attrs import field, frozen
 from attrs.validators import and_, ge, le
 
 from mtdiffusion.interfaces import Dataset
-from mtdiffusion_plugins.datasets._tensors import TensorDataset, from_uint8
+from mtdiffusion_plugins.datasets._tensors import TensorDataset, from_uint8, generators
 from mtdiffusion_registry.configs import DatasetConfig
 from mtdiffusion_registry.hookspecs import hookimpl
 
@@ -106,8 +106,7 @@ class PhotosConfig(DatasetConfig):
         count = self.count if split == "train" else self.test_count
         images = np.empty((count, self.size, self.size, 3), np.uint8)
         captions = []
-        for index in range(count):
-            rng = np.random.default_rng([self.seed, 0 if split == "train" else 1, index])
+        for index, rng in enumerate(generators(self.seed, split, count)):
             which = index % len(strips)
             images[index], side = _crop(strips[which], longest[which], self.size, rng)
             view = "a close-up" if side < 2 * self.size else "a photograph"

@@ -13,7 +13,7 @@ from attrs import field, frozen
 from attrs.validators import ge
 
 from mtdiffusion.interfaces import Dataset
-from mtdiffusion_plugins.datasets._tensors import TensorDataset, from_uint8
+from mtdiffusion_plugins.datasets._tensors import TensorDataset, from_uint8, generators
 from mtdiffusion_registry.configs import DatasetConfig
 from mtdiffusion_registry.hookspecs import hookimpl
 
@@ -286,8 +286,8 @@ class ScenesConfig(DatasetConfig):
         mask = np.empty((count, self.size, self.size), np.int64)
         label = np.empty(count, np.int64)
         captions = []
-        for index in range(count):
-            seen = scene(np.random.default_rng([self.seed, 0 if split == "train" else 1, index]))
+        for index, rng in enumerate(generators(self.seed, split, count)):
+            seen = scene(rng)
             picture, mask[index] = draw(seen, self.size)
             image[index] = np.rint(picture * 255)
             label[index] = THINGS.index(seen.thing)

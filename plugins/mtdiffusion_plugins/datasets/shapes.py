@@ -13,7 +13,7 @@ from attrs import field, frozen
 from attrs.validators import ge
 
 from mtdiffusion.interfaces import Dataset
-from mtdiffusion_plugins.datasets._tensors import TensorDataset, from_uint8
+from mtdiffusion_plugins.datasets._tensors import TensorDataset, from_uint8, generators
 from mtdiffusion_registry.configs import DatasetConfig
 from mtdiffusion_registry.hookspecs import hookimpl
 
@@ -269,8 +269,7 @@ class ShapesConfig(DatasetConfig):
         mask = np.empty((count, self.size, self.size), np.int64)
         label = np.empty(count, np.int64)
         captions = []
-        for index in range(count):
-            rng = np.random.default_rng([self.seed, 0 if split == "train" else 1, index])
+        for index, rng in enumerate(generators(self.seed, split, count)):
             shapes = scene(rng)
             light, dark = draw(shapes, rng, self.size)
             day[index], night[index] = np.rint(light * 255), np.rint(dark * 255)
