@@ -33,7 +33,6 @@ from mtdiffusion_engine.monitor import Monitor
 from mtdiffusion_engine.pictures import visibility_of
 from mtdiffusion_engine.process_plot import draw_process
 from mtdiffusion_engine.run import Run, load_run
-from mtdiffusion_engine.sounds import is_heard
 from mtdiffusion_engine.team import Team
 from mtdiffusion_engine.trainer import Trainer
 from mtdiffusion_registry import DatasetConfig, Registry, UserError
@@ -496,8 +495,8 @@ def gallery(args: Namespace) -> None:
             run = load_run(args.run, device=args.device, overrides=args.set)
             picture = _gallery(run, args.out or run.path / GALLERY, args.seed, args.columns, args.show)
             print(f"gallery: {picture}")
-            if any(is_heard(modality) for modality in run.model.modalities.values()):  # type: ignore[arg-type]
-                print(f"to hear it: {picture.with_suffix('.html')}")
+            if (page := picture.with_suffix(".html")).is_file():
+                print(f"to hear it: {page}")
         Team(rank, world).told(None)
 
 

@@ -95,7 +95,9 @@ def draw_gallery(
     with partial_of(path) as partial:
         draw_blocks(title, blocks, legends(model), told).save(partial, kind)
         partial.replace(path)
-    if (page := page_with_players(title, blocks, model)) is not None:
+    with partial_of(path.with_suffix(".sounds"), folder=True) as scratch:
+        page = page_with_players(title, blocks, model, scratch)
+    if page is not None:
         with partial_of(path.with_suffix(".html")) as partial:
             partial.write_text(page, encoding="utf-8")
             partial.replace(path.with_suffix(".html"))

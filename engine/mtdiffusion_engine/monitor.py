@@ -18,6 +18,7 @@ from mtdiffusion import LossWeights, sample
 from mtdiffusion_engine.pictures import sample_sheet
 from mtdiffusion_engine.sounds import is_heard, wave_of
 from mtdiffusion_engine.trainer import Progress, Trainer
+from mtdiffusion_registry.partial import partial_of
 
 NAMED = ("wandb", "trackio", "mlflow", "swanlab")
 """Trackers whose runs have names."""
@@ -114,10 +115,12 @@ class Monitor:
         drawn = sample(model, self._grid, settings=settings, generator=torch.Generator().manual_seed(0))
         sheet = np.asarray(sample_sheet(model, drawn))
         self._writer.add_image("samples", sheet, step, dataformats="HWC")
-        for name, x in drawn.items():
-            for place in range(min(self._heard, len(x)) if is_heard(model.modality(name)) else 0):
-                if (sound := wave_of(model.modality(name), x[place].cpu())) is not None:
-                    self._writer.add_audio(f"samples/{name}/{place}", sound[0][None], step, sample_rate=sound[1])
+        with partial_of(self._trainer.run / "sounds", folder=True) as scratch:
+            for name, x in drawn.items():
+                modality = model.modality(name)
+                for place in range(min(self._heard, len(x)) if is_heard(modality, scratch) else 0):
+                    if (sound := wave_of(modality, x[place].cpu(), scratch)) is not None:
+                        self._writer.add_audio(f"samples/{name}/{place}", sound[0][None], step, sample_rate=sound[1])
         for tracker in self._trainer.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 tracker.log_images({"samples": [sheet]}, step=step)

@@ -1,4 +1,8 @@
-"""Sounds of samples, of whichever modality writes its data as such: players on a page, and waves for a log."""
+"""Sounds of samples, of whichever modality writes its data as such: players on a page, and waves for a log.
+
+Modalities write files alone. They do so in a folder of the caller's, who sees to it that a killed process leaves none
+(:func:`mtdiffusion_registry.partial.partial_of`).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,6 @@ import mimetypes
 import wave
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -31,29 +34,32 @@ td img {image-rendering: pixelated} audio {display: block; width: 160px; height:
 """
 
 
-def is_heard(modality: Modality) -> bool:
-    """Whether the files that a modality writes are sounds."""
-    with TemporaryDirectory() as folder, torch.no_grad():
-        return modality.write(modality.placeholder(1)[0], Path(folder), "one").suffix in SUFFIXES
+def is_heard(modality: Modality, folder: Path) -> bool:
+    """Whether the files that a modality writes, such as one into this folder, are sounds."""
+    with torch.no_grad():
+        return modality.write(modality.placeholder(1)[0], folder, "one").suffix in SUFFIXES
 
 
-def wave_of(modality: Modality, x: Tensor) -> tuple[Tensor, int] | None:
+def wave_of(modality: Modality, x: Tensor, folder: Path) -> tuple[Tensor, int] | None:
     """One x as sound, ``[samples]`` in [−1, 1], all channels in one, and how many samples are a second; None unless the
-    modality writes a .wav of 16 bits."""
-    with TemporaryDirectory() as folder:
-        path = modality.write(x, Path(folder), "one")
-        if path.suffix != ".wav":
+    modality writes a .wav of 16 bits (into this folder)."""
+    path = modality.write(x, folder, "one")
+    if path.suffix != ".wav":
+        return None
+    with wave.open(str(path), "rb") as file:
+        if file.getsampwidth() != 2:
             return None
-        with wave.open(str(path), "rb") as file:
-            if file.getsampwidth() != 2:
-                return None
-            values = np.frombuffer(file.readframes(file.getnframes()), "<i2").reshape(-1, file.getnchannels())
-            return torch.from_numpy(values.mean(1) / 32768).float(), file.getframerate()
+        values = np.frombuffer(file.readframes(file.getnframes()), "<i2").reshape(-1, file.getnchannels())
+        return torch.from_numpy(values.mean(1) / 32768).float(), file.getframerate()
 
 
-def page_with_players(title: str, blocks: Sequence[Block], model: MultimodalDiffusion) -> str | None:
-    """A page (HTML, in one piece) of the blocks, a player below each picture of a sound; None if nothing is heard."""
-    heard = {name for name in model.names if is_heard(model.modality(name))}
+def page_with_players(title: str, blocks: Sequence[Block], model: MultimodalDiffusion, folder: Path) -> str | None:
+    """A page (HTML, in one piece) of the blocks, a player below each picture of a sound; None if nothing is heard.
+
+    Args:
+        folder: where the sounds may be written on the way; nothing in it is needed afterwards.
+    """
+    heard = {name for name in model.names if is_heard(model.modality(name), folder)}
     if not heard:
         return None
     parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"]
@@ -63,13 +69,13 @@ def page_with_players(title: str, blocks: Sequence[Block], model: MultimodalDiff
         for row in block.rows:
             modality = model.modality(row.name) if row.name in heard else None
             parts.append(f"<tr><th>{html.escape(row.name)} <small>{html.escape(row.role)}</small></th>")
-            parts += _cells(row, modality)
+            parts += _cells(row, modality, folder)
             parts.append("</tr>")
         parts.append("</table>")
     return "\n".join(parts)
 
 
-def _cells(row: Row, modality: Modality | None) -> Iterator[str]:
+def _cells(row: Row, modality: Modality | None, folder: Path) -> Iterator[str]:
     """A row's cells; with the modality that it is of, those that are heard."""
     for place, picture in enumerate(row.tiles()):
         if picture is None:
@@ -77,10 +83,9 @@ def _cells(row: Row, modality: Modality | None) -> Iterator[str]:
             continue
         player = ""
         if modality is not None and row.values is not None:
-            with TemporaryDirectory() as folder:
-                path = modality.write(row.values[place], Path(folder), "one")
-                kind = mimetypes.guess_type(path.name)[0] or "audio/wav"
-                player = f'<audio controls preload="none" src="{_in_place(path.read_bytes(), kind)}"></audio>'
+            path = modality.write(row.values[place], folder, "one")
+            kind = mimetypes.guess_type(path.name)[0] or "audio/wav"
+            player = f'<audio controls preload="none" src="{_in_place(path.read_bytes(), kind)}"></audio>'
         yield f"<td>{_image(picture)}{player}</td>"
 
 

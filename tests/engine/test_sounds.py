@@ -34,14 +34,14 @@ def write_as_sound(self: ImageModality, x: Tensor, folder: Path, stem: str) -> P
     return path
 
 
-def test_what_is_written_decides_and_no_name(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_written_decides_and_no_name(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = load_run(tiny_run, device="cpu")
     image, label = run.modality("image"), run.modality("label")
-    assert not is_heard(image) and wave_of(image, image.placeholder(1)[0]) is None
+    assert not is_heard(image, tmp_path) and wave_of(image, image.placeholder(1)[0], tmp_path) is None
     monkeypatch.setattr(ImageModality, "write", write_as_sound)
-    assert is_heard(image) and not is_heard(label)
+    assert is_heard(image, tmp_path) and not is_heard(label, tmp_path)
     x = torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    found = wave_of(image, x)
+    found = wave_of(image, x, tmp_path)
     assert found is not None and found[1] == RATE
     assert torch.allclose(found[0], x.flatten(), atol=1e-4)
 
