@@ -49,7 +49,8 @@ def read_table(path: Path) -> Table:
     """A table's rows.
 
     Raises:
-        UserError: if it cannot be read, has no column that says whose a row is, or has a row without such a name.
+        UserError: if it cannot be read, has no column that says whose a row is or none beside it, or has a row without
+            such a name.
     """
     try:
         return _READERS[path.suffix.lower()](path)
@@ -76,6 +77,8 @@ def _records(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, obj
     if key is None:
         found = ", ".join(columns) or "none"
         raise UserError(f"{path}: needs a column 'stem' or 'file_name' that says whose a row is, found {found}")
+    if columns == [key]:
+        raise UserError(f"{path}: has the column {key!r} alone; add one with the values")
     records = []
     for place, row in enumerate(rows, 1):
         stem = row.get(key)
