@@ -28,18 +28,18 @@ class Table:
 
     Attributes:
         path: the file.
-        columns: names of the columns beside the key; empty: each row is one value without a name.
+        columns: names of the columns beside the key; None: each row is one value without a name.
         rows: keys and cells by column, in the file's order.
     """
 
     path: Path
-    columns: tuple[str, ...]
+    columns: tuple[str, ...] | None
     rows: list[tuple[str, Row]]
 
     def values(self, *names: str) -> list[tuple[str, object]] | None:
         """Keys and values of the first of these columns that there is (of rows without columns: their values); None if
         there is none."""
-        if not self.columns:
+        if self.columns is None:
             return [(key, row[""]) for key, row in self.rows]
         name = next((name for name in names if name in self.columns), None)
         return None if name is None else [(key, row.get(name)) for key, row in self.rows]
@@ -49,8 +49,7 @@ def read_table(path: Path) -> Table:
     """A table's rows.
 
     Raises:
-        UserError: if it cannot be read, has no column that says whose a row is or none beside it, or has a row without
-            such a name.
+        UserError: if it cannot be read, has no column that says whose a row is, or has a row without such a name.
     """
     try:
         return _READERS[path.suffix.lower()](path)
@@ -77,8 +76,6 @@ def _records(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, obj
     if key is None:
         found = ", ".join(columns) or "none"
         raise UserError(f"{path}: needs a column 'stem' or 'file_name' that says whose a row is, found {found}")
-    if columns == [key]:
-        raise UserError(f"{path}: has the column {key!r} alone; add one with the values")
     records = []
     for place, row in enumerate(rows, 1):
         stem = row.get(key)
@@ -108,7 +105,7 @@ def _json(path: Path) -> Table:
         if records and all(isinstance(value, dict) for _, value in records):
             columns = dict.fromkeys(name for _, value in records for name in value)  # type: ignore[attr-defined]
             return Table(path, tuple(columns), [(key, value) for key, value in records])  # type: ignore[misc]
-        return Table(path, (), [(key, {"": value}) for key, value in records])
+        return Table(path, None, [(key, {"": value}) for key, value in records])
     if isinstance(found, list) and all(isinstance(row, _Pairs) for row in found):
         return _objects(path, found)
     raise UserError(

@@ -326,7 +326,7 @@ def _find(base: Path, name: str, each: FieldConfig, metadata: tables.Table | Non
         if column is None:
             raise UserError(
                 f"{where}: needs a column 'value' or {name!r} beside the one that says whose a row is, found "
-                f"{_list(table.columns)}"
+                f"{_list(table.columns or ())}"
             )
     return _Source(where, None, _normal(column, where))
 

@@ -282,10 +282,12 @@ def test_tables_that_cannot_be_read(root):
     fails(root, {"label": "label"}, r"label\.csv: needs a column 'value' or 'label' .* found grade")
     (root / "label.csv").write_text("value,stem\n1,000\n1\n")
     fails(root, {"label": "label"}, r"label\.csv: row 2 has nothing in the column 'stem'")
+    (root / "label.csv").unlink()
     for name, text in (("csv", "stem\n000\n"), ("jsonl", '{"stem": 0}'), ("json", '[{"stem": "000"}]')):
         table = root / f"label.{name}"
-        table.write_text(text)
-        fails(root, {"label": "label"}, rf"label\.{name}: has the column 'stem' alone; add one with the values")
+        for content in (text, '{"000": {}}') if name == "json" else (text,):
+            table.write_text(content)
+            fails(root, {"label": "label"}, rf"label\.{name}: needs a column 'value' or 'label' beside .* found none")
         table.unlink()
     (root / "caption.json").write_text('{"a": ')
     fails(root, {"caption": "caption"}, r"caption\.json: cannot be read as a table")
