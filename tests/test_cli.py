@@ -437,6 +437,7 @@ def test_sample_writes_what_suits_each_modality(cli: Cli, tiny_run: Path, tmp_pa
     out = tmp_path / "deep" / "out"
     options = ("--observe", "label=3", "--observe", f"image={picture}", "--visible", f"image={picture}")
     options += ("--steps", 2, "--solver", "ddim", "--eta", 0.5, "--guidance", 2, "--draw", "--seed", 4)
+    options += ("--guidance-interval", 0.25, 1)
     result = cli("sample", tiny_run, "-n", 3, *options, "--out", out, "--device", "cpu")
     assert result.code == 0, result.err
     assert str(out / "samples.png") in result.out
@@ -464,6 +465,7 @@ def test_sample_writes_what_suits_each_modality(cli: Cli, tiny_run: Path, tmp_pa
             "solver": "ddim",
             "eta": 0.5,
             "guidance": 2.0,
+            "guidance_interval": [0.25, 1.0],
             "path": None,
             "conditioning": "observed",
             "draw": True,
@@ -478,7 +480,7 @@ def test_sample_writes_what_suits_each_modality(cli: Cli, tiny_run: Path, tmp_pa
         3,
         observed=observed,
         visible={"image": (observed["image"][0] > 0).float()},
-        steps=2, solver="ddim", eta=0.5, guidance=2.0, draw=True, seed=4,
+        steps=2, solver="ddim", eta=0.5, guidance=2.0, guidance_interval=(0.25, 1.0), draw=True, seed=4,
     )  # fmt: skip
     for i, stem in enumerate(stems):
         assert np.array_equal(np.asarray(Image.open(out / "mask" / f"{stem}.png")), samples["mask"][i].numpy())
@@ -607,6 +609,7 @@ def test_nothing_is_left_half_written(
         (["--seed", "-1"], "argument --seed: "),
         (["--eta", "-1"], "sampling: 'eta' must be >= 0"),
         (["--guidance", "-1"], "sampling: 'guidance' must be >= 0"),
+        (["--guidance-interval", "1", "0"], "sampling: 'guidance_interval': expected two shares of the path, 0 <= low"),
         (["--solver", "dim"], "invalid choice: 'dim'"),
         (["--solver", "dim"], 'did you mean "ddim"?'),
         (["--stpes", "3"], 'unrecognized arguments: --stpes 3; did you mean "--steps"?'),

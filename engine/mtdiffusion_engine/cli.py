@@ -195,7 +195,16 @@ def _parser() -> argparse.ArgumentParser:
         help="how far ahead of the slowest each modality is denoised, in shares of the path: label=0.6,mask=0.3",
     )
     sample.add_argument("--guidance", type=float, help="classifier-free guidance on what is observed; 1 is none")
-    sample.add_argument("--eta", type=float, help="noise of a ddim step: 0 none, 1 as ancestral sampling, or more")
+    sample.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="guide on this part of the path alone, in shares of it, 1 its start and 0 its end: 0.2 0.8",
+    )
+    sample.add_argument(
+        "--eta", type=float, help="noise of a step of ddim or dpmpp_2m: 0 none, 1 as ancestral sampling, or more"
+    )
     sample.add_argument(
         "--draw",
         action=argparse.BooleanOptionalAction,

@@ -312,7 +312,8 @@ def _request(args: Namespace) -> sampling.Request:
     for modality in run.model.modalities.values():
         modality.resize = args.resize
     stated = {"observed": _pairs("--observe", args.observe), "visible": _pairs("--visible", args.visible)}
-    changes = {name: getattr(args, name) for name in ("steps", "solver", "eta", "guidance", "draw")}
+    names = ("steps", "solver", "eta", "guidance", "guidance_interval", "draw")
+    changes = {name: getattr(args, name) for name in names}
     return sampling.Request(
         run,
         args.n,

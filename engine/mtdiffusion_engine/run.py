@@ -144,6 +144,7 @@ class Run:
         solver: Literal["ddim", "ancestral", "dpmpp_2m"] | None = None,
         eta: float | None = None,
         guidance: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         conditioning: Literal["observed", "replacement"] | None = None,
         draw: bool | None = None,
         seed: int = 0,
@@ -166,8 +167,8 @@ class Run:
             path: how far ahead of the slowest each modality is denoised, by name, in shares of the path; "shared": all
                 together; clocks ``[steps + 1, N]`` (int64): these; None: as the run's configuration and law say.
             generate: the modalities wanted beside the observed; None: all. It saves no time: all of them are sampled.
-            steps, solver, eta, guidance, conditioning, draw: as in :class:`mtdiffusion.SamplerSettings`; None: as the
-                run's configuration says.
+            steps, solver, eta, guidance, guidance_interval, conditioning, draw: as in
+                :class:`mtdiffusion.SamplerSettings`; None: as the run's configuration says.
             seed: of all randomness. The same request with the same batch size on the same kind of device gives the same
                 samples.
             first: the place of the first of these samples in a longer request: ``sample(n, first=k)`` are the last n of
@@ -193,6 +194,7 @@ class Run:
             eta=eta,
             path=ahead,
             guidance=guidance,
+            guidance_interval=guidance_interval,
             conditioning=conditioning,
             draw=draw,
         )

@@ -523,6 +523,28 @@ def test_guidance_on_logits_is_a_power_of_bayes_rule(
     torch.testing.assert_close(found.softmax(1), expected / expected.sum(1, keepdim=True))
 
 
+@pytest.mark.parametrize(
+    ("interval", "guided"), [((0.0, 1.0), [1] * 5), ((0.2, 0.6), [0, 0, 1, 1, 0]), ((0.5, 1.0), [1, 1, 1, 0, 0])]
+)
+def test_outside_its_interval_guidance_is_none_and_costs_nothing(
+    interval: tuple[float, float], guided: list[int]
+) -> None:
+    model, x = picture_and_label(), data(2)
+    calls: list[int] = []
+    hook = model.backbone.register_forward_hook(lambda _module, inputs, _out: calls.append(len(inputs[0])))
+
+    def drawn(settings: SamplerSettings) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return sample(model, 2, observed={"label": x["label"]}, settings=settings, generator=generator)["picture"]
+
+    found = drawn(SamplerSettings(5, guidance=3.0, guidance_interval=interval))
+    assert calls == [2 + 2 * each for each in guided]
+    hook.remove()
+    everywhere, nowhere = drawn(SamplerSettings(5, guidance=3.0)), drawn(SamplerSettings(5))
+    assert torch.equal(found, everywhere) == all(guided)
+    assert not torch.equal(found, nowhere)
+
+
 @pytest.mark.parametrize("in_part", [False, True])
 @pytest.mark.parametrize("path", [{}, {"picture": 0.5}, {"label": 0.5}])
 @pytest.mark.parametrize("show_clean", [False, True])
@@ -947,6 +969,9 @@ def test_a_shared_layout_has_no_clocks_to_set_apart(request_: dict[str, Any], me
         {"solver": "euler"},
         {"eta": -0.5, "solver": "ddim"},
         {"guidance": -1.0},
+        {"guidance_interval": (0.5, 0.5)},
+        {"guidance_interval": (-0.1, 0.5)},
+        {"guidance_interval": (0.2, 1.5)},
         {"conditioning": "inpainting"},
     ],
 )

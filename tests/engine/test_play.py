@@ -208,9 +208,10 @@ def test_samples_appear_while_they_are_sampled_and_are_kept_as_files(page: Page)
             assert sheet.width > 200
 
 
-def test_the_samples_are_those_of_the_command_line(page: Page, tiny_run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
+def test_the_samples_are_those_of_the_command_line(page: Page, tiny_run: Path, tmp_path: Path, solver: str) -> None:
     sample = ["sample", str(tiny_run), "-n", "2", "--observe", "label=3", "--seed", "5", "--steps", "4"]
-    sample += ["--path", "image=0.3", "--guidance", "2", "--solver", "ddim", "--eta", "0.5"]
+    sample += ["--path", "image=0.3", "--guidance", "2", "--solver", solver, "--eta", "0.5"]
     assert main([*sample, "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
     last = page.sample(
         count=2,
@@ -218,7 +219,7 @@ def test_the_samples_are_those_of_the_command_line(page: Page, tiny_run: Path, t
         fresh=False,
         steps=4,
         guidance=2,
-        solver="ddim",
+        solver=solver,
         eta=0.5,
         path="as set here",
         ahead_image=0.3,

@@ -324,7 +324,7 @@ def build_page(run: Run, folder: Path) -> gr.Blocks:
                     sampling.eta,
                     step=0.05,
                     label="η: noise of a step",
-                    visible=sampling.solver == "ddim",
+                    visible=sampling.solver != "ancestral",
                     elem_id="eta",
                 )
                 guidance = gr.Slider(
@@ -360,7 +360,7 @@ def build_page(run: Run, folder: Path) -> gr.Blocks:
             archive = gr.DownloadButton("Download all files", size="sm", elem_id="archive")
 
         solver.change(
-            lambda chosen: gr.update(visible=chosen == "ddim"),
+            lambda chosen: gr.update(visible=chosen != "ancestral"),
             solver,
             eta,
             show_progress="hidden",
@@ -438,7 +438,7 @@ def read_request(
     if control["seed"] is None or control["seed"] < 0:
         raise UserError("Seed: expected a whole number from 0, found none")
     settings = {key: control[key] for key in ("steps", "solver", "guidance", "draw")}
-    settings["eta"] = control["eta"] if control["solver"] == "ddim" else 0.0
+    settings["eta"] = control["eta"] if control["solver"] != "ancestral" else 0.0
     if control["path"] == TOGETHER:
         settings["path"] = "shared"
     elif control["path"] == AS_SET:
