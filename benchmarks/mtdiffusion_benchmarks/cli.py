@@ -80,6 +80,42 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     data.add_argument("--out", type=Path, metavar="FILE.json", help="write what was measured here, too")
     data.add_argument("--pictures", type=int, default=50000, metavar="N", help="default: %(default)s")
 
+    solvers = actions.add_parser(
+        "solvers",
+        help="which solver a run's samples need, and how many evaluations",
+        description="Measure a run's samples by several solvers and numbers of evaluations, and say which is the "
+        "cheapest that is as good as a long one.",
+    )
+    solvers.add_argument("run", type=Path, metavar="RUN")
+    solvers.add_argument(
+        "--metric",
+        action="extend",
+        nargs="+",
+        required=True,
+        metavar="KEY",
+        help="figures, named as by `mtdiffusion evaluate`: 'image|label/fid_judge' joint/fid_judge",
+    )
+    solvers.add_argument(
+        "--solver",
+        nargs="+",
+        default=["ancestral", "dpmpp_2m", "dpmpp_2m=1", "ddim", "ddim=2"],
+        metavar="SOLVER[=ETA]",
+        help="default: ancestral dpmpp_2m dpmpp_2m=1 ddim ddim=2",
+    )
+    solvers.add_argument(
+        "--steps", nargs="+", type=int, default=[8, 16, 32, 64], metavar="N", help="evaluations (default: 8 16 32 64)"
+    )
+    solvers.add_argument(
+        "--reference", type=int, default=250, metavar="N", help="of ancestral, to compare with (default: %(default)s)"
+    )
+    solvers.add_argument("--samples", type=int, default=500, metavar="N", help="default: %(default)s")
+    solvers.add_argument("--seeds", type=int, default=2, metavar="N", help="draws of each (default: %(default)s)")
+    solvers.add_argument(
+        "--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="change the run's configuration"
+    )
+    solvers.add_argument("--out", type=Path, metavar="FILE.json", help="write it here, too; go on with what is there")
+    solvers.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: cuda if there is one)")
+
     reliability = actions.add_parser(
         "reliability",
         help="what is lost when things go wrong",
@@ -118,8 +154,9 @@ def run(args: argparse.Namespace) -> None:
         for path in build_report(args.out):
             print(path)
         return
-    if args.action in ("perf", "data", "reliability"):
-        {"perf": _perf, "data": _data, "reliability": _reliability}[args.action](args)
+    measured = {"perf": _perf, "data": _data, "solvers": _solvers, "reliability": _reliability}
+    if args.action in measured:
+        measured[args.action](args)
         return
     from mtdiffusion_benchmarks.profile import load_profile, plan, shipped, with_changes
     from mtdiffusion_registry import Registry
@@ -187,6 +224,32 @@ def _data(args: argparse.Namespace) -> None:
     print(startup.table(result))
     if args.out is not None:
         write_json(args.out, result, sort_keys=False)
+
+
+def _solvers(args: argparse.Namespace) -> None:
+    from mtdiffusion_benchmarks import solvers
+    from mtdiffusion_engine import load_run
+    from mtdiffusion_engine.checkpoint import read_json, write_json
+    from mtdiffusion_registry import UserError
+
+    counts = {"--reference": [args.reference], "--steps": args.steps, "--samples": [args.samples]}
+    for option, values in (counts | {"--seeds": [args.seeds]}).items():
+        if least := [value for value in values if value < 1]:
+            raise UserError(f"{option} {least[0]}: expected 1 or more")
+    ways = [solvers.way("ancestral", args.reference)]
+    ways += [solvers.way(text, steps) for text in args.solver for steps in sorted(args.steps)]
+
+    def keep(result: dict[str, Any]) -> None:
+        if args.out is not None:
+            write_json(args.out, result, sort_keys=False)
+
+    run = load_run(args.run, device=args.device, overrides=args.set)
+    say = partial(print, flush=True)
+    comparison = solvers.Comparison(run, args.metric, ways, args.samples, args.seeds, say)
+    before = read_json(args.out) if args.out is not None and args.out.is_file() else None
+    result = comparison.measure(before, keep)
+    keep(result)
+    print(solvers.table(result), solvers.verdict(result), sep="\n\n")
 
 
 def _reliability(args: argparse.Namespace) -> None:
