@@ -55,7 +55,9 @@ def way(text: str, steps: int) -> Way:
         noise = float(eta) if given else 0.0
         SamplerSettings(steps=steps, solver=name, eta=noise)  # type: ignore[arg-type]
     except ValueError as error:
-        raise UserError(f"--solver {text}: {error.args[0]}; expected a solver, or SOLVER=ETA, such as dpmpp_2m=1") from error
+        raise UserError(
+            f"--solver {text}: {error.args[0]}; expected a solver, or SOLVER=ETA, such as dpmpp_2m=1"
+        ) from error
     return Way(name, noise, steps)
 
 
