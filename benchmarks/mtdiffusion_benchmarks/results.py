@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mtdiffusion_benchmarks import perf, startup
+from mtdiffusion_benchmarks import perf, solvers, startup
 from mtdiffusion_benchmarks.gpu import tables as gpu
 from mtdiffusion_benchmarks.report import variants
 from mtdiffusion_benchmarks.report.markdown import code, variants_table
@@ -146,6 +146,9 @@ def blocks(results: Path) -> dict[str, str]:
         measured = json.loads(path.read_text(encoding="utf-8"))
         made["perf"], made["perf: work"] = perf.table(measured), perf.flops_table(measured)
     made |= gpu.tables(results / "gpu")
+    for path in sorted(results.glob("solvers/*.json")):
+        measured = json.loads(path.read_text(encoding="utf-8"))
+        made[f"solvers: {path.stem}"] = solvers.table(measured)
     for path in sorted(results.glob("*/data.json")):
         made["data"] = startup.table(json.loads(path.read_text(encoding="utf-8")))
     for path in sorted(results.glob("*/table.md")):

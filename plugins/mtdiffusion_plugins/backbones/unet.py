@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 from attrs import field, frozen
-from attrs.validators import deep_iterable, ge, min_len
+from attrs.validators import deep_iterable, ge, min_len, optional
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -119,8 +119,12 @@ class UNet(Backbone):
             if level > 0:  # narrowed before it grows: a quarter of the work
                 self.grow.append(nn.Conv2d(current, widths[level - 1], 3, padding=1))
                 current = widths[level - 1]
-        self.norm = nn.GroupNorm(_groups(current), current)
-        self.features = FeatureSpec(current, height, width, config.vector)
+        features = config.features or current
+        # Heads are linear in what SiLU leaves of each feature: with as many as the first level has, they cannot say all
+        # that it knows.
+        self.widen = nn.Conv2d(current, features, 1) if features != current else nn.Identity()
+        self.norm = nn.GroupNorm(_groups(features), features)
+        self.features = FeatureSpec(features, height, width, config.vector)
 
     def repeated_blocks(self) -> Sequence[nn.Module]:
         blocks: list[nn.Module] = [block for block in self.modules() if isinstance(block, ResidualBlock)]
@@ -145,7 +149,7 @@ class UNet(Backbone):
                 h = block(torch.cat([h, skips.pop()], 1), condition)
             if level < len(self.grow):
                 h = F.interpolate(self.grow[level](h), scale_factor=2.0, mode="nearest")
-        return Features(F.silu(self.norm(h)), F.silu(summary))
+        return Features(F.silu(self.norm(self.widen(h))), F.silu(summary))
 
 
 @frozen
@@ -160,6 +164,7 @@ class UNetConfig(BackboneConfig):
         heads: attention heads at these levels and at the bottleneck; 0 for no attention at all.
         qk_norm: scale queries and keys to an RMS of 1, times learned gains, so that no logit of attention grows beyond
             bounds (Dehghani et al. 2023).
+        features: width of the feature map that heads read; None: that of the first level.
         vector: width of the feature vector.
         dropout: inside residual blocks.
     """
@@ -171,6 +176,7 @@ class UNetConfig(BackboneConfig):
     attention: tuple[int, ...] = field(default=(), validator=deep_iterable(ge(0)))
     heads: int = field(default=4, validator=ge(0))
     qk_norm: bool = False
+    features: int | None = field(default=None, validator=optional(ge(1)))
     vector: int = field(default=256, validator=ge(1))
     dropout: float = field(default=0.0, validator=ge(0.0))
 
