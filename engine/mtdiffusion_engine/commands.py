@@ -312,7 +312,7 @@ def _request(args: Namespace) -> sampling.Request:
     for modality in run.model.modalities.values():
         modality.resize = args.resize
     stated = {"observed": _pairs("--observe", args.observe), "visible": _pairs("--visible", args.visible)}
-    changes = {name: getattr(args, name) for name in ("steps", "solver", "eta", "guidance", "draw")}
+    changes = {name: getattr(args, name) for name in ("steps", "solver", "eta", "guidance", "draw", "compile")}
     return sampling.Request(
         run,
         args.n,

@@ -146,6 +146,7 @@ class Run:
         guidance: float | None = None,
         conditioning: Literal["observed", "replacement"] | None = None,
         draw: bool | None = None,
+        compile: bool | None = None,
         seed: int = 0,
         first: int = 0,
         on_step: Callable[[int, int, Mapping[str, Params]], None] | None = None,
@@ -166,8 +167,8 @@ class Run:
             path: how far ahead of the slowest each modality is denoised, by name, in shares of the path; "shared": all
                 together; clocks ``[steps + 1, N]`` (int64): these; None: as the run's configuration and law say.
             generate: the modalities wanted beside the observed; None: all. It saves no time: all of them are sampled.
-            steps, solver, eta, guidance, conditioning, draw: as in :class:`mtdiffusion.SamplerSettings`; None: as the
-                run's configuration says.
+            steps, solver, eta, guidance, conditioning, draw, compile: as in :class:`mtdiffusion.SamplerSettings`; None:
+                as the run's configuration says.
             seed: of all randomness. The same request with the same batch size on the same kind of device gives the same
                 samples.
             first: the place of the first of these samples in a longer request: ``sample(n, first=k)`` are the last n of
@@ -195,6 +196,7 @@ class Run:
             guidance=guidance,
             conditioning=conditioning,
             draw=draw,
+            compile=compile,
         )
         given = {name: self._batch(name, value, n) for name, value in (observed or {}).items()}
         maps = {name: self._visible(name, value, n) for name, value in (visible or {}).items()}
