@@ -40,7 +40,7 @@ def compiled(network: Callable[..., T], device: torch.device, **options: Any) ->
         for x in inputs:
             maybe_mark_dynamic(x, 0)
         if graphs:
-            torch.compiler.cudagraph_mark_step_begin()
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         try:
             out = run(*inputs)
         except (TorchDynamoException, InductorError) as error:

@@ -110,7 +110,7 @@ class MultimodalDiffusion(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is compiled: a copy has weights of its own."""
-        state: dict[str, Any] = super().__getstate__()
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         state.pop("_compiled", None)
         return state
 

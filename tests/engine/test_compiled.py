@@ -23,7 +23,7 @@ from tests.engine.tiny import REGISTRY, toy
 TOLERANCE = 1e-4
 """Compiled, sums are taken in another order: pictures in [−1, 1] may differ by so much."""
 CLOSE = {"atol": TOLERANCE, "rtol": 0.0}
-DIT = ("backbone.kind=dit", "backbone.channels=8", "backbone.depth=1", "backbone.heads=2")
+DIT = ('backbone={ kind = "dit", width = 16, depth = 1, heads = 2, channels = 8 }',)
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,9 @@ def requests() -> Iterator[tuple[int, dict[str, Any], SamplerSettings]]:
     yield 5, {"observed": {"label": label}}, SamplerSettings(3, conditioning="replacement", compile=True)
 
 
-@pytest.mark.parametrize("overrides", [(), DIT, ("latent.layout=shared",), ("model.parameterisation=epsilon_head",)])
+@pytest.mark.parametrize(
+    "overrides", [(), DIT, ("latent.layout=shared",), ("model.parameterisation=epsilon_head", "loss.l1=1.0")]
+)
 def test_it_is_compiled_once_for_whatever_is_asked(overrides: tuple[str, ...]) -> None:
     model = model_of(*overrides)
     model.compiled(backend="aot_eager")

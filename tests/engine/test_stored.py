@@ -10,11 +10,13 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from mtdiffusion import Dataset, LatentSpec
 from mtdiffusion_engine.augmentation import Augmentation, AugmentationConfig
 from mtdiffusion_engine.data import Batch, ModalityData, StepSampler, training_batches, values_of
 from mtdiffusion_engine.experiment import Experiment, build_model, structure_experiment
+from mtdiffusion_engine.tally import Tally
 from mtdiffusion_engine.trainer import Trainer
 from mtdiffusion_plugins.mask import MaskConfig
 from mtdiffusion_registry import Registry, UserError
@@ -206,3 +208,16 @@ def test_a_field_that_two_modalities_read_is_stored_as_both_take_it() -> None:
     other.stored_dtypes = (torch.uint8,)
     ModalityData(Asked(11, "", -1), {"mask": mask, "other": other}).stored()
     assert asked == [{}, {"mask": {torch.uint8}}]
+
+
+def test_a_compiled_step_makes_values_in_its_one_graph(tmp_path: Path) -> None:
+    of = experiment({"kind": "shapes", "size": SIZE, "count": 12})
+    trainer = Trainer(of, tmp_path / "run", REGISTRY, evaluated=False, device="cpu", on_message=lambda _: None)
+    torch._dynamo.reset()
+    counters.clear()
+    trainer.objective.compile(backend="aot_eager", dynamic=False)
+    batches, tally = trainer.batches(3), Tally(trainer.accelerator)
+    for _ in range(3):
+        trainer.advance(batches, tally)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
