@@ -80,6 +80,7 @@ def test_there_is_something_to_compare() -> None:
         "__getitem__",
         "varied",
         "without",
+        "stored",
         "describe",
         "fingerprint",
     }

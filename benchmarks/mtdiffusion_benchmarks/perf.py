@@ -10,7 +10,7 @@ import math
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import partial
 from importlib.metadata import version
@@ -20,8 +20,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from attrs import frozen
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -43,6 +45,7 @@ from mtdiffusion_benchmarks.timing import (
 from mtdiffusion_engine.data import Batch, ModalityData
 from mtdiffusion_engine.experiment import Experiment, structure_experiment
 from mtdiffusion_engine.optimisation import Average
+from mtdiffusion_engine.trainer import Trainer
 from mtdiffusion_registry import Registry, UserError
 from mtdiffusion_registry.config import apply_overrides, load_toml
 
@@ -218,6 +221,63 @@ def one_or_many(folder: Path, registry: Registry, setting: Setting) -> list[Cont
     ]
 
 
+def compiled_sampling(folder: Path, registry: Registry, setting: Setting) -> list[Contender]:
+    """Sampling with the network compiled beside the same sampling."""
+    contenders = []
+    for path in CONFIGS:
+        experiment = structure_experiment(load_toml(path), registry, str(path))
+        model = ours(experiment, folder / path.stem, registry, setting).model.eval()
+        against = f"{path.stem}, sampling"
+        for name, compile in ((against, False), (f"{against} compiled", True)):
+            settings = SamplerSettings(EVALUATIONS, "ancestral", compile=compile)
+            draw = partial(sample, model, SAMPLED, settings=settings)
+            contenders.append(Contender(name, draw, against if compile else "", images=SAMPLED))
+    return contenders
+
+
+def loading(folder: Path, registry: Registry, setting: Setting) -> list[Contender]:
+    """Batches of a folder of pictures and masks as they are stored, made values on the device, beside batches that were
+    values all the way."""
+    count, size, rng = 256, 64, np.random.default_rng(0)
+    for name, shape in (("image", (size, size, 3)), ("mask", (size, size))):
+        (folder / "data" / name).mkdir(parents=True)
+        for index in range(count):
+            pixels = rng.integers(0, 256 if name == "image" else 6, shape, np.uint8)
+            Image.fromarray(pixels).save(folder / "data" / name / f"{index:03d}.png")
+    tables = {
+        "data": {
+            "kind": "folder",
+            "root": str(folder / "data"),
+            "fields": {"image": "image", "mask": "mask"},
+            "test_fraction": 0,
+        },
+        "latent": {"height": 16, "width": 16},
+        "modalities": {
+            "image": {"kind": "image", "size": size},
+            "mask": {"kind": "mask", "size": size, "classes": 6},
+        },
+        "backbone": {"kind": "unet", "channels": 8, "multipliers": [1]},
+        "training": {"batch_size": 64},
+    }
+    experiment = structure_experiment(tables, registry, "loading")
+    contenders: list[Contender] = []
+    against = "batches that are values all the way"
+    for name in (against, "batches as they are stored"):
+        trainer = ours(experiment, folder / name, registry, setting)
+        if not contenders:
+            for modality in trainer.data.modalities.values():
+                modality.stored_dtypes = ()
+        turn = partial(_load, trainer, trainer.batches(10**6), torch.device(setting.device))
+        images = STEPS * experiment.training.batch_size
+        contenders.append(Contender(name, turn, against if contenders else "", images=images))
+    return contenders
+
+
+def _load(trainer: Trainer, batches: Iterator[Batch], device: torch.device) -> None:
+    for _ in range(STEPS):
+        trainer.data.values(next(batches).to(device))
+
+
 @frozen
 class Group:
     """Contenders that are timed in turn.
@@ -246,6 +306,8 @@ GROUPS: Mapping[str, Group] = {
     "peers: denoising-diffusion-pytorch": Group(
         peers.beside_denoising_diffusion, needs=("denoising_diffusion_pytorch", "ema_pytorch")
     ),
+    "compiled sampling": Group(compiled_sampling, memory=False),
+    "loading": Group(loading, memory=False),
     "start-up": Group(launching.contenders, memory=False),
 }
 """What is timed in turn, by title."""
@@ -365,6 +427,11 @@ def measure(
             for number, contender in enumerate(contenders if memory and group.memory else ()):
                 contender.memory = peak_memory(title, number, threads)
         result["ratios"][title] = ratios(contenders)
+        for row in result["ratios"][title]:
+            rate = "" if row["images_per_second"] is None else f", {row['images_per_second']:.1f} images a second"
+            say(
+                f"{row['what']}: {row['ratio']:.2f} of {row['against']}{rate}; the first turn took {row['first']:.1f} s"
+            )
         for contender in contenders:
             if (trainer := contender.trainer) is not None:
                 batch = trainer.data.batch(range(trainer.config.batch_size))

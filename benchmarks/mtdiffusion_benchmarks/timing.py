@@ -62,6 +62,7 @@ class Contender:
         against: the contender it is compared with; "" for one that others are compared with.
         target: the ratio that is wanted at most.
         seconds: of its turns.
+        first: seconds of the turn that warms up, which compiles what is compiled.
         memory: in MiB, see :func:`peak_memory`.
         trainer: of a contender whose work is counted.
         images: trained or sampled in a turn; 0 where that is not what is timed.
@@ -74,6 +75,7 @@ class Contender:
     against: str = ""
     target: float | None = None
     seconds: list[float] = field(factory=list)
+    first: float = 0.0
     memory: float | None = None
     trainer: Trainer | None = None
     images: int = 0
@@ -117,8 +119,11 @@ def race(contenders: Sequence[Contender], rounds: int, say: Callable[[str], None
             started = time.perf_counter()
             contender.turn()
             setting.wait()
+            seconds = time.perf_counter() - started
             if number:
-                contender.seconds.append(time.perf_counter() - started)
+                contender.seconds.append(seconds)
+            else:
+                contender.first = seconds
         say(f"round {number} of {rounds}")
 
 
@@ -139,6 +144,7 @@ def ratios(contenders: Sequence[Contender]) -> list[dict[str, Any]]:
                     "greatest": round(found[-1], 3),
                     "target": contender.target,
                     "seconds": round(statistics.median(contender.seconds), 4),
+                    "first": round(contender.first, 4),
                     "memory": _ratio(contender.memory, by_name[contender.against].memory),
                     "images_per_second": contender.images_per_second,
                     "parameters": contender.parameters or None,

@@ -194,6 +194,9 @@ class Modality(nn.Module, ABC):
     derived_by: str = ""
     """What :meth:`derive` depends on beside the configuration and the code, such as the weights of a frozen network:
     derived values are kept under it, so it changes whenever they do."""
+    stored_dtypes: Collection[torch.dtype] = ()
+    """Dtypes, none of them x's own, in which a data set may give what it stores in place of x. Batches are then small
+    on their way to the device, where :meth:`from_stored` makes x of them."""
 
     def __init__(self, encoder: Encoder, decoder: Decoder) -> None:
         super().__init__()
@@ -282,6 +285,19 @@ class Modality(nn.Module, ABC):
         """x ``[B, ...]`` as evaluators see it, by default as it is: where x stands for a picture, such as a latent of
         an autoencoder, the picture, float32 ``[B, channels, h, w]`` in [−1, 1] on the CPU."""
         return x
+
+    def from_stored(self, stored: Tensor) -> Tensor:
+        """x of what a data set stores, in x's shape ``[B, ...]``, one of :attr:`stored_dtypes` and on any device.
+
+        :meth:`Dataset.stored` says what the dtypes mean. Zeros, which stand for what samples lack, give a valid x. It
+        is compiled with the network, and does not wait for the device. By default as it is.
+        """
+        return stored
+
+    def check_stored(self, stored: Tensor) -> None:
+        """:meth:`check` of what a data set stores; by default of the x made of it, which takes longer than looking at
+        the stored values where these tell as much."""
+        self.check(self.from_stored(stored))
 
     def from_text(self, text: str) -> Tensor:
         """One x (no batch axis) from a text that a data set holds in its field: a caption, the name of a class.
@@ -406,6 +422,15 @@ class Dataset(ABC):
     def without(self, fields: Collection[str]) -> Dataset:
         """The same samples less these fields, which spares reading them where what was made of them is kept; by default
         itself."""
+        return self
+
+    def stored(self, dtypes: Mapping[str, Collection[torch.dtype]]) -> Dataset:
+        """The same samples, some of these fields as they are stored where that has one of these dtypes, by field; by
+        default itself, all fields as they are otherwise.
+
+        uint8 0..255 stands for float32 in [−1, 1], k for k/127.5 − 1, and a narrow integer for the same int64. What
+        other dtypes stand for is between a data set and the modality that takes them (:meth:`Modality.from_stored`).
+        """
         return self
 
     def describe(self, index: int, field: str | None = None) -> str:

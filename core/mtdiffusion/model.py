@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from copy import copy
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from mtdiffusion.clocks import SharedClock, check_path, clock_path
+from mtdiffusion.compiled import compiled
 from mtdiffusion.conditioning import Observation, pool_visibility
 from mtdiffusion.interfaces import Backbone, ClockLaw, Encoder, Modality, Params
 from mtdiffusion.layout import Layout
@@ -63,6 +65,9 @@ class MultimodalDiffusion(nn.Module):
         ValueError: if the modalities are not the layout's, or the law has clocks that the layout cannot.
     """
 
+    _network: Callable[..., Heads] | None = None  # of :meth:`compiled`: what computes in place of :meth:`heads`
+    _compiled: Callable[..., Heads] | None = None
+
     def __init__(
         self,
         modalities: Mapping[str, Modality],
@@ -100,7 +105,29 @@ class MultimodalDiffusion(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.process = self.process.to(self.device)  # its tables stay float64 whatever the module's dtype
+        self._compiled = None
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is compiled: a copy has weights of its own."""
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        state.pop("_compiled", None)
+        return state
+
+    def compiled(self, **options: Any) -> Self:
+        """The same model, weights and all, whose :meth:`heads` are compiled, for sampling and other use without
+        gradients.
+
+        They are compiled once, at the first call; later ones may differ in their batch, clocks and observations.
+
+        Args:
+            options: of torch.compile, the first time.
+        """
+        if self._compiled is None:
+            self._compiled = compiled(self.heads, self.device, **options)
+        view = copy(self)
+        view._network = self._compiled
+        return view
 
     @property
     def device(self) -> torch.device:
@@ -226,8 +253,13 @@ class MultimodalDiffusion(nn.Module):
         standing = self.process.standing(t, presence)
         if self.epsilon_head is not None:  # which is to tell the noise, at t = T too
             standing = standing._replace(hidden=torch.zeros_like(standing.hidden))
-        features = self.backbone(*self.layout.show(z, standing, observation, presence, self._readout))
-        params: dict[str, Params] = {n: self.modality(n).decoder(features) for n in self.names}
+        shown = self.layout.show(z, standing, observation, presence, self._readout)
+        return (self._network or self.heads)(*shown)
+
+    def heads(self, map: Tensor, noise: Tensor, vector: Tensor) -> Heads:
+        """What the network says of what a layout shows (:class:`mtdiffusion.layout.Shown`)."""
+        features = self.backbone(map, noise, vector)
+        params: dict[str, Params] = {n: dict(self.modality(n).decoder(features)) for n in self.names}
         return Heads(params, None if self.epsilon_head is None else self.epsilon_head(features.map))
 
     def complete(

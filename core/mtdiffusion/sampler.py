@@ -49,6 +49,7 @@ class SamplerSettings:
         conditioning: "observed": the network is shown what is observed. "replacement": it is not (for a model trained
             without; biased).
         draw: draw each modality from its final distribution instead of taking its mode.
+        compile: compile the network (torch.compile): up to some minutes at the first batch, faster ones after it.
     """
 
     steps: int = field(default=50, validator=ge(1))
@@ -61,6 +62,7 @@ class SamplerSettings:
         default="observed", validator=in_(("observed", "replacement"))
     )
     draw: bool = False
+    compile: bool = False
 
     def __attrs_post_init__(self) -> None:
         if self.eta > 0 and self.solver == "ancestral":
@@ -162,6 +164,7 @@ def sample(
             long that an ε head's errors would grow beyond all bounds.
     """
     settings = settings or SamplerSettings()
+    model = model.compiled() if settings.compile else model
     observed, visible, strength = dict(observed or {}), dict(visible or {}), dict(strength or {})
     wanted = set(model.names if generate is None else generate) | set(observed)
     _check_request(model, batch, observed, strength, wanted)

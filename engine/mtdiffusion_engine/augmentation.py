@@ -61,6 +61,14 @@ class Augmentation:
     moves: Mapping[str, str]
     coloured: tuple[str, ...]
 
+    @property
+    def blended(self) -> set[str]:
+        """Modalities whose values are computed anew, not only moved."""
+        cropped = (
+            {name for name, how in self.moves.items() if how == "image"} if self.config.crop is not None else set()
+        )
+        return cropped | set(self.coloured if self.config.colouring else ())
+
     @classmethod
     def of(cls, config: AugmentationConfig, modalities: Mapping[str, Modality]) -> Augmentation | None:
         """For these modalities; None if nothing is to be varied.

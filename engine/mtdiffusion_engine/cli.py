@@ -210,6 +210,11 @@ def _parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="draw from the final distributions instead of taking their modes",
     )
+    sample.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="compile the network first: up to some minutes, after which each batch is faster",
+    )
     sample.add_argument("--seed", type=_natural, default=0)
     setting(sample, of_a_run)
     on_device(sample)

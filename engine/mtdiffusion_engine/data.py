@@ -6,7 +6,7 @@ import hashlib
 import queue
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
 from typing import Literal, NamedTuple, TypeVar
@@ -43,7 +43,8 @@ class Batch:
     """Modalities by name.
 
     Attributes:
-        x: each ``[B, ...]``; a placeholder where a sample lacks it.
+        x: each ``[B, ...]``, a placeholder where a sample lacks it; or, on its way to the device, what is stored of it,
+            of which :func:`values_of` makes it.
         presence: ``[B, N]``, 0 where it does.
     """
 
@@ -58,6 +59,15 @@ class Batch:
     def pin_memory(self) -> Batch:
         """The batch in memory from which a GPU copies by itself."""
         return Batch({name: value.pin_memory() for name, value in self.x.items()}, self.presence.pin_memory())
+
+
+def values_of(modalities: Mapping[str, Modality], x: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """x by name, where it is: made of what is stored by those modalities that are given it so
+    (:meth:`mtdiffusion.Modality.from_stored`)."""
+    return {
+        name: modalities[name].from_stored(value) if value.dtype in modalities[name].stored_dtypes else value
+        for name, value in x.items()
+    }
 
 
 @frozen(eq=False)
@@ -178,10 +188,25 @@ class ModalityData:
             others = {field for name, field in fields.items() if name not in self.source.derived}
             unread = set(fields.values()) - others
             self.source = evolve(self.source, dataset=dataset.without(unread))
+        self._forms = dict[str, torch.dtype]()  # in which the modalities that are given as they are stored come
 
     def has(self, name: str) -> bool:
         """Whether any sample has a modality."""
         return name in self._found
+
+    def stored(self, blended: Collection[str] = ()) -> Source:
+        """The source, with values as they are stored wherever the data set and the modality can do with that.
+
+        Args:
+            blended: modalities of which new values will be computed, and which are therefore not to be stored ones.
+        """
+        dtypes: dict[str, set[torch.dtype]] = {}
+        for name, field in self.source.fields.items():
+            if name not in self.source.derived:
+                taken = set() if name in blended else set(self.modalities[name].stored_dtypes)
+                dtypes[field] = dtypes.get(field, taken) & taken
+        dataset = self.source.dataset.stored({field: taken for field, taken in dtypes.items() if taken})
+        return evolve(self.source, dataset=dataset)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -264,8 +289,11 @@ class ModalityData:
                 except ValueError as error:
                     raise UserError(f"{self.what}: modality {name!r}: {error}") from error
 
-    def collate(self, gathered: Gathered) -> Batch:
+    def collate(self, gathered: Gathered, *, stored: bool = False) -> Batch:
         """A checked batch; samples that lack a modality get a placeholder and presence 0.
+
+        Args:
+            stored: whether it was gathered from :meth:`stored`, and is to stay as it is stored.
 
         Raises:
             UserError: if what is there has the wrong shape, dtype or range, or is not finite; the message names the
@@ -276,43 +304,64 @@ class ModalityData:
         presence = torch.zeros(count, len(self.modalities))
         for place, (name, modality) in enumerate(self.modalities.items()):
             rows, found = gathered.values[name]
-            values = self._checked(name, [gathered.indices[row] for row in rows], found) if rows else None
+            values = self._checked(name, [gathered.indices[row] for row in rows], found, stored) if rows else None
             presence[rows, place] = 1
+            if values is not None and values.dtype != self.dtypes[name]:
+                self._forms[name] = values.dtype
             if values is None or len(rows) < count:
                 filled = modality.placeholder(count)
+                form = self._forms.get(name) if values is None else values.dtype
+                if form not in (None, filled.dtype):  # a batch whose samples all lack it is like the others, too
+                    filled = torch.zeros(filled.shape, dtype=form)
                 if values is not None:
-                    filled[rows] = values.to(filled.dtype)
+                    filled[rows] = values
                 values = filled
             x[name] = values
         return Batch(x, presence)
 
-    def _checked(self, name: str, indices: Sequence[int], found: Tensor | list[Tensor | str]) -> Tensor:
-        """Values ``[n, ...]`` that the modality takes."""
-        if not isinstance(found, Tensor):
-            tensors = [
-                self._tensor(name, value, index) if isinstance(value, str) else value
-                for index, value in zip(indices, found, strict=True)
-            ]
-            for index, value in zip(indices, tensors, strict=True):  # each alone, as they may differ in shape
-                self._check(name, value[None], [index])
-            found = torch.stack(tensors)
-        self._check(name, found, indices)
-        return found
+    def _checked(self, name: str, indices: Sequence[int], found: Tensor | list[Tensor | str], stored: bool) -> Tensor:
+        """Values ``[n, ...]`` that the modality takes, or what is stored of them."""
+        modality = self.modalities[name]
+        if isinstance(found, Tensor):
+            if stored and found.dtype in modality.stored_dtypes:
+                self._check(name, found, indices, modality.check_stored)
+            else:
+                self._check(name, found, indices)
+            return found
+        tensors = []
+        for index, value in zip(indices, found, strict=True):
+            if isinstance(value, str):
+                value = self._tensor(name, value, index)
+            elif stored:  # some are, and others not
+                value = values_of(self.modalities, {name: value[None]})[name][0]
+            self._check(name, value[None], [index])  # each alone, as they may differ in shape
+            tensors.append(value)
+        return torch.stack(tensors)
 
-    def _check(self, name: str, values: Tensor, indices: Sequence[int]) -> None:
+    def _check(
+        self, name: str, values: Tensor, indices: Sequence[int], check: Callable[[Tensor], None] | None = None
+    ) -> None:
+        """Check values, or by another check what is stored of them."""
         try:
+            if check is not None:
+                check(values)
+                return
             self.modalities[name].check(values)
             if values.dtype != self.dtypes[name]:  # a lenient check lets it pass, and the model cannot take it
                 raise ValueError(f"expected {self.dtypes[name]}, as of its placeholder, found {values.dtype}")
         except (ValueError, RuntimeError) as error:
             if len(indices) > 1:  # which is it?
                 for index, value in zip(indices, values, strict=True):
-                    self._check(name, value[None], [index])
+                    self._check(name, value[None], [index], check)
             raise self._wrong(indices[0], name, error) from error
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """The samples of these indices."""
         return self.collate(self.source.gather(indices))
+
+    def values(self, batch: Batch) -> Batch:
+        """A batch of what is stored as one of values, on its device."""
+        return Batch(values_of(self.modalities, batch.x), batch.presence)
 
     def verify(self, chunk: int = 256) -> None:
         """Look through all samples, so that a bad one is known before any work depends on it.
@@ -510,7 +559,7 @@ class _Batches:
 def training_batches(
     data: ModalityData, sampler: StepSampler, workers: int, augmentation: Augmentation | None = None
 ) -> Iterator[Batch]:
-    """Batches in the sampler's order.
+    """Batches in the sampler's order, of what is stored where that can be: :func:`values_of` makes values of it.
 
     Args:
         augmentation: of the samples; what it and the data set draw follows from the sampler's seed and the sample's
@@ -519,8 +568,9 @@ def training_batches(
     Raises:
         UserError: as :meth:`ModalityData.batch`.
     """
+    source = data.stored(augmentation.blended if augmentation is not None else ())
     loader: DataLoader[Gathered | UserError] = DataLoader(
-        _Batches(evolve(data.source, augmentation=augmentation, seed=sampler.seed)),  # type: ignore[arg-type]
+        _Batches(evolve(source, augmentation=augmentation, seed=sampler.seed)),  # type: ignore[arg-type]
         sampler=sampler,
         batch_size=None,  # the sampler's items are whole batches
         collate_fn=_as_it_is,  # type: ignore[arg-type]
@@ -531,7 +581,7 @@ def training_batches(
     for gathered in loader:
         if isinstance(gathered, UserError):
             raise gathered
-        yield data.collate(gathered)
+        yield data.collate(gathered, stored=True)
 
 
 def _as_it_is(gathered: Gathered | UserError) -> Gathered | UserError:

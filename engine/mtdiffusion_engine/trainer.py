@@ -40,6 +40,7 @@ from mtdiffusion_engine.data import (
     load_watched,
     made_ahead,
     training_batches,
+    values_of,
 )
 from mtdiffusion_engine.environment import choose_device, ignored_variables, without_training_variables
 from mtdiffusion_engine.experiment import (
@@ -72,7 +73,8 @@ class Diverged(UserError):
 class Objective(nn.Module):
     """The composite loss as a module, so that distributed wrappers see one forward with every parameter in it.
 
-    It returns the mean loss ``[]`` and, for a log, sums and counts by name (:meth:`LossTerms.sums`).
+    x may be what is stored of it (:func:`values_of`). It returns the mean loss ``[]`` and, for a log, sums and counts
+    by name (:meth:`LossTerms.sums`).
     """
 
     def __init__(self, model: MultimodalDiffusion, weights: LossWeights) -> None:
@@ -83,6 +85,7 @@ class Objective(nn.Module):
     def forward(
         self, x: Mapping[str, Tensor], presence: Tensor, visible: Tensor, draws: Draws
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        x = values_of(self.model.modalities, x)  # type: ignore[arg-type]  # it holds modalities
         terms = composite_loss(self.model, x, self.weights, visible=visible, presence=presence, draws=draws)
         return terms.total.mean(), terms.sums()
 

@@ -47,6 +47,7 @@ class ImageField(FieldConfig):
     suffixes: ClassVar[tuple[str, ...]] = SUFFIXES
     spatial: ClassVar[bool] = True
     encoded: ClassVar[bool] = True
+    plain: ClassVar[bool] = True
 
     channels: Literal[1, 3] = field(default=3, validator=in_((1, 3)))
 
@@ -79,6 +80,7 @@ class MaskField(FieldConfig):
     suffixes: ClassVar[tuple[str, ...]] = SUFFIXES
     spatial: ClassVar[bool] = True
     encoded: ClassVar[bool] = True
+    plain: ClassVar[bool] = True
 
     colours: tuple[str, ...] = field(default=())
     ignore: int | None = None

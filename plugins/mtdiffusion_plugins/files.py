@@ -64,8 +64,10 @@ def read_pixels(picture: Image.Image, channels: int) -> Tensor:
 
 
 def from_levels(pixels: Tensor) -> Tensor:
-    """Values 0..255 as float32 in [−1, 1]."""
-    return pixels.to(torch.float32).div_(127.5).sub_(1)
+    """Values 0..255 as float32 in [−1, 1], the same to the bit on every device."""
+    # Divided by a tensor: by a number, CUDA would multiply with its reciprocal, which rounds otherwise.
+    half = torch.full((), 127.5, device=pixels.device)
+    return pixels.to(torch.float32).div_(half).sub_(1)
 
 
 def read_mask(path: Path, size: Size, *, resize: bool = True) -> Tensor:

@@ -172,15 +172,20 @@ SIZE_HINT = "; set size of the modality to the data's, or size of the data set t
 def check_batch(what: str, x: Tensor, shape: tuple[int, ...], *, floating: bool, hint: str = "") -> None:
     """Raise ``ValueError`` unless x is ``[B, *shape]``, floating and finite or else int64, as asked."""
     kind = "a floating-point dtype" if floating else "int64"
-    if tuple(x.shape[1:]) != shape or x.ndim != len(shape) + 1:
-        raise ValueError(
-            f"{what}: expected shape [batch{''.join(f', {n}' for n in shape)}], found {list(x.shape)}{hint}"
-        )
+    check_shape(what, x, shape, hint)
     if x.is_floating_point() != floating or (not floating and x.dtype != torch.int64):
         raise ValueError(f"{what}: expected {kind}, found {x.dtype}")
     if floating and not bool(x.isfinite().all()):
         bad = (~x.isfinite()).flatten(1).any(1).nonzero()[:, 0].tolist()
         raise ValueError(f"{what}: expected finite values, found NaN or infinity in samples {bad[:5]} of the batch")
+
+
+def check_shape(what: str, x: Tensor, shape: tuple[int, ...], hint: str = "") -> None:
+    """Raise ``ValueError`` unless x is ``[B, *shape]``."""
+    if tuple(x.shape[1:]) != shape or x.ndim != len(shape) + 1:
+        raise ValueError(
+            f"{what}: expected shape [batch{''.join(f', {n}' for n in shape)}], found {list(x.shape)}{hint}"
+        )
 
 
 def check_range(what: str, x: Tensor, low: float, high: float) -> None:

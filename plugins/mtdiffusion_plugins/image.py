@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from mtdiffusion import Decoder, Encoder, Features, FeatureSpec, InputSpec, LatentSpec, Modality, Params
 from mtdiffusion.loss import low_before_high
-from mtdiffusion_plugins.files import read_image, write_image
+from mtdiffusion_plugins.files import from_levels, read_image, write_image
 from mtdiffusion_plugins.heads import (
     SIZE_HINT,
     MapHead,
@@ -24,6 +24,7 @@ from mtdiffusion_plugins.heads import (
     check_batch,
     check_channels,
     check_range,
+    check_shape,
     discretised_gaussian_nll,
     gaussian_objective,
     patch_channels,
@@ -117,6 +118,7 @@ class ImageModality(Modality):
 
     moves = "image"
     coloured = True
+    stored_dtypes = (torch.uint8,)
 
     def __init__(self, encoder: Encoder, decoder: Decoder, config: ImageConfig, shape: tuple[int, int, int]) -> None:
         super().__init__(encoder, decoder)
@@ -128,6 +130,12 @@ class ImageModality(Modality):
     def check(self, x: Tensor) -> None:
         check_batch("image", x, self.shape, floating=True, hint=SIZE_HINT)
         check_range("image", x, -1.001, 1.001)
+
+    def from_stored(self, stored: Tensor) -> Tensor:
+        return from_levels(stored)
+
+    def check_stored(self, stored: Tensor) -> None:
+        check_shape("image", stored, self.shape, SIZE_HINT)  # any level is in the range
 
     def placeholder(self, batch: int) -> Tensor:
         return torch.zeros(batch, *self.shape)

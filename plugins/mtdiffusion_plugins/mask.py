@@ -17,7 +17,15 @@ from torch.nn import functional as F
 from mtdiffusion import Decoder, Encoder, Features, FeatureSpec, InputSpec, LatentSpec, Modality, Params
 from mtdiffusion.loss import low_before_high
 from mtdiffusion_plugins.files import VOID_COLOUR, colour_of_class, read_mask, write_mask
-from mtdiffusion_plugins.heads import SIZE_HINT, MapHead, check_batch, check_channels, patch_channels, picture_size
+from mtdiffusion_plugins.heads import (
+    SIZE_HINT,
+    MapHead,
+    check_batch,
+    check_channels,
+    check_shape,
+    patch_channels,
+    picture_size,
+)
 from mtdiffusion_plugins.metrics.calibration import expected_calibration_error
 from mtdiffusion_plugins.sizes import Size, positive_size
 from mtdiffusion_registry.configs import ModalityConfig
@@ -131,6 +139,7 @@ class MaskModality(Modality):
     )
 
     moves = "mask"
+    stored_dtypes = (torch.uint8, torch.int16, torch.int32)
 
     def __init__(self, encoder: Encoder, decoder: Decoder, config: MaskConfig, sizes: tuple[int, int]) -> None:
         super().__init__(encoder, decoder)
@@ -145,6 +154,16 @@ class MaskModality(Modality):
 
     def check(self, x: Tensor) -> None:
         check_batch("mask", x, self.sizes, floating=False, hint=SIZE_HINT)
+        self._check_classes(x)
+
+    def from_stored(self, stored: Tensor) -> Tensor:
+        return stored.long()
+
+    def check_stored(self, stored: Tensor) -> None:
+        check_shape("mask", stored, self.sizes, SIZE_HINT)
+        self._check_classes(stored)
+
+    def _check_classes(self, x: Tensor) -> None:
         known = x if self.ignore is None else x[x != self.ignore]
         if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < self.classes:
             odd = torch.unique(known)

@@ -141,6 +141,8 @@ class FieldConfig(Config):
             (:class:`mtdiffusion_registry.pictures.Encoded`), as those do that open pictures by
             :func:`mtdiffusion_registry.pictures.open_picture` alone. Of others, what a table holds as a file's bytes is
             written to a temporary file first.
+        plain: whether what :meth:`read` gives may be handed on in place of the value, as it stands for it by the
+            conventions of :meth:`mtdiffusion.interfaces.Dataset.stored`.
     """
 
     group: ClassVar[str] = "field"
@@ -149,6 +151,7 @@ class FieldConfig(Config):
     arrays: ClassVar[bool] = False
     spatial: ClassVar[bool] = False
     encoded: ClassVar[bool] = False
+    plain: ClassVar[bool] = False
 
     @property
     def folder_of(self) -> str | None:

@@ -43,6 +43,7 @@ STAGES: Mapping[str, Stage] = {
     "speed": Stage("mtdiffusion_benchmarks.gpu.speed", 110, 20),
     "dit": Stage("mtdiffusion_benchmarks.gpu.dit", 150, 30),
     "modalities": Stage("mtdiffusion_benchmarks.gpu.modalities", 60, 20),
+    "sampling": Stage("mtdiffusion_benchmarks.gpu.sampling", 90, 20),
     "cifar": Stage("mtdiffusion_benchmarks.gpu.cifar", 360, 150),
 }
 """By name, those worth most first."""

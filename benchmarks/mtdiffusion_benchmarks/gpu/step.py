@@ -168,7 +168,7 @@ def _exactness(setting: Setting, precision: str, compiled: bool) -> dict[str, An
     for _ in range(2 if setting.tiny else 20):  # a fresh network's last layers are zeros
         turn()
     device = trainer.accelerator.device
-    batch = next(trainer.batches(10**7)).to(device)
+    batch = trainer.data.values(next(trainer.batches(10**7)).to(device))
     visible, draws = trainer.chance.draw(trainer.step, 0, len(batch.presence))
     visible, draws = visible.to(device), Draws(*(each.to(device) for each in draws))
     objective = Objective(trainer.model.eval(), trainer.experiment.loss)  # dropout is off

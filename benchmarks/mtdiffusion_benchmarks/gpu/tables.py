@@ -14,13 +14,15 @@ Figures = Mapping[str, Any]
 
 def tables(folder: Path) -> dict[str, str]:
     """By the name of their place in the documents, from a folder of the stages' JSON."""
-    kept = {stage: _measured(folder / f"{stage}.json") for stage in ("step", "speed", "dit", "modalities", "cifar")}
+    stages = ("step", "speed", "dit", "modalities", "sampling", "cifar")
+    kept = {stage: _measured(folder / f"{stage}.json") for stage in stages}
     return {
         "gpu: device": _device(kept["step"].get("device")),
         "gpu: step": _step(kept["step"]),
         "gpu: speed": _speed(kept["speed"]),
         "gpu: dit": _dit(kept["dit"]),
         "gpu: modalities": _modalities(kept["modalities"]),
+        "gpu: sampling": _sampling(kept["sampling"]),
         "gpu: cifar": _cifar(kept["cifar"]),
     }
 
@@ -115,6 +117,24 @@ def _modalities(parts: Mapping[str, Figures]) -> str:
             cells.append(f"{both:.2f}" if both else MISSING)
         count = 1 if name == "image alone" else int(name.split()[2]) + 1
         lines.append(f"| {name} | {count} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _sampling(parts: Mapping[str, Figures]) -> str:
+    lines = [
+        "| samples | images/s | compiled | its first batches | graphs | largest difference |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in ("1 at a time", "16 at a time", "256 at a time"):
+        compiled = parts.get(name + _COMPILED)
+        cells = [
+            _cell(parts.get(name), "images_per_second", show=_rate),
+            _cell(compiled, "images_per_second", show=_rate),
+            _cell(compiled, "first", show="{:.0f} s".format),
+            _cell(compiled, "graphs", show=str),
+            _cell(compiled, "difference", show="{:.0e}".format),
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -160,7 +160,7 @@ def _gradient(problem: Problem, module: M, loss: Loss[M], batches: Iterator[Batc
         seed = derive_seed(config.seed, step, part, 0)
         torch.manual_seed(seed)  # dropout draws from the global generator
         with _precision(config, device):
-            terms = loss(module, next(batches).to(device), torch.Generator().manual_seed(seed))
+            terms = loss(module, problem.train.values(next(batches).to(device)), torch.Generator().manual_seed(seed))
         mean = terms["loss"] / config.accumulate
         _require_finite(problem, "loss", mean.item(), step)
         mean.backward()  # type: ignore[no-untyped-call]

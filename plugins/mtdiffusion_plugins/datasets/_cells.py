@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from attrs import Attribute, frozen
+from attrs import Attribute, field, frozen
 from PIL import Image
 from torch import Tensor
 
+from mtdiffusion_plugins.datasets._decoded import given
 from mtdiffusion_plugins.fields import FIELDS
 from mtdiffusion_registry.cache import config_key
 from mtdiffusion_registry.configs import FieldConfig
@@ -73,12 +74,15 @@ class Cells:
         columns: the column that each is read from.
         size: height and width of pictures; None: as they are.
         optional: fields that a sample may lack.
+        taken: by field, dtypes of what is stored that are given as they are
+            (:meth:`mtdiffusion.interfaces.Dataset.stored`).
     """
 
     fields: Mapping[str, FieldConfig]
     columns: Mapping[str, str]
     size: tuple[int, int] | None
     optional: Collection[str]
+    taken: Mapping[str, Collection[torch.dtype]] = field(factory=dict)
 
     @classmethod
     def of(
@@ -132,6 +136,8 @@ class Cells:
                 if spatial > 1 and each.spatial and isinstance(content, Path | Encoded):
                     self._require_aligned(name, each, content, frames)
                 value = _read(each, content, self.size if each.spatial else None, where)
+                if isinstance(value, Tensor):
+                    value = given(each, value, self.taken.get(name, ()))
             except UserError:
                 raise
             except (ValueError, OSError) as error:
@@ -192,15 +198,14 @@ def _plain(content: Any, field: FieldConfig, where: str) -> Any:
 
 
 def _read(field: FieldConfig, content: Any, size: tuple[int, int] | None, where: str) -> Tensor | str | None:
+    """What a cell stores."""
     if isinstance(content, Path | Encoded):
-        stored: Tensor | str | None = _read_file(field, content, size, where)
-    elif content is None:
+        return _read_file(field, content, size, where)
+    if content is None:
         return None
-    elif field.cells or field.arrays:
-        stored = field.parse(content)
-    else:
-        raise ValueError(f"expected the bytes of a file ({', '.join(field.suffixes)}), found {type(content).__name__}")
-    return field.value(stored) if isinstance(stored, Tensor) else stored
+    if field.cells or field.arrays:
+        return field.parse(content)
+    raise ValueError(f"expected the bytes of a file ({', '.join(field.suffixes)}), found {type(content).__name__}")
 
 
 def _read_file(field: FieldConfig, source: Source, size: tuple[int, int] | None, where: str) -> Tensor | str:

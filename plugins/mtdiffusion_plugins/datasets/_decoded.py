@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from itertools import islice
@@ -37,6 +37,11 @@ _PART, _AHEAD = 32, 32  # files, and how many times as many are under way
 _SHOWN = 5  # of files that cannot be read
 
 
+def given(field: FieldConfig, stored: Tensor, dtypes: Collection[torch.dtype]) -> Tensor:
+    """What a field stores where it is plain and has one of these dtypes, otherwise its value."""
+    return stored if field.plain and stored.dtype in dtypes else field.value(stored)
+
+
 @attrs.frozen(eq=False)
 class Decoded:
     """Values of files by place in a list of them.
@@ -44,6 +49,7 @@ class Decoded:
     Attributes:
         key: of the files and how they are read.
         array: ``[n, ...]``, mapped from disk; None: decoded at each access.
+        taken: dtypes of what is stored that are given as they are (:meth:`mtdiffusion.interfaces.Dataset.stored`).
     """
 
     field: FieldConfig
@@ -51,20 +57,25 @@ class Decoded:
     size: tuple[int, int] | None
     key: str
     array: np.ndarray | None
+    taken: Collection[torch.dtype] = ()
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, place: int) -> Tensor:
         if self.array is not None:
-            return self.field.value(torch.from_numpy(self.array[place].copy()))
+            return given(self.field, torch.from_numpy(self.array[place].copy()), self.taken)
         stored = _read(self.field, self.paths[place], self.size)
         assert isinstance(stored, Tensor)  # seen when it was decoded first
-        return self.field.value(stored)
+        return given(self.field, stored, self.taken)
+
+    def stored(self, dtypes: Collection[torch.dtype]) -> Decoded:
+        """The same values, as they are stored where that has one of these dtypes."""
+        return attrs.evolve(self, taken=tuple(dtypes))
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is mapped: a worker process maps it again."""
-        state = {name: getattr(self, name) for name in ("field", "paths", "size", "key")}
+        state = {name: getattr(self, name) for name in ("field", "paths", "size", "key", "taken")}
         return {**state, "mapped": self.array is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from copy import copy
 from typing import Literal
 
 import numpy as np
@@ -11,27 +12,48 @@ import torch
 from torch import Tensor
 
 from mtdiffusion.interfaces import Dataset
+from mtdiffusion_plugins.files import from_levels
 
 
 class TensorDataset(Dataset):
     """A data set of columns: tensors ``[len, ...]`` and lists of str, all of one length.
 
+    Args:
+        fields: columns by name. A uint8 one stands for levels of float32 in [−1, 1] or for int64.
+        levels: which of them are levels.
+
     Raises:
         ValueError: if there is no column, or if their lengths differ.
     """
 
-    def __init__(self, fields: Mapping[str, Tensor | Sequence[str]]) -> None:
+    def __init__(self, fields: Mapping[str, Tensor | Sequence[str]], levels: Collection[str] = ()) -> None:
         lengths = {name: len(column) for name, column in fields.items()}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"a data set needs columns of one length, got {lengths}")
         self.fields = dict(fields)
         self._length = next(iter(lengths.values()))
+        self._levels = levels
+        self._stored = {
+            name: column.dtype
+            for name, column in fields.items()
+            if isinstance(column, Tensor) and column.dtype == torch.uint8
+        }
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
-        return {name: column[index] for name, column in self.fields.items()}
+        sample = {name: column[index] for name, column in self.fields.items()}
+        for name in self._stored:
+            stored = sample[name]
+            assert isinstance(stored, Tensor)
+            sample[name] = from_levels(stored) if name in self._levels else stored.long()
+        return sample
+
+    def stored(self, dtypes: Mapping[str, Collection[torch.dtype]]) -> TensorDataset:
+        other = copy(self)
+        other._stored = {name: dtype for name, dtype in self._stored.items() if dtype not in dtypes.get(name, ())}
+        return other
 
 
 def generators(seed: int, split: Literal["train", "test"], count: int) -> Iterator[np.random.Generator]:
@@ -40,6 +62,6 @@ def generators(seed: int, split: Literal["train", "test"], count: int) -> Iterat
     return (np.random.default_rng([seed, 0 if split == "train" else 1, index]) for index in range(count))
 
 
-def from_uint8(pixels: npt.NDArray[np.uint8]) -> Tensor:
-    """Pictures ``[..., h, w, C]`` in 0..255 as float32 ``[..., C, h, w]`` in [−1, 1]."""
-    return torch.from_numpy(pixels).movedim(-1, -3).to(torch.float32).div_(127.5).sub_(1).contiguous()
+def channels_first(pixels: npt.NDArray[np.uint8]) -> Tensor:
+    """Pictures ``[..., h, w, C]`` as uint8 ``[..., C, h, w]``."""
+    return torch.from_numpy(pixels).movedim(-1, -3).contiguous()

@@ -107,7 +107,7 @@ class DigitsConfig(DatasetConfig):
         return TensorDataset(
             {
                 "image": pixels * 2 - 1,
-                "mask": (pixels[:, 0] >= 0.5).to(torch.int64),
+                "mask": (pixels[:, 0] >= 0.5).to(torch.uint8),
                 "label": label,
                 "caption": [caption(*row) for row in rows],
             }

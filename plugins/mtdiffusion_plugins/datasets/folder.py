@@ -9,6 +9,7 @@ import unicodedata
 import zipfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import ClassVar, Literal
@@ -112,6 +113,16 @@ class FolderDataset(Dataset):
 
     def without(self, fields: Collection[str]) -> FolderDataset:
         return FolderDataset(self.stems, {name: each for name, each in self._columns.items() if name not in fields})
+
+    def stored(self, dtypes: Mapping[str, Collection[torch.dtype]]) -> FolderDataset:
+        other = copy(self)
+        other._columns = {
+            name: attrs.evolve(column, values=column.values.stored(dtypes.get(name, ())))
+            if isinstance(column.values, Decoded)
+            else column
+            for name, column in self._columns.items()
+        }
+        return other
 
     def describe(self, index: int, field: str | None = None) -> str:
         stem = self.stems[index]

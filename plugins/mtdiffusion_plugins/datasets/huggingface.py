@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 import attrs
 import numpy as np
+import torch
 from attrs import field, frozen
 from attrs.validators import and_, deep_mapping, ge, instance_of, le, min_len
 from torch import Tensor
@@ -60,6 +61,11 @@ class HuggingFaceDataset(Dataset):
         other._cells = attrs.evolve(
             self._cells, fields={name: each for name, each in self._cells.fields.items() if name not in fields}
         )
+        return other
+
+    def stored(self, dtypes: Mapping[str, Collection[torch.dtype]]) -> HuggingFaceDataset:
+        other = copy(self)
+        other._cells = attrs.evolve(self._cells, taken=dtypes)
         return other
 
     def _row(self, index: int) -> dict[str, Any]:

@@ -13,10 +13,11 @@ import os
 import warnings
 from bisect import bisect_right
 from collections.abc import Collection, Mapping
+from copy import copy
 from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, ClassVar, Literal
 
 import attrs
@@ -80,8 +81,14 @@ def _encoded(value: Tensor | str) -> tuple[str, Tensor]:
     return str(value.dtype).removeprefix("torch."), value
 
 
-def decode(stored: Mapping[str, Tensor]) -> dict[str, Tensor | str]:
+def decode(
+    stored: Mapping[str, Tensor], taken: Mapping[str, Collection[torch.dtype]] = MappingProxyType({})
+) -> dict[str, Tensor | str]:
     """The sample of what :func:`encode` gave.
+
+    Args:
+        taken: by field, dtypes of what is stored that are given as they are
+            (:meth:`mtdiffusion.interfaces.Dataset.stored`).
 
     Raises:
         ValueError: if it is none.
@@ -91,6 +98,8 @@ def decode(stored: Mapping[str, Tensor]) -> dict[str, Tensor | str]:
         form, _, name = key.partition("/")
         if form == "text":
             sample[name] = tensor.numpy().tobytes().decode(errors="surrogateescape")
+        elif form in ("levels", "int64") and tensor.dtype in taken.get(name, ()):
+            sample[name] = tensor
         elif form == "levels":
             sample[name] = from_levels(tensor)
         elif isinstance(dtype := getattr(torch, form, None), torch.dtype):
@@ -191,6 +200,7 @@ class LitDataDataset(Dataset):
 
     def __init__(self, shards: _Shards, cells: Cells | None, fingerprint: str | None) -> None:
         self._shards, self._cells, self.fingerprint = shards, cells, fingerprint
+        self._taken: Mapping[str, Collection[torch.dtype]] = {}
 
     def __len__(self) -> int:
         return len(self._shards)
@@ -202,9 +212,15 @@ class LitDataDataset(Dataset):
             self._cells.require_columns(row, self._shards.where)
             return self._cells.sample(row)
         try:
-            return decode(load(bytes(content)))
+            return decode(load(bytes(content)), self._taken)
         except (SafetensorError, TypeError, ValueError) as error:
             raise UserError(f"{self._shards.shard(index)} of {self._shards.where}: is damaged ({error})") from error
+
+    def stored(self, dtypes: Mapping[str, Collection[torch.dtype]]) -> LitDataDataset:
+        other = copy(self)
+        other._taken = dtypes
+        other._cells = self._cells and attrs.evolve(self._cells, taken=dtypes)
+        return other
 
     def describe(self, index: int, field: str | None = None) -> str:
         return f"sample {index} of {self._shards.where} ({self._shards.shard(index)})"

@@ -11,7 +11,7 @@ from attrs import field, frozen
 from attrs.validators import and_, ge, le
 
 from mtdiffusion.interfaces import Dataset
-from mtdiffusion_plugins.datasets._tensors import TensorDataset, from_uint8, generators
+from mtdiffusion_plugins.datasets._tensors import TensorDataset, channels_first, generators
 from mtdiffusion_registry.configs import DatasetConfig
 from mtdiffusion_registry.hookspecs import hookimpl
 
@@ -113,10 +113,11 @@ class PhotosConfig(DatasetConfig):
             captions.append(f"{view} of {list(PHOTOGRAPHS.values())[which]}")
         return TensorDataset(
             {
-                "image": from_uint8(images),
+                "image": channels_first(images),
                 "label": torch.arange(count) % len(strips),
                 "caption": captions,
-            }
+            },
+            levels=("image",),
         )
 
 

@@ -13,7 +13,7 @@ from attrs import field, frozen
 from attrs.validators import ge
 
 from mtdiffusion.interfaces import Dataset
-from mtdiffusion_plugins.datasets._tensors import TensorDataset, from_uint8, generators
+from mtdiffusion_plugins.datasets._tensors import TensorDataset, channels_first, generators
 from mtdiffusion_registry.configs import DatasetConfig
 from mtdiffusion_registry.hookspecs import hookimpl
 
@@ -283,7 +283,7 @@ class ScenesConfig(DatasetConfig):
     def build(self, split: Literal["train", "test"]) -> Dataset:
         count = self.count if split == "train" else self.test_count
         image = np.empty((count, self.size, self.size, 3), np.uint8)
-        mask = np.empty((count, self.size, self.size), np.int64)
+        mask = np.empty((count, self.size, self.size), np.uint8)
         label = np.empty(count, np.int64)
         captions = []
         for index, rng in enumerate(generators(self.seed, split, count)):
@@ -294,11 +294,12 @@ class ScenesConfig(DatasetConfig):
             captions.append(seen.caption)
         return TensorDataset(
             {
-                "image": from_uint8(image),
+                "image": channels_first(image),
                 "mask": torch.from_numpy(mask),
                 "label": torch.from_numpy(label),
                 "caption": captions,
-            }
+            },
+            levels=("image",),
         )
 
 

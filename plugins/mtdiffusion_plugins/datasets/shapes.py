@@ -13,7 +13,7 @@ from attrs import field, frozen
 from attrs.validators import ge
 
 from mtdiffusion.interfaces import Dataset
-from mtdiffusion_plugins.datasets._tensors import TensorDataset, from_uint8, generators
+from mtdiffusion_plugins.datasets._tensors import TensorDataset, channels_first, generators
 from mtdiffusion_registry.configs import DatasetConfig
 from mtdiffusion_registry.hookspecs import hookimpl
 
@@ -266,7 +266,7 @@ class ShapesConfig(DatasetConfig):
         count = self.count if split == "train" else self.test_count
         day = np.empty((count, self.size, self.size, 3), np.uint8)
         night = np.empty_like(day)
-        mask = np.empty((count, self.size, self.size), np.int64)
+        mask = np.empty((count, self.size, self.size), np.uint8)
         label = np.empty(count, np.int64)
         captions = []
         for index, rng in enumerate(generators(self.seed, split, count)):
@@ -279,12 +279,13 @@ class ShapesConfig(DatasetConfig):
             captions.append(caption(shapes))
         return TensorDataset(
             {
-                "image": from_uint8(day),
-                "night": from_uint8(night),
+                "image": channels_first(day),
+                "night": channels_first(night),
                 "mask": torch.from_numpy(mask),
                 "label": torch.from_numpy(label),
                 "caption": captions,
-            }
+            },
+            levels=("image", "night"),
         )
 
 

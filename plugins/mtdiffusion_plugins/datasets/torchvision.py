@@ -6,7 +6,8 @@ ImageFolder (and so ImageNet, also at 64 × 64), CIFAR-10, PASCAL VOC 2012 and C
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -56,6 +57,7 @@ class TorchvisionDataset(Dataset):
     ) -> None:
         self.source, self.to_classes = source, to_classes
         self._images, (self._name, self._second) = images, second
+        self._levels = False  # whether pictures in memory are given as they are
         digest = hashlib.sha256(str(to_classes.tolist() if to_classes is not None else None).encode())
         for part in (images, self._second):
             digest.update(part.key.encode() if isinstance(part, Decoded) else part.numpy().tobytes())
@@ -66,9 +68,21 @@ class TorchvisionDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
         image, second = self._images[index], self._second[index]
-        if not isinstance(self._images, Decoded):
+        if not isinstance(self._images, Decoded) and not self._levels:
             image = from_levels(image)
         return {"image": image, self._name: second if self.to_classes is None else self.to_classes[second]}
+
+    def stored(self, dtypes: Mapping[str, Collection[torch.dtype]]) -> TorchvisionDataset:
+        other = copy(self)
+        taken = dtypes.get("image", ())
+        other._levels = torch.uint8 in taken
+        if isinstance(self._images, Decoded):
+            other._images = self._images.stored(taken)
+        if torch.uint8 in (taken := dtypes.get(self._name, ())) and self.to_classes is not None:
+            other.to_classes = self.to_classes.to(torch.uint8)
+        elif isinstance(self._second, Decoded):
+            other._second = self._second.stored(taken)
+        return other
 
     def describe(self, index: int, field: str | None = None) -> str:
         part = self._second if field == self._name and isinstance(self._second, Decoded) else self._images

@@ -196,6 +196,13 @@ def close(value: Tensor, expected: Tensor, contract: str, fix: str) -> None:
     require(off <= allowed, contract, f"they differ by up to {off:.3g}, allowed {allowed:.1g}", fix)
 
 
+def stands_for(stored: Tensor, value: Tensor) -> bool:
+    """Whether what is stored means this value by the conventions of ``Dataset.stored``; itself, if it is no other."""
+    if value.dtype == torch.float32 and stored.dtype == torch.uint8:
+        stored = stored.to(torch.float32) / 127.5 - 1
+    return torch.equal(stored.to(value.dtype), value)
+
+
 def finite_metrics(metrics: object, contract: str, fix: str) -> None:
     require(
         isinstance(metrics, dict)

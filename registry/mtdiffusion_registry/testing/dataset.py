@@ -13,7 +13,7 @@ from torch import Tensor
 from mtdiffusion.interfaces import Dataset
 from mtdiffusion_registry.configs import DatasetConfig
 from mtdiffusion_registry.testing import config as of_config
-from mtdiffusion_registry.testing.contract import Check, Subject, check, kind_of, require
+from mtdiffusion_registry.testing.contract import Check, Subject, check, kind_of, require, stands_for
 
 __tracebackhide__ = True
 
@@ -88,6 +88,27 @@ def determinism(subject: DatasetSubject) -> None:
         )
 
 
+@check("determinism")
+def stored(subject: DatasetSubject) -> None:
+    """A sample as it is stored has the same fields, and they stand for the same values."""
+    for where, first, second, index in subject.places():
+        sample = first[index]
+        wanted = {name: _NARROW for name, value in sample.items() if isinstance(value, Tensor)}
+        other = second.stored(wanted)[index]
+        same = other.keys() == sample.keys() and all(
+            stands_for(other[name], value)  # type: ignore[arg-type]
+            if isinstance(value, Tensor) and isinstance(other[name], Tensor)
+            else other[name] == value
+            for name, value in sample.items()
+        )
+        require(
+            same,
+            "a sample of stored(dtypes) stands for what the sample holds",
+            f"{where} as stored does not",
+            "give uint8 0..255 for float32 in [-1, 1], narrow integers for the same int64, and all else as it is",
+        )
+
+
 def _require_fields(sample: object, where: str) -> None:
     require(
         isinstance(sample, dict) and bool(sample) and all(isinstance(name, str) for name in sample),
@@ -130,6 +151,8 @@ def _field_problem(name: str, value: object) -> str | None:
     return None
 
 
+_NARROW = (torch.uint8, torch.int16, torch.int32)
+
 _CONVENTIONS = {
     "image": (torch.float32, 3),
     "mask": (torch.int64, 2),
@@ -147,4 +170,4 @@ def _equal(a: Sample, b: Sample) -> bool:
     )
 
 
-CHECKS: tuple[Check, ...] = (*of_config.CHECKS, build, length, fields, determinism)
+CHECKS: tuple[Check, ...] = (*of_config.CHECKS, build, length, fields, determinism, stored)

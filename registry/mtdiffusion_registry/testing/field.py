@@ -18,7 +18,7 @@ from torch import Tensor
 from mtdiffusion_registry.configs import FieldConfig
 from mtdiffusion_registry.pictures import Encoded
 from mtdiffusion_registry.testing import config as of_config
-from mtdiffusion_registry.testing.contract import Check, NotApplicable, Subject, check, kind_of, require
+from mtdiffusion_registry.testing.contract import Check, NotApplicable, Subject, check, kind_of, require, stands_for
 
 __tracebackhide__ = True
 
@@ -73,7 +73,11 @@ def read(subject: FieldSubject) -> None:
             require(isinstance(stored, Tensor | str), f"{what} gives a tensor or a str", kind_of(stored), "convert it")
             _require_same(stored, again, what)
             if isinstance(stored, Tensor):
-                _require_value(field.value(stored), what)
+                value = field.value(stored)
+                _require_value(value, what)
+                if field.plain:
+                    contract = f"{what} stands for its value by the conventions of Dataset.stored, as plain says"
+                    require(stands_for(stored, value), contract, f"{stored.dtype}", "leave plain out")
             if field.spatial:
                 assert isinstance(stored, Tensor)
                 fitted = field.read(path, SIZE)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from mtdiffusion_plugins.datasets._tensors import TensorDataset, from_uint8
+from mtdiffusion_plugins.datasets._tensors import TensorDataset, channels_first
 
 
 def test_samples_are_rows_of_the_columns():
@@ -20,9 +20,16 @@ def test_columns_of_different_lengths_are_refused():
         TensorDataset({})
 
 
-def test_bytes_become_pictures():
+def test_bytes_are_levels_or_whole_numbers_unless_they_are_asked_for_as_they_are():
     pixels = np.zeros((2, 4, 5, 3), np.uint8)
     pixels[1, 2, 3] = (0, 255, 51)
-    picture = from_uint8(pixels)
-    assert picture.shape == (2, 3, 4, 5) and picture.is_contiguous()
-    assert picture[1, :, 2, 3].tolist() == pytest.approx([-1, 1, -0.6])
+    mask = torch.tensor([[[0]], [[7]]], dtype=torch.uint8)
+    data = TensorDataset({"image": channels_first(pixels), "mask": mask, "x": torch.ones(2)}, levels=["image"])
+    picture = data[1]["image"]
+    assert picture.shape == (3, 4, 5) and picture.dtype == torch.float32
+    assert picture[:, 2, 3].tolist() == pytest.approx([-1, 1, -0.6])
+    assert data[1]["mask"].dtype == torch.int64 and data[1]["mask"].tolist() == [[7]]
+    stored = data.stored({"image": [torch.uint8], "x": [torch.uint8]})
+    assert stored[1]["image"][:, 2, 3].tolist() == [0, 255, 51]
+    assert (stored[1]["mask"].dtype, stored[1]["x"].dtype) == (torch.int64, torch.float32)
+    assert data[1]["image"].dtype == torch.float32  # it is another data set

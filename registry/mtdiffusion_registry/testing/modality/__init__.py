@@ -16,6 +16,7 @@ CHECKS: tuple[contract.Check, ...] = (
     data.examples,
     data.refusal,
     data.placeholder,
+    data.stored,
     encoders.encode,
     encoders.code_scale,
     encoders.readout,

@@ -98,3 +98,23 @@ def placeholder(subject: ModalitySubject) -> None:
             accepts(case.modality, blank, "placeholder(B)", "return a valid x")
             code = case.modality.encoder(blank)
             finite(code, "the code of a placeholder is finite", "it is encoded, then weighted with 0")
+
+
+@check("placeholder")
+def stored(subject: ModalitySubject) -> None:
+    """from_stored makes x of each of stored_dtypes, of zeros too, and check_stored lets them pass."""
+    modality, blank = subject.cases[0].modality, subject.cases[0].modality.placeholder(BATCHES[0])
+    if not modality.stored_dtypes:
+        raise NotApplicable("data sets give x itself: stored_dtypes is ()")
+    for dtype in modality.stored_dtypes:
+        require(dtype != blank.dtype, "stored_dtypes are none of x's own", f"{dtype}", "leave it out")
+        zeros = torch.zeros(blank.shape, dtype=dtype)
+        x = modality.from_stored(zeros)
+        what = f"from_stored of zeros of {dtype}"
+        same_shape(x, blank.shape, f"{what} has the shape of x", "from_stored")
+        same_dtype(x, blank.dtype, f"{what} has the dtype of x", DTYPE)
+        accepts(modality, x, what, "let zeros stand for a valid x: they are of samples that lack it")
+        try:
+            modality.check_stored(zeros)
+        except ValueError as error:
+            raise contract_error(f"check_stored accepts what check does, {what}", str(error), "mend it") from error
