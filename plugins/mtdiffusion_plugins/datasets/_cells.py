@@ -73,12 +73,14 @@ class Cells:
         columns: the column that each is read from.
         size: height and width of pictures; None: as they are.
         optional: fields that a sample may lack.
+        what: errors call a column.
     """
 
     fields: Mapping[str, FieldConfig]
     columns: Mapping[str, str]
     size: tuple[int, int] | None
     optional: Collection[str]
+    what: str = "column"
 
     @classmethod
     def of(
@@ -126,12 +128,12 @@ class Cells:
         frames: dict[str, tuple[int, int]] = {}
         spatial = sum(each.spatial for each in self.fields.values())
         for name, each in self.fields.items():
-            where = f"column {self.columns[name]!r}"
+            where = f"{self.what} {self.columns[name]!r}"
             try:
                 content = _plain(row[self.columns[name]], each, where)
                 if spatial > 1 and each.spatial and isinstance(content, Path | Encoded):
                     self._require_aligned(name, each, content, frames)
-                value = _read(each, content, self.size if each.spatial else None, where)
+                value = _read(each, content, self.size if each.spatial else None)
             except UserError:
                 raise
             except (ValueError, OSError) as error:
@@ -191,9 +193,9 @@ def _plain(content: Any, field: FieldConfig, where: str) -> Any:
     return content
 
 
-def _read(field: FieldConfig, content: Any, size: tuple[int, int] | None, where: str) -> Tensor | str | None:
+def _read(field: FieldConfig, content: Any, size: tuple[int, int] | None) -> Tensor | str | None:
     if isinstance(content, Path | Encoded):
-        stored: Tensor | str | None = _read_file(field, content, size, where)
+        stored: Tensor | str | None = _read_file(field, content, size)
     elif content is None:
         return None
     elif field.cells or field.arrays:
@@ -203,18 +205,19 @@ def _read(field: FieldConfig, content: Any, size: tuple[int, int] | None, where:
     return field.value(stored) if isinstance(stored, Tensor) else stored
 
 
-def _read_file(field: FieldConfig, source: Source, size: tuple[int, int] | None, where: str) -> Tensor | str:
+def _read_file(field: FieldConfig, source: Source, size: tuple[int, int] | None) -> Tensor | str:
     if not field.suffixes:
         raise ValueError("expected a value, found the bytes of a file")
     if isinstance(source, Path) or field.encoded:
         return field.read(source, size)  # type: ignore[arg-type]  # it takes a file in memory, as it says
+    suffix = next((each for each in field.suffixes if source.name.lower().endswith(each)), field.suffixes[0])
     with tempfile.TemporaryDirectory(prefix="mtdiffusion-") as folder:
-        path = Path(folder, f"cell{field.suffixes[0]}")
+        path = Path(folder, f"cell{suffix}")
         path.write_bytes(source.content)
         try:
             return field.read(path, size)
         except ValueError as error:
-            raise UserError(str(error).replace(str(path), where)) from error
+            raise UserError(str(error).replace(str(path), source.name)) from error
 
 
 def _picture(array: np.ndarray) -> Image.Image:
