@@ -97,7 +97,7 @@ def _scanned(path: Path, length: int) -> dict[str, Tensor]:
     try:
         with path.open("rb") as file, tarfile.open(fileobj=_Headers(file), mode="r:") as tar:  # type: ignore[call-overload]
             while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # which would grow with the archive
+                tar.members.clear()  # which would grow with the archive
                 _require_plain(path, member)
                 if member.offset <= offset or member.size < 0 or member.offset_data + member.size > length:
                     raise tarfile.ReadError(f"{member.name!r} reaches beyond its end")
@@ -106,7 +106,7 @@ def _scanned(path: Path, length: int) -> dict[str, Tensor]:
                     found.append(member.name.removeprefix("./"))
                     starts.append(member.offset_data)
                     sizes.append(member.size)
-            file.seek(tar.offset)  # type: ignore[attr-defined]
+            file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"no end, and no header that can be read, after {last!r}")
     except (tarfile.TarError, EOFError, OverflowError, ValueError) as error:
@@ -205,7 +205,8 @@ class WebDatasetDataset(Dataset):
 
     def _row(self, index: int) -> dict[str, Any]:
         """What the members of a sample hold, by column."""
-        places, row = self._places, {}
+        places = self._places
+        row: dict[str, Any] = {}
         path = places.paths[places.shard[index]]
         try:
             archive = os.open(path, os.O_RDONLY)  # anew each time: that is quick, and processes share no position
@@ -258,8 +259,8 @@ class WebDatasetDataset(Dataset):
 
 
 def _require_sound_png(source: Encoded) -> None:
-    """Raise ``UserError`` if a PNG's checksums do not agree: tar files have none of contents, and Pillow reads a picture
-    of other pixels from one that was damaged."""
+    """Raise ``UserError`` if a PNG's checksums do not agree: tar files have none of contents, and Pillow reads other
+    pixels from one that was damaged."""
     content, place = source.content, 8
     if not content.startswith(b"\x89PNG\r\n\x1a\n"):
         return
@@ -458,8 +459,9 @@ def _placed(paths: Sequence[Path], columns: Sequence[Collection[str]], share: fl
                     stems += stem
                     ends.append(len(stems))
                     shards.append(shard)
-                    for each in (starts, sizes, kinds):
-                        each.extend(none)
+                    starts.extend(none)
+                    sizes.extend(none)
+                    kinds.extend(none)
             if not wanted:
                 continue
             if size > _MOST:
