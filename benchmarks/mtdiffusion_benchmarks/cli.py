@@ -80,6 +80,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     data.add_argument("--out", type=Path, metavar="FILE.json", help="write what was measured here, too")
     data.add_argument("--pictures", type=int, default=50000, metavar="N", help="default: %(default)s")
 
+    reading = actions.add_parser(
+        "reading",
+        help="how many samples a second data sets give, and how much memory",
+        description="Read the same small pictures from memory, a folder, tar shards and Parquet, in a random order, "
+        "several times over.",
+    )
+    reading.add_argument("--out", type=Path, metavar="FILE.json", help="write what was measured here, too")
+    reading.add_argument("--pictures", type=int, default=20000, metavar="N", help="default: %(default)s")
+    reading.add_argument("--epochs", type=int, default=5, metavar="N", help="default: %(default)s")
+
     solvers = actions.add_parser(
         "solvers",
         help="which solver a run's samples need, and how many evaluations",
@@ -154,9 +164,9 @@ def run(args: argparse.Namespace) -> None:
         for path in build_report(args.out):
             print(path)
         return
-    measured = {"perf": _perf, "data": _data, "solvers": _solvers, "reliability": _reliability}
-    if args.action in measured:
-        measured[args.action](args)
+    direct = {"perf": _perf, "data": _data, "reading": _reading, "solvers": _solvers, "reliability": _reliability}
+    if args.action in direct:
+        direct[args.action](args)
         return
     from mtdiffusion_benchmarks.profile import load_profile, plan, shipped, with_changes
     from mtdiffusion_registry import Registry
@@ -222,6 +232,16 @@ def _data(args: argparse.Namespace) -> None:
 
     result = startup.measure(args.pictures, say=lambda text: print(text, flush=True))
     print(startup.table(result))
+    if args.out is not None:
+        write_json(args.out, result, sort_keys=False)
+
+
+def _reading(args: argparse.Namespace) -> None:
+    from mtdiffusion_benchmarks import reading
+    from mtdiffusion_engine.checkpoint import write_json
+
+    result = reading.measure(args.pictures, args.epochs, say=lambda text: print(text, flush=True))
+    print(reading.table(result))
     if args.out is not None:
         write_json(args.out, result, sort_keys=False)
 

@@ -182,11 +182,11 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write; must not exist yet")
     sample.add_argument(
         "--shards",
-        choices=("tar",),
-        help="write archives of samples instead of files; torchrun draws them in several processes, and the same "
-        "command goes on with those that are missing",
+        choices=("tar", "parquet"),
+        help="write archives or tables of samples instead of files; torchrun draws them in several processes, and the "
+        "same command goes on with those that are missing",
     )
-    sample.add_argument("--shard-size", type=_positive, metavar="N", help="samples an archive (default: 1,024)")
+    sample.add_argument("--shard-size", type=_positive, metavar="N", help="samples a shard (default: 1,024)")
     sample.add_argument("--steps", type=_positive, help="solver steps (this and below, default: as the run says)")
     sample.add_argument("--solver", choices=SOLVERS)
     sample.add_argument(

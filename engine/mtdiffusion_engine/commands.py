@@ -33,6 +33,7 @@ from mtdiffusion_engine.monitor import Monitor
 from mtdiffusion_engine.pictures import visibility_of
 from mtdiffusion_engine.process_plot import draw_process
 from mtdiffusion_engine.run import Run, load_run
+from mtdiffusion_engine.shards import require_arrow
 from mtdiffusion_engine.team import Team
 from mtdiffusion_engine.trainer import Trainer
 from mtdiffusion_registry import DatasetConfig, Registry, UserError
@@ -282,6 +283,8 @@ def sample(args: Namespace) -> None:
         if args.shard_size:
             raise UserError(f"--shard-size {args.shard_size}: only shards have a size; add --shards tar")
         ckpt.require_free(args.out)
+    if args.shards == "parquet":
+        require_arrow()
     with sampling.processes() as (rank, world):
         if args.shards is None and world > 1:
             raise UserError(f"{world} processes can only sample into shards: add --shards tar")
@@ -295,7 +298,7 @@ def sample(args: Namespace) -> None:
             with _new_folder(args.out) as folder, _progress("sampling", args.n) as tell:
                 sampling.write_folder(request, folder, tell)
         else:
-            _sample_shards(request, args.out, args.shard_size or sampling.SHARD_SIZE, rank, world)
+            _sample_shards(request, args.out, args.shards, args.shard_size or sampling.SHARD_SIZE, rank, world)
     if rank == 0:
         pages = 1 if args.shards else -(-args.n // sampling.SHOWN)
         glance = f"at a glance: {args.out / sampling.sheet_name(0, pages)}"
@@ -327,20 +330,20 @@ def _request(args: Namespace) -> sampling.Request:
     )
 
 
-def _sample_shards(request: sampling.Request, out: Path, size: int, rank: int, world: int) -> None:
-    record = {**request.record(), "shards": "tar", "shard_size": size}
+def _sample_shards(request: sampling.Request, out: Path, form: str, size: int, rank: int, world: int) -> None:
+    record = {**request.record(), "shards": form, "shard_size": size}
     with sampling.shards_in(out, record, rank, world):
-        missing = sampling.missing_shards(out, request.n, size, rank, world)
+        missing = sampling.missing_shards(out, request.n, size, rank, world, form)
         count = sum(min(size, request.n - shard * size) for shard in missing)
         shards = -(-request.n // size)
-        if rank == 0 and (there := shards - len(sampling.missing_shards(out, request.n, size))):
+        if rank == 0 and (there := shards - len(sampling.missing_shards(out, request.n, size, form=form))):
             _say(f"{there} of {_count(shards, 'shard')} are there" + "; the others are drawn" * (there < shards))
         what = "sampling" if world == 1 else f"sampling, process {rank + 1} of {world}"
         try:
             with _progress(what, count, rank == 0) as tell:
-                sampling.write_shards(request, out, size, rank, world, tell)
+                sampling.write_shards(request, out, size, rank, world, tell, form)
         except KeyboardInterrupt as interrupt:
-            there = shards - len(sampling.missing_shards(out, request.n, size))
+            there = shards - len(sampling.missing_shards(out, request.n, size, form=form))
             said = f"stopped; {there} of {_count(shards, 'shard')} are there. The same command goes on with the others"
             raise type(interrupt)(said if rank == 0 else "") from None
 

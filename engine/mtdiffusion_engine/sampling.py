@@ -7,11 +7,9 @@ place in the request, not on the process that draws it (:meth:`mtdiffusion_engin
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
 import shutil
-import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
@@ -26,12 +24,12 @@ from torch import Tensor
 from mtdiffusion_engine import checkpoint as ckpt
 from mtdiffusion_engine.pictures import sample_sheet, stem_of
 from mtdiffusion_engine.run import Run
+from mtdiffusion_engine.shards import FORMS
 from mtdiffusion_registry import UserError
 from mtdiffusion_registry.installed import version
 from mtdiffusion_registry.partial import remove_abandoned
 
 REQUEST, SHEET = "request.json", "samples.png"
-SHARDS = "samples-*.tar"
 SCRATCH = ".samples-*"
 """What is written before a shard is whole."""
 SHOWN = 128
@@ -224,65 +222,77 @@ def write_folder(request: Request, folder: Path, tell: Tell = lambda _: None) ->
 # --- shards -----------------------------------------------------------------------------------------------------------
 
 
-def shard_name(shard: int) -> str:
-    """The name of a shard's file."""
-    return f"samples-{shard:05d}.tar"
+def shard_name(shard: int, form: str = "tar") -> str:
+    """The name of a shard's file, of a form that is one of :data:`FORMS`."""
+    return f"samples-{shard:05d}.{form}"
 
 
-def missing_shards(out: Path, n: int, size: int, rank: int = 0, world: int = 1) -> list[int]:
+def missing_shards(out: Path, n: int, size: int, rank: int = 0, world: int = 1, form: str = "tar") -> list[int]:
     """Which shards of n samples are not there yet, of those that a process is to draw: every ``world``-th."""
-    return [shard for shard in range(rank, -(-n // size), world) if not (out / shard_name(shard)).is_file()]
+    return [shard for shard in range(rank, -(-n // size), world) if not (out / shard_name(shard, form)).is_file()]
 
 
-def write_shards(request: Request, out: Path, size: int, rank: int, world: int, tell: Tell = lambda _: None) -> None:
+def _has_shards(out: Path) -> bool:
+    return any(any(out.glob(f"samples-*.{form}")) for form in FORMS)
+
+
+def write_shards(
+    request: Request,
+    out: Path,
+    size: int,
+    rank: int,
+    world: int,
+    tell: Tell = lambda _: None,
+    form: str = "tar",
+) -> None:
     """Draw this process's part of the shards that are missing in a folder; the first of all brings a sheet, of its
     first samples.
 
-    A shard is a tar file as WebDataset names its members: ``STEM.NAME.SUFFIX``, those of a sample side by side. It
-    gets its name when it is whole, and its bytes follow from the request and from ``size`` alone.
+    A shard gets its name when it is whole, and its bytes follow from the request, ``size`` and ``form`` alone (of
+    Parquet, from the version of pyarrow as well).
 
     Args:
         size: samples a shard; the last may have fewer.
         rank, world: which of how many processes this is.
         tell: is told how many samples are drawn.
+        form: one of :data:`FORMS`: :func:`mtdiffusion_engine.shards.tar_shard` and ``parquet_shard`` say what is in it.
 
     Raises:
         UserError: as :meth:`Run.sample`, or if a shard cannot be written.
     """
     drawn = 0
-    for shard in missing_shards(out, request.n, size, rank, world):
-        start = shard * size
+    for shard in missing_shards(out, request.n, size, rank, world, form):
+        start, path = shard * size, out / shard_name(shard, form)
         count = min(size, request.n - start)
 
         def tell_all(done: int, before: int = drawn) -> None:
             tell(before + done)
 
         try:
-            _write_shard(request, out / shard_name(shard), start, count, tell_all)
+            _write_shard(request, path, start, count, tell_all, form)
         except OSError as error:
             raise UserError(
-                f"{out / shard_name(shard)}: cannot be written ({error.strerror or error}). Shards that are whole are "
-                "kept; the same command goes on with the others"
+                f"{path}: cannot be written ({error.strerror or error}). Shards that are whole are kept; the same "
+                "command goes on with the others"
             ) from error
         drawn += count
 
 
-def _write_shard(request: Request, path: Path, first: int, count: int, tell: Tell) -> None:
+def _write_shard(request: Request, path: Path, first: int, count: int, tell: Tell, form: str) -> None:
     partial, scratch = path.with_name(f".{path.name}"), path.with_name(f".{path.stem}")
     sheets = _Sheets(request, path.parent, pages=False) if first == 0 else None
+    modalities = {name: request.run.modality(name) for name in request.names}
     shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
     try:
         scratch.mkdir()
         with partial.open("wb") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+            with FORMS[form](file, scratch, modalities) as write:
                 for start, samples in request.batches(first, count):
                     if sheets is not None:
                         sheets.see(samples)
-                    for place, row in enumerate(zip(*samples.values(), strict=True), start):
-                        stem = stem_of(place, request.n)
-                        for name, x in zip(samples, row, strict=True):
-                            _add(tar, f"{stem}.{name}", request.run.modality(name).write(x, scratch, stem))
-                    tell(place + 1 - first)
+                    rows = [dict(zip(samples, row, strict=True)) for row in zip(*samples.values(), strict=True)]
+                    write([(stem_of(place, request.n), row) for place, row in enumerate(rows, start)])
+                    tell(start + len(rows) - first)
             file.flush()
             os.fsync(file.fileno())  # a shard that has its name is whole, after a loss of power, too
         if sheets is not None:
@@ -292,15 +302,6 @@ def _write_shard(request: Request, path: Path, first: int, count: int, tell: Tel
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         partial.unlink(missing_ok=True)
-
-
-def _add(tar: tarfile.TarFile, name: str, path: Path) -> None:
-    """Move a file into an archive: its bytes, and nothing of who wrote it when."""
-    content = path.read_bytes()
-    path.unlink()
-    member = tarfile.TarInfo(name + path.suffix)  # of no owner, and of the year 1970
-    member.size = len(content)
-    tar.addfile(member, io.BytesIO(content))
 
 
 @contextmanager
@@ -331,7 +332,7 @@ def shards_in(out: Path, record: Mapping[str, Any], rank: int, world: int) -> It
         try:
             yield
         except (UserError, KeyboardInterrupt):
-            if world == 1 and not any(out.glob(SHARDS)):
+            if world == 1 and not _has_shards(out):
                 (out / REQUEST).unlink(missing_ok=True)
                 with suppress(OSError):  # someone has put something there
                     out.rmdir()
@@ -349,7 +350,7 @@ def shards_in(out: Path, record: Mapping[str, Any], rank: int, world: int) -> It
 def _claim(out: Path, record: Mapping[str, Any]) -> None:
     """Write the request of a folder's shards; if it has some, they must be of this one."""
     remove_abandoned(out / REQUEST)
-    if not any(out.glob(SHARDS)):
+    if not _has_shards(out):
         if any(path.name not in (REQUEST, SHEET) and not path.match(SCRATCH) for path in out.iterdir()):
             ckpt.require_free(out)
         ckpt.write_json(out / REQUEST, record)

@@ -178,10 +178,11 @@ class LabelField(FieldConfig):
     """
 
     kind: ClassVar[str] = "label"
+    encoded: ClassVar[bool] = True
     cells: ClassVar[bool] = True
     suffixes: ClassVar[tuple[str, ...]] = (".txt", ".cls")
 
-    def read(self, path: Path, size: tuple[int, int] | None = None) -> Tensor | str:
+    def read(self, path: Source, size: tuple[int, int] | None = None) -> Tensor | str:
         value = self.parse(read_text(path))
         if value is None:
             raise UserError(f"{path}: is blank, expected a class")
@@ -236,10 +237,11 @@ class EmbeddingField(FieldConfig):
 
     kind: ClassVar[str] = "embedding"
     suffixes: ClassVar[tuple[str, ...]] = (".npy", ".safetensors")
+    encoded: ClassVar[bool] = True
     cells: ClassVar[bool] = True
     arrays: ClassVar[bool] = True
 
-    def read(self, path: Path, size: tuple[int, int] | None = None) -> Tensor:
+    def read(self, path: Source, size: tuple[int, int] | None = None) -> Tensor:
         try:
             return self.parse(read_vector(path).numpy())
         except UserError:
@@ -267,9 +269,10 @@ class CaptionField(FieldConfig):
 
     kind: ClassVar[str] = "caption"
     suffixes: ClassVar[tuple[str, ...]] = (".txt",)
+    encoded: ClassVar[bool] = True
     cells: ClassVar[bool] = True
 
-    def read(self, path: Path, size: tuple[int, int] | None = None) -> str:
+    def read(self, path: Source, size: tuple[int, int] | None = None) -> str:
         return read_text(path).strip()
 
     def parse(self, content: object) -> str | None:

@@ -6,7 +6,8 @@ import codecs
 import colorsys
 import json
 import logging
-from pathlib import Path
+from io import BytesIO
+from pathlib import Path, PurePath
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from mtdiffusion_plugins.sizes import Size, sides
 from mtdiffusion_registry.errors import UserError
 from mtdiffusion_registry.pace import LOGGER
-from mtdiffusion_registry.pictures import fit, open_picture, require_lossless, to_colour, to_indices, to_levels
+from mtdiffusion_registry.pictures import Source, fit, open_picture, require_lossless, to_colour, to_indices, to_levels
 
 __all__ = ["open_picture", "read_image", "read_json_value", "read_mask", "read_text", "read_vector", "write_image"]
 
@@ -116,7 +117,7 @@ def write_mask(mask: Tensor, path: Path) -> Path:
     return path
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Source) -> str:
     """A text file in UTF-8, or in UTF-16 with its mark, as spreadsheets and editors save it.
 
     Raises:
@@ -138,7 +139,7 @@ def read_text(path: Path) -> str:
         ) from None
 
 
-def read_vector(path: Path, dim: int | None = None) -> Tensor:
+def read_vector(path: Source, dim: int | None = None) -> Tensor:
     """float32 ``[dim]`` from a .safetensors (one tensor), .npy or .json (a list) file.
 
     Args:
@@ -147,15 +148,17 @@ def read_vector(path: Path, dim: int | None = None) -> Tensor:
     Raises:
         UserError: if it cannot be read, is no vector of finite numbers, or has another width.
     """
+    suffix = PurePath(str(path)).suffix
     try:
-        if path.suffix == ".npy":
-            vector = torch.from_numpy(np.load(path, allow_pickle=False)).float()
-        elif path.suffix == ".json":
+        content = path.read_bytes()
+        if suffix == ".npy" or content.startswith(b"\x93NUMPY"):  # a file in memory need not have a suffix
+            vector = torch.from_numpy(np.load(BytesIO(content), allow_pickle=False)).float()
+        elif suffix == ".json":
             vector = torch.tensor(json.loads(read_text(path)), dtype=torch.float32)
         else:
-            from safetensors.torch import load_file
+            from safetensors.torch import load
 
-            tensors = load_file(path)
+            tensors = load(content)
             if len(tensors) != 1:
                 raise UserError(f"{path}: expected one tensor, found {len(tensors)}: {', '.join(tensors) or 'none'}")
             vector = next(iter(tensors.values())).float()
@@ -164,7 +167,7 @@ def read_vector(path: Path, dim: int | None = None) -> Tensor:
     except UserError:
         raise
     except Exception as error:  # each format has exceptions of its own for a damaged file
-        raise UserError(f"{path}: cannot be read as {path.suffix or 'safetensors'} ({error})") from None
+        raise UserError(f"{path}: cannot be read as {suffix or 'safetensors'} ({error})") from None
     if vector.ndim != 1 or (dim is not None and len(vector) != dim):
         wanted = "a vector" if dim is None else f"a vector of {dim} numbers"
         raise UserError(f"{path}: expected {wanted}, found shape {list(vector.shape)}")

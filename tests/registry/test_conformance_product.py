@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -159,6 +161,7 @@ VALUES = {
     "dataset.torchvision": ["name=image_folder"],
     "dataset.huggingface": ['fields={label="label"}'],
     "dataset.folder": ['fields={label="label"}'],
+    "dataset.webdataset": ['fields={label="label"}'],
     "weight_schedule.target": ["knots=[1.0, 0.5, 0.0]"],
     "clock_law.offset": ["ahead={a=0.5}"],
     "evaluator.judge": ["epochs=2"],
@@ -177,6 +180,13 @@ def files(name: str, folder: Path) -> dict[str, Path]:
     """Those that a plugin reads, by the key of its configuration, so that nothing is downloaded."""
     if name == "dataset.folder":
         (folder / "label.json").write_text(json.dumps({f"{index}": index % 3 for index in range(50)}))
+        return {"root": folder}
+    if name == "dataset.webdataset":
+        with tarfile.open(folder / "a.tar", "w") as tar:
+            for index in range(50):
+                member = tarfile.TarInfo(f"{index}.cls")
+                member.size = 1
+                tar.addfile(member, io.BytesIO(b"%d" % (index % 3)))
         return {"root": folder}
     if name == "dataset.torchvision":
         for split in ("train", "val"):

@@ -76,6 +76,7 @@ class Cells:
         optional: fields that a sample may lack.
         taken: by field, dtypes of what is stored that are given as they are
             (:meth:`mtdiffusion.interfaces.Dataset.stored`).
+        what: errors call a column.
     """
 
     fields: Mapping[str, FieldConfig]
@@ -83,6 +84,7 @@ class Cells:
     size: tuple[int, int] | None
     optional: Collection[str]
     taken: Mapping[str, Collection[torch.dtype]] = field(factory=dict)
+    what: str = "column"
 
     @classmethod
     def of(
@@ -130,12 +132,12 @@ class Cells:
         frames: dict[str, tuple[int, int]] = {}
         spatial = sum(each.spatial for each in self.fields.values())
         for name, each in self.fields.items():
-            where = f"column {self.columns[name]!r}"
+            where = f"{self.what} {self.columns[name]!r}"
             try:
                 content = _plain(row[self.columns[name]], each, where)
                 if spatial > 1 and each.spatial and isinstance(content, Path | Encoded):
                     self._require_aligned(name, each, content, frames)
-                value = _read(each, content, self.size if each.spatial else None, where)
+                value = _read(each, content, self.size if each.spatial else None)
                 if isinstance(value, Tensor):
                     value = given(each, value, self.taken.get(name, ()))
             except UserError:
@@ -197,10 +199,10 @@ def _plain(content: Any, field: FieldConfig, where: str) -> Any:
     return content
 
 
-def _read(field: FieldConfig, content: Any, size: tuple[int, int] | None, where: str) -> Tensor | str | None:
+def _read(field: FieldConfig, content: Any, size: tuple[int, int] | None) -> Tensor | str | None:
     """What a cell stores."""
     if isinstance(content, Path | Encoded):
-        return _read_file(field, content, size, where)
+        return _read_file(field, content, size)
     if content is None:
         return None
     if field.cells or field.arrays:
@@ -208,18 +210,19 @@ def _read(field: FieldConfig, content: Any, size: tuple[int, int] | None, where:
     raise ValueError(f"expected the bytes of a file ({', '.join(field.suffixes)}), found {type(content).__name__}")
 
 
-def _read_file(field: FieldConfig, source: Source, size: tuple[int, int] | None, where: str) -> Tensor | str:
+def _read_file(field: FieldConfig, source: Source, size: tuple[int, int] | None) -> Tensor | str:
     if not field.suffixes:
         raise ValueError("expected a value, found the bytes of a file")
     if isinstance(source, Path) or field.encoded:
         return field.read(source, size)  # type: ignore[arg-type]  # it takes a file in memory, as it says
+    suffix = next((each for each in field.suffixes if source.name.lower().endswith(each)), field.suffixes[0])
     with tempfile.TemporaryDirectory(prefix="mtdiffusion-") as folder:
-        path = Path(folder, f"cell{field.suffixes[0]}")
+        path = Path(folder, f"cell{suffix}")
         path.write_bytes(source.content)
         try:
             return field.read(path, size)
         except ValueError as error:
-            raise UserError(str(error).replace(str(path), where)) from error
+            raise UserError(str(error).replace(str(path), source.name)) from error
 
 
 def _picture(array: np.ndarray) -> Image.Image:

@@ -1,0 +1,142 @@
+"""``mtdiffusion bench reading``: how many samples a second data sets give, and how much memory over several epochs.
+
+Pictures of 32 × 32 pixels as JPEG with a label: in memory, in a folder, in tar shards and, where the library
+``datasets`` is installed, in Parquet. Each is read by a process of its own, sample by sample, in another random order
+each epoch, as a training reads it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mtdiffusion_benchmarks.runner import hardware
+from mtdiffusion_benchmarks.startup import CLASSES, write_pictures
+from mtdiffusion_registry import Registry, UserError
+from mtdiffusion_registry.cache import CACHE_VARIABLE
+
+SHARD = 1000
+"""Samples of a shard."""
+_FIELDS = {"image": "image", "label": "label"}
+_DATA: dict[str, dict[str, Any]] = {
+    "in memory": {"kind": "folder", "root": "table", "size": 32},
+    "folder, decoded once": {"kind": "folder", "root": "table", "size": 32},
+    "webdataset": {"kind": "webdataset", "root": "shards", "size": 32, "test_fraction": 0},
+    "huggingface, of Parquet": {"kind": "huggingface", "path": "rows.parquet", "size": 32, "test_fraction": 0},
+}
+
+
+def measure(count: int, epochs: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Samples a second of each epoch, and the memory of the process after it.
+
+    Raises:
+        UserError: if a data set cannot be read.
+    """
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="mtdiffusion-bench-reading-") as name:
+        folder = Path(name)
+        say(f"writing {count:,} pictures")
+        write_pictures(folder, count)
+        samples = sorted((folder / "table/train/image").iterdir())
+        _write_shards(samples, folder / "shards")
+        parquet = find_spec("datasets.arrow_dataset") is not None and find_spec("pyarrow") is not None
+        if parquet:
+            _write_parquet(samples, folder / "rows.parquet")
+        for what in _DATA:
+            if what.startswith("huggingface") and not parquet:
+                continue
+            row = {"data": what, **_read(folder, what, epochs)}
+            say(f"{what}: {max(row['rates']):,.0f} samples/s, {row['memory'][0]:.0f} to {row['memory'][-1]:.0f} MiB")
+            rows.append(row)
+    return {
+        "pictures": count,
+        "epochs": epochs,
+        "rows": rows,
+        "hardware": hardware("cpu"),
+        "version": version("mtdiffusion"),
+    }
+
+
+def _write_shards(pictures: list[Path], folder: Path) -> None:
+    folder.mkdir()
+    for start in range(0, len(pictures), SHARD):
+        with tarfile.open(folder / f"{start // SHARD:05d}.tar", "w") as tar:
+            for index, path in enumerate(pictures[start : start + SHARD], start):
+                for suffix, content in (("image.jpg", path.read_bytes()), ("label.cls", str(index % CLASSES).encode())):
+                    member = tarfile.TarInfo(f"{path.stem}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+
+
+def _write_parquet(pictures: list[Path], path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [{"bytes": path.read_bytes(), "path": path.name} for path in pictures]
+    labels = [index % CLASSES for index in range(len(pictures))]
+    parquet.write_table(pyarrow.table({"image": rows, "label": labels}), path, row_group_size=SHARD)
+
+
+def _read(folder: Path, what: str, epochs: int) -> dict[str, list[float]]:
+    """What :func:`main` measures, in a process of its own."""
+    command = [sys.executable, "-m", __name__, what, str(epochs)]
+    environment = {**os.environ, CACHE_VARIABLE: str(folder / "cache"), "HF_HOME": str(folder / "cache")}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"reading {what} failed: {done.stderr[-500:]}")
+    found: dict[str, list[float]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main(what: str, epochs: int) -> None:
+    """Read a data set of the current folder and print, as JSON, samples a second and MiB by epoch."""
+    torch.set_num_threads(1)
+    options = {**_DATA[what], "fields": _FIELDS}
+    config: Any = Registry.discover().config_class("dataset", options.pop("kind"))(**options)
+    data = config.build("train")
+    if what == "in memory":
+        data = [data[index] for index in range(len(data))]
+    rates, memory = [], []
+    for epoch in range(epochs):
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(epoch)).tolist()
+        started = time.perf_counter()
+        for index in order:
+            data[index]
+        rates.append(len(order) / (time.perf_counter() - started))
+        memory.append(_memory())
+    print(json.dumps({"rates": rates, "memory": memory}))
+
+
+def _memory() -> float:
+    """MiB that are this process's own; what it maps of files, the system takes back when it needs to."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+
+def table(measured: dict[str, Any]) -> str:
+    """A row for each data set: the rate of its best epoch, and memory after the first and the last."""
+    first = max(measured["rows"][0]["rates"])
+    lines = ["| data | samples a second | of memory's | MiB after an epoch | MiB at the end |", "|---|---|---|---|---|"]
+    for row in measured["rows"]:
+        rate = max(row["rates"])
+        lines.append(
+            f"| {row['data']} | {rate:,.0f} | {rate / first:.1%} | {row['memory'][0]:.0f} | {row['memory'][-1]:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
