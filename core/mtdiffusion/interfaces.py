@@ -197,6 +197,8 @@ class Modality(nn.Module, ABC):
     stored_dtypes: Collection[torch.dtype] = ()
     """Dtypes, none of them x's own, in which a data set may give what it stores in place of x. Batches are then small
     on their way to the device, where :meth:`from_stored` makes x of them."""
+    fit_samples: int = 0
+    """How many samples of its source field :meth:`fit` is to see before anything is derived; 0: none, or no more."""
 
     def __init__(self, encoder: Encoder, decoder: Decoder) -> None:
         super().__init__()
@@ -261,6 +263,20 @@ class Modality(nn.Module, ABC):
         if not isinstance(source, Tensor):
             raise ValueError("found texts, expected tensors")
         return source
+
+    def fit(self, source: Tensor | Sequence[str]) -> None:
+        """Learn what :meth:`derive` has to know of all data, such as principal components, before it is called.
+
+        What was learned is to be in buffers, and :attr:`fit_samples` 0 from then on, of a trained model too. By default
+        nothing is learned.
+
+        Args:
+            source: as of :meth:`derive`: a draw of the training split, always the same, of at most
+                :attr:`fit_samples`, which must not be 0.
+
+        Raises:
+            ValueError: if it cannot be learned from them.
+        """
 
     def measure(self, x: Tensor) -> None:
         """Learn the scale of derived x ``[n, ...]``, some thousand of the training split, before anything is trained.

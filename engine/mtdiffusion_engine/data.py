@@ -434,7 +434,13 @@ def load_some(
         UserError: as :func:`load_data`.
     """
     modalities = {name: model.modality(name) for name in names}
-    fields = {modality.field or name for name, modality in modalities.items()}
+    _fit(experiment, modalities)
+    dataset = _drawn(experiment, split, {modality.field or name for name, modality in modalities.items()}, most)
+    return ModalityData(dataset, modalities, f"data ({split})")
+
+
+def _drawn(experiment: Experiment, split: Literal["train", "test"], fields: set[str], most: int) -> _Some:
+    """The draw of :func:`load_some`, by the fields that a sample must have."""
     with _named(split):
         dataset = experiment.data.reading(sorted(fields)).build(split)
     source = Source(dataset, {}, {}, f"data ({split})")
@@ -446,7 +452,26 @@ def load_some(
             break
     if not rows and len(dataset):
         raise EmptySplit(f"data ({split}): no sample has the fields {', '.join(sorted(fields))}, which are read")
-    return ModalityData(_Some(dataset, rows), modalities, f"data ({split})")
+    return _Some(dataset, rows)
+
+
+def _fit(experiment: Experiment, modalities: Mapping[str, Modality]) -> None:
+    """Let derived modalities that ask for it see a draw of their source, always of the training split.
+
+    Raises:
+        EmptySplit: if no sample there has it.
+        UserError: if one refuses it.
+    """
+    for name, modality in modalities.items():
+        if modality.fit_samples:
+            field = modality.field or name
+            some = _drawn(experiment, "train", {field}, modality.fit_samples)
+            source = [some[index][field] for index in range(len(some))]
+            texts = [value for value in source if isinstance(value, str)]
+            try:
+                modality.fit(texts if len(texts) == len(source) else torch.stack(source))  # type: ignore[arg-type]
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise UserError(f"data (train): modality {name!r} cannot be fitted to {field!r}: {error}") from error
 
 
 def load_watched(experiment: Experiment, model: MultimodalDiffusion) -> ModalityData | None:
@@ -473,6 +498,7 @@ def _through_modalities(
     dataset: Dataset, experiment: Experiment, model: MultimodalDiffusion, split: str
 ) -> ModalityData:
     modalities = {name: model.modality(name) for name in model.names}
+    _fit(experiment, modalities)
     keys = {name: config_key(experiment.modalities[name]) for name in modalities}
     return ModalityData(dataset, modalities, f"data ({split})", keys, partial=split != "train")
 

@@ -108,14 +108,9 @@ class ClipModality(Modality):
         return vector_tiles(x)
 
     def metrics(self, generated: Tensor, truth: Tensor) -> dict[str, float]:
-        """``cosine`` to the truth (mean); ``retrieval_at_1`` and ``retrieval_at_5``: how often the truth is among that
-        many nearest (at most n) of the n truths in the batch, ties broken at random (in expectation)."""
+        """``cosine`` to the truth (mean), and :func:`retrieval` by it."""
         similarity = self.similarity(generated, truth)
-        own = similarity.diagonal()
-        nearer = (similarity > own[:, None]).sum(1)
-        tied = (similarity == own[:, None]).sum(1)  # itself among them
-        found = {k: ((min(k, len(truth)) - nearer) / tied).clamp(0, 1).mean().item() for k in (1, 5)}
-        return {"cosine": own.mean().item()} | {f"retrieval_at_{k}": share for k, share in found.items()}
+        return {"cosine": similarity.diagonal().mean().item()} | retrieval(similarity)
 
     def similarity(self, x: Tensor, candidates: Tensor) -> Tensor:
         """The cosine."""
@@ -182,6 +177,19 @@ class ClipModality(Modality):
         path = folder / f"{stem}.safetensors"
         save_file({"embedding": x.detach().float().cpu().contiguous()}, path)
         return path
+
+
+def retrieval(similarity: Tensor) -> dict[str, float]:
+    """``retrieval_at_1`` and ``retrieval_at_5``: how often the truth is among that many nearest (at most n) of the n
+    truths in the batch, ties broken at random (in expectation).
+
+    Args:
+        similarity: of each generated to each truth, ``[n, n]``, its own on the diagonal.
+    """
+    own = similarity.diagonal()[:, None]
+    nearer = (similarity > own).sum(1)
+    tied = (similarity == own).sum(1)  # itself among them
+    return {f"retrieval_at_{k}": ((min(k, len(similarity)) - nearer) / tied).clamp(0, 1).mean().item() for k in (1, 5)}
 
 
 @frozen

@@ -30,7 +30,15 @@ from mtdiffusion_plugins.autoencoders import (
     weights_key,
 )
 from mtdiffusion_plugins.files import read_image, write_image
-from mtdiffusion_plugins.heads import MapHead, ScaleHead, check_batch, gaussian_objective, patch_channels, scale_of
+from mtdiffusion_plugins.heads import (
+    MapHead,
+    ScaleHead,
+    VectorHead,
+    check_batch,
+    gaussian_objective,
+    patch_channels,
+    scale_of,
+)
 from mtdiffusion_plugins.heads import picture_size as fitting_size
 from mtdiffusion_plugins.image import PatchEncoder, picture_metrics
 from mtdiffusion_plugins.sizes import Size, by, positive_size
@@ -48,17 +56,19 @@ _SHOWN = 16
 
 
 class Scale(torch.nn.Module):
-    """Mean and standard deviation of latents by channel: ``[c, 1, 1]`` each, in the checkpoint.
+    """Mean and standard deviation of latents by channel: ``[c, 1, 1]`` each, in the checkpoint; of vectors ``[c]``.
 
     Attributes:
         known: whether they are known, or still to be measured (0 and 1 until then).
     """
 
-    def __init__(self, channels: int, scale: tuple[tuple[float, ...], tuple[float, ...]] | None) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], scale: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    ) -> None:
         super().__init__()
-        mean, std = scale or ((0.0,) * channels, (1.0,) * channels)
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
-        self.register_buffer("std", torch.tensor(std)[:, None, None])
+        mean, std = scale or ((0.0,) * shape[0], (1.0,) * shape[0])
+        self.register_buffer("mean", torch.tensor(mean).reshape(shape))
+        self.register_buffer("std", torch.tensor(std).reshape(shape))
         self.register_buffer("known", torch.tensor(scale is not None))
         self.mean: Tensor
         self.std: Tensor
@@ -71,8 +81,8 @@ class Scale(torch.nn.Module):
         return self.mean + self.std * x
 
     def measure(self, x: Tensor) -> None:
-        """From latents ``[n, c, h, w]``; a channel that hardly varies is not blown up."""
-        std, mean = torch.std_mean(x.double(), (0, 2, 3), correction=0, keepdim=True)
+        """From latents ``[n, c, h, w]``, or vectors ``[n, c]``; a channel that hardly varies is not blown up."""
+        std, mean = torch.std_mean(x.double(), (0, *range(2, x.ndim)), correction=0, keepdim=True)
         self.mean.copy_(mean[0])
         self.std.copy_(std[0].clamp(min=1e-3 * max(float(std.max()), 1e-6)))
         self.known.fill_(True)
@@ -87,8 +97,8 @@ class LatentEncoder(PatchEncoder):
 
     spatial = False
 
-    def __init__(self, latent: LatentSpec, channels: int, patch: int, scale: Scale) -> None:
-        super().__init__(latent, channels, patch, "latent_image")
+    def __init__(self, latent: LatentSpec, channels: int, patch: int, scale: Scale, kind: str = "latent_image") -> None:
+        super().__init__(latent, channels, patch, kind)
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
@@ -100,17 +110,22 @@ class GaussianLatentDecoder(Decoder):
     one σ a sample.
 
     The likelihood is the density of the latents: what it says in bits is of them, not of pixels.
+
+    Args:
+        mean: the head of their mean, of the feature map or, of latents that are vectors, of the feature vector.
+        shape: of a latent.
     """
 
-    def __init__(self, features: FeatureSpec, shape: tuple[int, int, int], patch: int, scale: Scale) -> None:
+    def __init__(self, features: FeatureSpec, mean: MapHead | VectorHead, shape: tuple[int, ...], scale: Scale) -> None:
         super().__init__()
-        self.mean = MapHead(features, shape[0], patch)
+        self.mean = mean
         self.log_scale = ScaleHead(features)
         self.scale = scale
         self.dims = math.prod(shape)
 
     def forward(self, features: Features) -> Params:
-        return {"mean": self.mean(features.map), "log_scale": self.log_scale(features.vector)}
+        read = features.map if isinstance(self.mean, MapHead) else features.vector
+        return {"mean": self.mean(read), "log_scale": self.log_scale(features.vector)}
 
     def nll(self, params: Params, x: Tensor) -> Tensor:
         mean = params["mean"]
@@ -307,10 +322,11 @@ class LatentImageConfig(ModalityConfig):
                 f"{spec.factor}; expected a latent of {most}, or a whole part of that"
             )
         shape = (spec.channels, height // spec.factor, width // spec.factor)
-        scale = Scale(spec.channels, spec.scale if self.normalisation == "autoencoder" else None)
+        scale = Scale((spec.channels, 1, 1), spec.scale if self.normalisation == "autoencoder" else None)
         patch = pixels // spec.factor
         encoder = LatentEncoder(latent, spec.channels, patch, scale)
-        return LatentImageModality(encoder, GaussianLatentDecoder(features, shape, patch, scale), self, spec, shape)
+        decoder = GaussianLatentDecoder(features, MapHead(features, spec.channels, patch), shape, scale)
+        return LatentImageModality(encoder, decoder, self, spec, shape)
 
 
 @hookimpl

@@ -16,6 +16,7 @@ import torchvision
 from fake_distributions import Install
 from PIL import Image
 from tests.plugins.tiny_autoencoders import saved, untrained
+from tests.plugins.tiny_networks import random_weights
 
 from mtdiffusion_engine.cli import main
 from mtdiffusion_registry import Registry
@@ -152,6 +153,7 @@ def test_a_kind_of_two_groups_must_say_which(install: Install, capsys: pytest.Ca
 VALUES = {
     "modality.image": ["size=8", "channels=1"],
     "modality.latent_image": ["size=32"],
+    "modality.image_features": ["size=32", "model=vit_tiny_patch16_224", "input_size=32"],
     "modality.mask": ["size=8"],
     "modality.label": ["classes=10"],
     "modality.clip": ["dim=16"],
@@ -204,6 +206,8 @@ def files(name: str, folder: Path) -> dict[str, Path]:
     if name == "modality.latent_image":
         pytest.importorskip("diffusers")
         return {"autoencoder": saved(untrained("AutoencoderTiny"), folder)}
+    if name == "modality.image_features":
+        return {"weights": random_weights(folder, img_size=32)}
     if name in ("evaluator.lpips", "evaluator.features"):  # the layout that lpips asks for; features refuses it
         torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), folder / "weights.pth")
         return {"weights": folder / "weights.pth"}

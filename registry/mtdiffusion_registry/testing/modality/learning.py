@@ -83,6 +83,8 @@ def _model(subject: ModalitySubject) -> MultimodalDiffusion:
         "x": subject.config.build(layout.share("x"), case.spec),
         ECHO: echo.build(layout.share(ECHO), case.spec),
     }
+    if subject.source is not None:
+        parts["x"].measure(subject.examples)
     readouts = sum(part.encoder.readout_dim for part in parts.values())
     backbone = Perceptron(*layout.inputs(readouts), case.spec)
     process = DiffusionProcess.build(Retention.from_curve("cosine", DIFFUSION_STEPS, 2), SNRMatched(), layout)

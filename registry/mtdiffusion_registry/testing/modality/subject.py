@@ -79,6 +79,8 @@ class ModalitySubject(Subject):
             _require_parts(modality, latent)
             if cases and modality.placeholder(1).shape != cases[0].modality.placeholder(1).shape:
                 continue  # its data take the latent's shape, and the examples are of the first
+            if self.source is not None and modality.fit_samples:
+                modality.fit(self.source[: modality.fit_samples])
             cases.append(Case(modality.eval(), latent, spec))
         return cases
 
