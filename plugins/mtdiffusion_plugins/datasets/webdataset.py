@@ -251,6 +251,11 @@ class WebDatasetDataset(Dataset):
         other._cells = attrs.evolve(self._cells, fields=kept, columns=columns)
         return other
 
+    def stored(self, dtypes: Mapping[str, Collection[torch.dtype]]) -> WebDatasetDataset:
+        other = copy(self)
+        other._cells = attrs.evolve(self._cells, taken=dtypes)
+        return other
+
     def describe(self, index: int, field: str | None = None) -> str:
         places = self._places
         path = places.paths[places.shard[index]]
