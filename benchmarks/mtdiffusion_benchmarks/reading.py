@@ -58,7 +58,7 @@ def measure(count: int, epochs: int, say: Callable[[str], None]) -> dict[str, An
         for what in _DATA:
             if what.startswith("huggingface") and not parquet:
                 continue
-            row = {"data": what, **_read(folder, what, epochs)}
+            row: dict[str, Any] = {"data": what, **_read(folder, what, epochs)}
             say(f"{what}: {max(row['rates']):,.0f} samples/s, {row['memory'][0]:.0f} to {row['memory'][-1]:.0f} MiB")
             rows.append(row)
     return {
