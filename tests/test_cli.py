@@ -469,6 +469,7 @@ def test_sample_writes_what_suits_each_modality(cli: Cli, tiny_run: Path, tmp_pa
             "path": None,
             "conditioning": "observed",
             "draw": True,
+            "compile": False,
         },
         "seed": 4,
         "batch_size": 256,

@@ -306,8 +306,11 @@ def _merged(tables: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
 
 def description(profile: Profile, cell: Cell, experiment: Experiment, registry: Registry) -> dict[str, Any]:
     """All that a cell's result depends on, as tables for JSON."""
+    tables = resolved(experiment, registry)
+    if not experiment.sampling.compile:
+        del tables["sampling"]["compile"]  # fingerprints of results from before there was the key stay what they were
     return {
-        "experiment": resolved(experiment, registry),
+        "experiment": tables,
         "task": unstructure(registry, profile.tasks[cell.task].task),
         "method": unstructure(registry, profile.methods[cell.method].method),
     }
