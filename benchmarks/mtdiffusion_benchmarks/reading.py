@@ -52,7 +52,8 @@ def measure(count: int, epochs: int, say: Callable[[str], None]) -> dict[str, An
         write_pictures(folder, count)
         samples = sorted((folder / "table/train/image").iterdir())
         _write_shards(samples, folder / "shards")
-        parquet = find_spec("datasets.arrow_dataset") is not None and find_spec("pyarrow") is not None
+        library = find_spec("datasets")
+        parquet = library is not None and library.origin is not None  # which a mere folder of that name has not
         if parquet:
             _write_parquet(samples, folder / "rows.parquet")
         for what in _DATA:
