@@ -246,5 +246,5 @@ assert states == {{"ok": 5}}, states
 """
     run(site, sys.executable, "-c", code, cwd=tmp_path)
     joint = tmp_path / "out/cells/speech__image+label+speech__joint__0.json"
-    metrics = json.loads(joint.read_text(encoding="utf-8"))["metrics"]
+    metrics = expanded(json.loads(joint.read_text(encoding="utf-8")))["metrics"]
     assert {"speech|image/listener_accuracy", "joint/listener_agreement", "real/listener_accuracy"} <= set(metrics)

@@ -45,7 +45,7 @@ def measure(count: int, epochs: int, say: Callable[[str], None]) -> dict[str, An
     Raises:
         UserError: if a data set cannot be read.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="mtdiffusion-bench-reading-") as name:
         folder = Path(name)
         say(f"writing {count:,} pictures")
