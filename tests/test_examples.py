@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mtdiffusion_benchmarks.stored import expanded
 from tests.pages import chromium, served
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -189,7 +190,9 @@ def test_the_benchmark_takes_modalities_task_and_judge_that_it_does_not_know(sit
         text = (EXAMPLES / name).read_text(encoding="utf-8").replace("channels = 48", "channels = 16")
         (tmp_path / name).write_text(text.replace("training.steps=1000", "training.steps=5"), encoding="utf-8")
     mtdiffusion(site, "bench", "run", "spoken-digits.bench.toml", "--out", "out", "--only", "*/0", cwd=tmp_path)
-    cells = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (tmp_path / "out/cells").iterdir()}
+    cells = {
+        path.stem: expanded(json.loads(path.read_text(encoding="utf-8"))) for path in (tmp_path / "out/cells").iterdir()
+    }
     assert {cell["status"] for cell in cells.values()} == {"ok"}, {name: cell["reason"] for name, cell in cells.items()}
     joint = cells["spoken__spoken-digits__joint__0"]
     assert {"audio|label/tone_accuracy", "tokens|image/exact_match", "joint/tone_agreement"} <= set(joint["metrics"])
@@ -243,5 +246,5 @@ assert states == {{"ok": 5}}, states
 """
     run(site, sys.executable, "-c", code, cwd=tmp_path)
     joint = tmp_path / "out/cells/speech__image+label+speech__joint__0.json"
-    metrics = json.loads(joint.read_text(encoding="utf-8"))["metrics"]
+    metrics = expanded(json.loads(joint.read_text(encoding="utf-8")))["metrics"]
     assert {"speech|image/listener_accuracy", "joint/listener_agreement", "real/listener_accuracy"} <= set(metrics)

@@ -45,14 +45,15 @@ def measure(count: int, epochs: int, say: Callable[[str], None]) -> dict[str, An
     Raises:
         UserError: if a data set cannot be read.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="mtdiffusion-bench-reading-") as name:
         folder = Path(name)
         say(f"writing {count:,} pictures")
         write_pictures(folder, count)
         samples = sorted((folder / "table/train/image").iterdir())
         _write_shards(samples, folder / "shards")
-        parquet = find_spec("datasets.arrow_dataset") is not None and find_spec("pyarrow") is not None
+        library = find_spec("datasets")
+        parquet = library is not None and library.origin is not None  # which a mere folder of that name has not
         if parquet:
             _write_parquet(samples, folder / "rows.parquet")
         for what in _DATA:

@@ -27,6 +27,7 @@ from mtdiffusion_benchmarks.figures import figures_of
 from mtdiffusion_benchmarks.interfaces import Diverged, Fitted, Problem
 from mtdiffusion_benchmarks.profile import Cell, Profile, base_experiment, cell_experiment, description, fingerprint
 from mtdiffusion_benchmarks.provenance import Plugins, code_hash, differences
+from mtdiffusion_benchmarks.stored import write_cell
 from mtdiffusion_engine.checkpoint import read_json, write_json
 from mtdiffusion_engine.data import derive_seed, load_data
 from mtdiffusion_engine.evaluation import complete_samples
@@ -125,7 +126,7 @@ class Runner:
                 if not self.keep_runs:
                     self._unneeded(cell).parent.mkdir(exist_ok=True)
                     self._unneeded(cell).touch()
-                write_json(self._path(cell), result)
+                write_cell(self._path(cell), result)
                 self._left.discard(cell)
                 self._remove_run(cell)
                 self.say(f"{told}: {_told(result)}")

@@ -18,6 +18,7 @@ import torch
 from mtdiffusion_benchmarks.profile import Cell, base_experiment, cell_experiment, load_profile, plan, shipped
 from mtdiffusion_benchmarks.report import build_report
 from mtdiffusion_benchmarks.runner import Runner
+from mtdiffusion_benchmarks.stored import expanded
 from mtdiffusion_engine import cli
 from mtdiffusion_engine.checkpoint import read_json
 from mtdiffusion_engine.trainer import Trainer
@@ -109,7 +110,7 @@ def runner_of(source: Path, out: Path, registry: Registry, **options: object) ->
 
 
 def results(out: Path) -> dict[str, dict]:
-    return {path.stem: json.loads(path.read_text()) for path in sorted((out / "cells").glob("*.json"))}
+    return {path.stem: expanded(json.loads(path.read_text())) for path in sorted((out / "cells").glob("*.json"))}
 
 
 def test_denormals_are_flushed_for_methods_that_have_a_loop_of_their_own(
@@ -502,7 +503,7 @@ def test_the_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "holds a result of another configuration of digits/masked/joint/0" in capsys.readouterr().err
     changed = ["bench", "run", profile, "--out", f"{out}-4", "--only", "digits/masked/joint/0"]
     assert cli.main([*changed, "--set", "training.steps=4", "sampling.steps=2"]) == 0
-    result = read_json(tmp_path / "out-4/cells/digits__masked__joint__0.json")
+    result = expanded(read_json(tmp_path / "out-4/cells/digits__masked__joint__0.json"))
     assert result["cost"]["steps"] == result["config"]["experiment"]["training"]["steps"] == 4
     for change, owner in (
         ("training.seed=1", 'every cell sets "training.seed" itself'),

@@ -23,6 +23,7 @@ from mtdiffusion_benchmarks.methods.joint import JointConfig
 from mtdiffusion_benchmarks.methods.regression import RegressionConfig
 from mtdiffusion_benchmarks.profile import Cell, Profile, load_profile, plan
 from mtdiffusion_benchmarks.runner import Runner
+from mtdiffusion_benchmarks.stored import expanded
 from mtdiffusion_registry import MethodConfig, Query, UserError
 
 PROFILE = """
@@ -67,7 +68,7 @@ def run(folder: Path, out: Path, *methods: str) -> dict[str, Any]:
     profile, path = profile_of(folder)
     cells = [cell for cell in plan(profile) if cell.method in methods]
     Runner(profile, path.parent, out, REGISTRY, say=lambda _: None).run(cells)
-    made = [json.loads(path.read_text()) for path in (out / "cells").glob("*.json")]
+    made = [expanded(json.loads(path.read_text())) for path in (out / "cells").glob("*.json")]
     return {cell["method"]: cell for cell in made}
 
 

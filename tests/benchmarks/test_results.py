@@ -1,6 +1,7 @@
 """The documents say what the committed results say."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -9,9 +10,11 @@ from tests.benchmarks.test_report import small, write
 
 from mtdiffusion_benchmarks.profile import load_profile, plan
 from mtdiffusion_benchmarks.report import build_report
+from mtdiffusion_benchmarks.report.tables import read_results
 from mtdiffusion_benchmarks.results import TARGETS, blocks, fill, main, metrics_table
 from mtdiffusion_benchmarks.runner import Runner
-from mtdiffusion_registry import Registry
+from mtdiffusion_benchmarks.stored import expanded, write_cell
+from mtdiffusion_registry import Registry, UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -119,3 +122,34 @@ def test_committed_results_are_of_the_benchmark_as_it_stands(
     found = runner._check(cells)
     assert found
     assert set(found.values()) == {"ok"}
+
+
+def test_a_cell_is_stored_in_few_bytes_and_read_as_it_was(tmp_path: Path) -> None:
+    profile, (cell, *_) = small()
+    curve = [{"step": 1, "loss": 123.4567, "l2": 0.0}, {"step": 2, "loss": 1e-7, "late": 2.0}]
+    cell |= {"metrics": {"a": 0.1234567890123, "x|y:50%/b": float("nan"), "x/n": 1234567890}, "curve": curve}
+    path = tmp_path / "cells" / "cell.json"
+    path.parent.mkdir()
+    write_cell(path, cell)
+    (tmp_path / "profile.json").write_text(json.dumps(profile))
+    read = read_results(tmp_path).cells[0]
+    assert list(read.metrics) == ["a", "x/n", "x|y:50%/b"] and math.isnan(read.metrics["x|y:50%/b"])
+    assert read.metrics["a"] == 0.1234567890123 and read.metrics["x/n"] == 1234567890
+    assert read.curve == ({"step": 1, "loss": 123.0, "l2": 0.0}, {"step": 2, "loss": 1e-7, "late": 2.0})
+    stored = json.loads(path.read_text())
+    assert {key: stored[key] for key in stored if key not in ("metrics", "curve")} == {
+        key: cell[key] for key in cell if key not in ("metrics", "curve")
+    }
+    assert path.read_text().count("\n") == len(cell) + 2
+    stored["curve"]["loss"].pop()
+    path.write_text(json.dumps(stored))
+    with pytest.raises(UserError, match=r"cell\.json: is damaged \(zip\(\) .* remove it and run its cell again"):
+        read_results(tmp_path)
+
+
+@pytest.mark.parametrize("folder", BENCHMARKS, ids=lambda folder: folder.name)
+def test_committed_cells_are_stored_as_new_ones_are(folder: Path, tmp_path: Path) -> None:
+    for path in (folder / "cells").glob("*.json"):
+        cell = json.loads(path.read_text())
+        write_cell(tmp_path / path.name, expanded(cell))
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path

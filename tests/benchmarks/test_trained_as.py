@@ -15,6 +15,7 @@ from mtdiffusion_benchmarks.profile import Profile, load_profile, plan
 from mtdiffusion_benchmarks.report import build_report
 from mtdiffusion_benchmarks.report.tables import read_results
 from mtdiffusion_benchmarks.runner import Runner
+from mtdiffusion_benchmarks.stored import expanded
 from mtdiffusion_engine.trainer import Trainer
 from mtdiffusion_registry import UserError
 
@@ -68,7 +69,7 @@ def run(folder: Path, out: Path, *methods: str, text: str = PROFILE) -> dict[str
     chosen = [cells[name] for name in methods or cells]
     runner = Runner(profile, path.parent, out, REGISTRY, say=lambda _: None)
     runner.states = runner.run(chosen)  # type: ignore[attr-defined]
-    made = [json.loads(path.read_text()) for path in (out / "cells").glob("*.json")]
+    made = [expanded(json.loads(path.read_text())) for path in (out / "cells").glob("*.json")]
     return {cell["method"]: cell for cell in made}
 
 

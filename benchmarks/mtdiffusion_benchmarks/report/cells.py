@@ -14,6 +14,7 @@ from attrs.validators import in_
 from cattrs import Converter, transform_error
 
 from mtdiffusion_benchmarks.report.statistics import Direction
+from mtdiffusion_benchmarks.stored import expanded
 from mtdiffusion_registry import UserError
 
 SCHEMA = 1
@@ -186,6 +187,10 @@ def _cell(path: Path) -> Cell:
     if value.get("status") in ("diverged", "failed"):
         # Numbers of a broken run must never reach a table.
         value = value | {"metrics": {}, "figures": [], "cost": None}
+    try:
+        value = expanded(value)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: is damaged ({error}); remove it and run its cell again") from None
     cell = _structure(value, Cell, path)
     for figure in cell.figures:
         try:
