@@ -49,7 +49,7 @@ class SamplerSettings:
         conditioning: "observed": the network is shown what is observed. "replacement": it is not (for a model trained
             without; biased).
         draw: draw each modality from its final distribution instead of taking its mode.
-        compile: compile the network (torch.compile): up to some minutes at the first batch, faster ones after it.
+        compile: compile the network (torch.compile): up to some minutes at the first batch, for faster ones after it.
     """
 
     steps: int = field(default=50, validator=ge(1))

@@ -213,7 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="compile the network first: up to some minutes, after which each batch is faster",
+        help="compile the network first, which takes up to some minutes, for faster batches after that",
     )
     sample.add_argument("--seed", type=_natural, default=0)
     setting(sample, of_a_run)
