@@ -147,6 +147,17 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--docs", action="store_true", help="try nothing: make docs/reliability.md of the committed results"
     )
 
+    topology = actions.add_parser(
+        "topology",
+        help="whether a training is the same run on any number of processes",
+        description="Train a small run in float64 on one process and on several, split or not, in micro-batches or "
+        "not, and resume each on every other; compare weights, moments, averages and logs with one process.",
+    )
+    topology.add_argument("--out", type=Path, metavar="FILE.json", help="write what was found here, too")
+    topology.add_argument(
+        "--processes", type=int, nargs="+", default=[2, 4], choices=(2, 4), help="beside one (default: 2 4)"
+    )
+
     listing = actions.add_parser("list", help="list profiles, or a profile's cells")
     listing.add_argument("profile", nargs="?", metavar="PROFILE|FILE.toml")
     listing.add_argument("--out", type=Path, metavar="DIR", help="say which cells are done there")
@@ -164,7 +175,14 @@ def run(args: argparse.Namespace) -> None:
         for path in build_report(args.out):
             print(path)
         return
-    direct = {"perf": _perf, "data": _data, "reading": _reading, "solvers": _solvers, "reliability": _reliability}
+    direct = {
+        "perf": _perf,
+        "data": _data,
+        "reading": _reading,
+        "solvers": _solvers,
+        "reliability": _reliability,
+        "topology": _topology,
+    }
     if args.action in direct:
         direct[args.action](args)
         return
@@ -275,14 +293,14 @@ def _solvers(args: argparse.Namespace) -> None:
 def _reliability(args: argparse.Namespace) -> None:
     from importlib.util import find_spec
 
-    from mtdiffusion_benchmarks.reliability import page
+    from mtdiffusion_benchmarks.reliability import page, topology
     from mtdiffusion_engine.checkpoint import read_json, write_json
     from mtdiffusion_registry import UserError
 
     if args.docs:
         if not page.PAGE.parent.is_dir():
             raise UserError(f"{page.PAGE.parent}: no such folder; run this from a clone of the repository")
-        page.PAGE.write_text(page.page(read_json(page.RESULT)), encoding="utf-8")
+        page.PAGE.write_text(page.page(read_json(page.RESULT), read_json(topology.RESULT)), encoding="utf-8")
         print(page.PAGE)
         return
     if args.trials < 1:
@@ -300,6 +318,22 @@ def _reliability(args: argparse.Namespace) -> None:
     result = trying.measure(args.trials, args.seed, args.only, before, keep, say)
     rows = [row for name, row in result["faults"].items() if name in trying.chosen(args.only)]
     print(f"{sum(row['tried'] for row in rows):,} trials, something was lost in {sum(row['lost'] for row in rows):,}")
+
+
+def _topology(args: argparse.Namespace) -> None:
+    from mtdiffusion_benchmarks.reliability import topology
+    from mtdiffusion_engine.checkpoint import write_json
+    from mtdiffusion_registry import UserError
+
+    result = topology.measure(sorted({1, *args.processes}), partial(print, flush=True))
+    if args.out is not None:
+        write_json(args.out, result, sort_keys=False)
+    most = max(row[what] for row in result["rows"] for what in (*topology.FILES, topology.LOGGED))
+    print(
+        f"{len(result['rows'])} trainings compared in {result['seconds']:.0f} s; the greatest difference is {most:.1e}"
+    )
+    if not most < topology.WANTED:
+        raise UserError(f"topology: wanted less than {topology.WANTED:.0e}")
 
 
 def _state(path: Path) -> str:

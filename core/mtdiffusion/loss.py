@@ -81,15 +81,19 @@ class LossTerms(NamedTuple):
     def sums(self) -> dict[str, Tensor]:
         """Sum and count ``[2]`` by name (loss, l0, l1, l2/NAME, l3/NAME), for a log that averages over many batches: L2
         over the samples it counts for."""
+        counts = {f"l2/{name}": count for name, count in self.counted.items()}
         every = torch.ones_like(self.total)
-        parts = {"loss": (self.total, every), "l0": (self.l0, every), "l1": (self.l1, every)}
-        parts |= {f"l2/{name}": (value, self.counted[name]) for name, value in self.l2.items()}
-        parts |= {f"l3/{name}": (value, every) for name, value in self.l3.items()}
         return {
-            name: widened(torch.stack([value.detach().sum(), count.sum()]))
-            for name, (value, count) in parts.items()
-            if value is not None
+            name: widened(torch.stack([value.detach().sum(), counts.get(name, every).sum()]))
+            for name, value in self.each().items()
         }
+
+    def each(self) -> dict[str, Tensor]:
+        """Those that count, by name (loss, l0, l1, l2/NAME, l3/NAME); each ``[B]``."""
+        parts = {"loss": self.total, "l0": self.l0, "l1": self.l1}
+        parts |= {f"l2/{name}": value for name, value in self.l2.items()}
+        parts |= {f"l3/{name}": value for name, value in self.l3.items()}
+        return {name: value for name, value in parts.items() if value is not None}
 
 
 class Draws(NamedTuple):

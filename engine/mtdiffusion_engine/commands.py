@@ -27,6 +27,7 @@ from mtdiffusion_engine.cost import count_cost, describe_cost
 from mtdiffusion_engine.data import load_data
 from mtdiffusion_engine.experiment import Experiment, build_model, load_experiment, require_resumable
 from mtdiffusion_engine.given import parsed
+from mtdiffusion_engine.hanging import HangWatch
 from mtdiffusion_engine.hub import GALLERY, METRICS
 from mtdiffusion_engine.interrupt import held
 from mtdiffusion_engine.monitor import Monitor
@@ -332,7 +333,11 @@ def _request(args: Namespace) -> sampling.Request:
 
 def _sample_shards(request: sampling.Request, out: Path, form: str, size: int, rank: int, world: int) -> None:
     record = {**request.record(), "shards": form, "shard_size": size}
-    with sampling.shards_in(out, record, rank, world):
+    again = "Shards that are whole are kept; the same command goes on with the others"
+    with (
+        HangWatch(rank, world, request.run.experiment.training.timeout, lambda: again) as watch,
+        sampling.shards_in(out, record, rank, world, watch),
+    ):
         missing = sampling.missing_shards(out, request.n, size, rank, world, form)
         count = sum(min(size, request.n - shard * size) for shard in missing)
         shards = -(-request.n // size)
@@ -430,7 +435,10 @@ def evaluate(args: Namespace) -> None:
     with sampling.processes() as (rank, world):
         run = load_run(args.run, device=args.device, overrides=args.set)
         evaluation = evolve(run.experiment.evaluation, **changes)
-        metrics = _evaluate(evolve(run, experiment=evolve(run.experiment, evaluation=evaluation)), Team(rank, world))
+        again = "What was measured is kept; the same command goes on with the rest"
+        with HangWatch(rank, world, run.experiment.training.timeout, lambda: again) as watch:
+            run = evolve(run, experiment=evolve(run.experiment, evaluation=evaluation))
+            metrics = _evaluate(run, Team(rank, world, watch))
     if rank:
         return
     if args.json:

@@ -128,6 +128,8 @@ class TrainingConfig:
         compile: compile the network and its loss (torch.compile): a minute or more at the start, faster steps after it.
         seed: of initialisation, data order and noise.
         workers: processes that load data; 0 loads in the training process.
+        timeout: seconds that one of several processes waits for another before all end (as PyTorch's process groups
+            have one); longer than what the first does alone takes: samples on the way, a checkpoint.
         log_every: steps between reports.
         held_out_every: steps between looks at the loss of held-out samples, by the averaged weights; 0 turns it off.
         checkpoint_every, sample_every: in steps; 0 turns it off.
@@ -155,6 +157,7 @@ class TrainingConfig:
     compile: bool = False
     seed: int = field(default=0, validator=ge(0))
     workers: int = field(default=0, validator=ge(0))
+    timeout: float = field(default=1800.0, validator=gt(0.0))
     log_every: int = field(default=50, validator=ge(1))
     held_out_every: int = field(default=500, validator=ge(0))
     checkpoint_every: int = field(default=1000, validator=ge(0))
@@ -341,6 +344,7 @@ _SESSION = tuple(
         "checkpoint_activations",
         "compile",
         "workers",
+        "timeout",
         "log_every",
         "held_out_every",
         "checkpoint_every",
@@ -355,7 +359,7 @@ _NO_WEIGHTS = ("plugins.", "sampling.", "evaluation.", *_SESSION)
 _FIXED = tuple(f"training.{key}." for key in ("seed", "batch_size"))
 """What decides, with the step, which samples and which noise come next: of a resumed run it may not change."""
 _RESUMABLE = ("plugins.", "sampling.", "evaluation.", "loss.", "training.")
-TRAINED = ("data.", "sampling.", "evaluation.")
+TRAINED = ("data.", "sampling.", "evaluation.", "training.timeout.")
 """What may change of a run that is only used: its model does not depend on it."""
 
 Changes = dict[str, tuple[Any, Any]]

@@ -101,6 +101,8 @@ class Monitor:
             left = (total - progress.step) / rate
             line = f"step {progress.step}/{total}  {rate:.1f} it/s  ETA {left // 60:.0f}:{left % 60:02.0f}  {loss}"
             self._say(line)
+        if progress.where:
+            self._say(f"a step was left out. {progress.where}")
         if progress.held_out is not None and self._trainer.watched is not None:
             held_out = describe(progress.held_out, weights)
             self._say(f"step {progress.step}: held out  {held_out}  ({self._trainer.watched.what})")

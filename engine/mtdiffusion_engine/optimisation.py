@@ -78,7 +78,7 @@ class Average(Generic[M]):
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
         """Take in the module's present weights."""
-        ours, theirs = ([_own_part(p) for p in each.parameters()] for each in (self.module, module))
+        ours, theirs = ([own_part(p) for p in each.parameters()] for each in (self.module, module))
         if self.updates == 0:
             torch._foreach_copy_(ours, theirs)
         else:
@@ -88,6 +88,6 @@ class Average(Generic[M]):
         self.updates += 1
 
 
-def _own_part(parameter: Tensor) -> Tensor:
+def own_part(parameter: Tensor) -> Tensor:
     """What this process has of a parameter: all of it, unless it is split over processes."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter

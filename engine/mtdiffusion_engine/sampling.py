@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from mtdiffusion_engine import checkpoint as ckpt
+from mtdiffusion_engine.hanging import HangWatch
 from mtdiffusion_engine.pictures import sample_sheet, stem_of
 from mtdiffusion_engine.run import Run
 from mtdiffusion_engine.shards import FORMS
@@ -305,15 +306,21 @@ def _write_shard(request: Request, path: Path, first: int, count: int, tell: Tel
 
 
 @contextmanager
-def shards_in(out: Path, record: Mapping[str, Any], rank: int, world: int) -> Iterator[None]:
+def shards_in(
+    out: Path, record: Mapping[str, Any], rank: int, world: int, watch: HangWatch | None = None
+) -> Iterator[None]:
     """A folder for a request's shards, new or to go on in, while several processes are in it together.
 
     The first process writes the request, or compares it with the one that is there. All leave when all are done. What
     ends before there is a shard leaves nothing.
 
+    Args:
+        watch: is told where this process is; each may draw for as long as it likes.
+
     Raises:
         UserError: if the folder holds something else, or shards of another request, or is in use.
     """
+    watch = watch or HangWatch()
     with ExitStack() as stack:
         refusal = [""]
         if rank == 0:
@@ -326,7 +333,9 @@ def shards_in(out: Path, record: Mapping[str, Any], rank: int, world: int) -> It
             except UserError as error:
                 refusal = [str(error)]
         if world > 1:
+            watch.at("the start", waits=True)
             torch.distributed.broadcast_object_list(refusal)
+            watch.at("its shards", patient=True)
         if refusal[0]:
             raise UserError(refusal[0])
         try:
@@ -338,6 +347,7 @@ def shards_in(out: Path, record: Mapping[str, Any], rank: int, world: int) -> It
                     out.rmdir()
             raise
         if world > 1:
+            watch.at("the end: its shards are there", waits=True)
             try:
                 torch.distributed.barrier()
             except RuntimeError as error:

@@ -19,7 +19,8 @@ class Tally:
         self._accelerator = accelerator
         self._names: list[str] = []
         self._table: Tensor | None = None  # by name: sum, count, batches of which it was not finite
-        self._skipped = torch.zeros(2, device=accelerator.device)  # in all, and the last in a row
+        # How many in all, how many just now in a row, and which was the last.
+        self._skipped = torch.zeros(3, device=accelerator.device)
 
     def add(self, sums: Mapping[str, Tensor]) -> None:
         """Take in the sums and counts of a micro-batch (:meth:`mtdiffusion.LossTerms.sums`)."""
@@ -29,15 +30,19 @@ class Tally:
         row = torch.cat([torch.where(finite, pairs, 0), (~finite).to(pairs.dtype)], 1)
         self._table = row if self._table is None else self._table + row
 
-    def step(self, skipped: Tensor) -> None:
+    def step(self, skipped: Tensor, number: int) -> None:
         """Take in a step: 1 if it was left out, else 0; alike in all processes."""
-        every, streak = self._skipped
-        self._skipped = torch.stack([every + skipped, (streak + 1) * skipped])
+        every, streak, last = self._skipped
+        self._skipped = torch.stack([every + skipped, (streak + 1) * skipped, torch.where(skipped > 0, number, last)])
 
     def skipped(self) -> tuple[int, int]:
         """How many steps were left out, and how many of them are the last in a row. Waits for the device."""
-        every, streak = self._skipped.tolist()
+        every, streak, _ = self._skipped.tolist()
         return int(every), int(streak)
+
+    def last_skipped(self) -> int:
+        """The number of the last step that was left out, from 1. Waits for the device."""
+        return int(self._skipped[2])
 
     def take(self) -> dict[str, float]:
         """Means by name; those of which nothing was counted are left out. Waits for the device."""

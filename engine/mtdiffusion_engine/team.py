@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
-from attrs import frozen
+from attrs import field, frozen
 from torch import Tensor, distributed
 
 from mtdiffusion_engine.data import derive_seed
+from mtdiffusion_engine.hanging import HangWatch
 from mtdiffusion_registry import UserError
 
 T = TypeVar("T")
@@ -21,10 +22,13 @@ class Team:
 
     Attributes:
         rank, world: which of how many (:func:`mtdiffusion_engine.sampling.processes`).
+        watch: is told where this process is. Each batch is to be done within its timeout; between batches the first
+            process may judge, and the others wait, for as long as it takes.
     """
 
     rank: int = 0
     world: int = 1
+    watch: HangWatch = field(factory=HangWatch)
 
     @property
     def first(self) -> bool:
@@ -39,7 +43,10 @@ class Team:
         Raises:
             UserError: if another process has stopped.
         """
-        own = [work(batch) for batch in batches[self.rank :: self.world]]
+        own: list[Any] = []
+        for batch in batches[self.rank :: self.world]:
+            self.watch.at(f"batch {self.rank + len(own) * self.world + 1} of {len(batches)}")
+            own.append(work(batch))
         if self.world == 1:
             return own
         parts: list[Any] | None = [None] * self.world if self.first else None
@@ -59,6 +66,7 @@ class Team:
         return box[0]
 
     def _together(self, call: Callable[[], object]) -> None:
+        self.watch.at("its part is done", waits=True)
         try:
             call()
         except RuntimeError as error:  # of the connection, which ends with the process at its other end
@@ -66,6 +74,7 @@ class Team:
                 f"process {self.rank + 1} of {self.world}: another process has stopped, so this one does, too. Start "
                 "all of them again; what was measured before is kept"
             ) from error
+        self.watch.at("all have met", patient=True)
 
 
 def chance_at(generator: torch.Generator, place: int) -> torch.Generator:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from mtdiffusion_registry.configs import Config
-from mtdiffusion_registry.partial import partial_of
+from mtdiffusion_registry.partial import partial_of, remove_abandoned
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,6 +68,7 @@ def load_kept(path: Path) -> dict[str, Tensor] | None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    remove_abandoned(path)  # of a process that was killed while another wrote the same
     try:
         return load_file(path)
     except (OSError, SafetensorError):

@@ -40,6 +40,7 @@ def test_nothing_is_lost_in_a_few_trials_and_what_is_tried_is_not_tried_again(tm
         "training: SIGKILL*moments",
         "sampling into shards: SIGKILL before*",
         "codes*",
+        "training in two*stopped*",
         "huge*",
         "arg*set",
     )
@@ -47,7 +48,8 @@ def test_nothing_is_lost_in_a_few_trials_and_what_is_tried_is_not_tried_again(tm
     assert {name: row["tried"] for name, row in found.items()} == {
         "training: SIGKILL at random moments": 3,
         "sampling into shards: SIGKILL before operations on files": 1,
-        "codes, heads and gradients that are not finite": 1,
+        "training in two processes: one is stopped, SIGSTOP": 1,
+        "codes, losses, gradients and moments that are not finite": 2,
         "huge, endless and nested files": 11,
         "arguments of --set": 60,
     }
@@ -71,7 +73,8 @@ def test_what_cannot_be_tried_is_refused(arguments: tuple[str, ...], told: str) 
 
 
 def test_the_page_is_made_of_the_results() -> None:
+    from mtdiffusion_benchmarks.reliability import topology
     from mtdiffusion_benchmarks.reliability.page import PAGE, RESULT, page
 
-    result = json.loads((ROOT / RESULT).read_text())
-    assert (ROOT / PAGE).read_text() == page(result)
+    result, topologies = (json.loads((ROOT / path).read_text()) for path in (RESULT, topology.RESULT))
+    assert (ROOT / PAGE).read_text() == page(result, topologies)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,18 +17,26 @@ from mtdiffusion_benchmarks.reliability.hostile import _CHECK, _RESUME, _SAMPLE,
 from mtdiffusion_benchmarks.reliability.jobs import Bench
 from mtdiffusion_benchmarks.reliability.kills import Wrong
 
+if TYPE_CHECKING:
+    from mtdiffusion_engine.trainer import Trainer
+
 VALUES = (float("nan"), float("inf"), -float("inf"))
 
 
-def in_training(bench: Bench, trials: int, rng: random.Random) -> Wrong:
-    """A code, a head's parameters (and so a loss) or a gradient that is not finite: for one step, or from one step on.
+WHERE = ("code", "loss", "gradient", "bfloat16", "moment")
 
-    One step is left out. From one on, the training ends with a message that names steps, and terms where a term was
-    wrong; the checkpoints that stay are finite.
+
+def in_training(bench: Bench, trials: int, rng: random.Random) -> Wrong:
+    """A code, a head's loss, its gradient, a loss that bfloat16 cannot hold, or a moment of the optimizer that is not
+    finite: of one sample of one step, of all samples but one from one step on, or, of a moment, once.
+
+    One step is left out, and the report names the sample. From one on, the training ends with a message that names
+    step, term and samples, and not the one that is well; a moment is named with its parameter. The checkpoints that
+    stay are finite.
     """
     for trial in range(trials):
         value, first = VALUES[trial % 3], rng.randint(4, 8)
-        where, forever = ("encoder", "decoder", "gradient")[trial // 3 % 3], trial % 2 == 1
+        where, forever = WHERE[trial // 3 % len(WHERE)], trial % 2 == 1
         bench.empty()
         ended = Child(bench.place, _training(where, value, first, forever)).wait()
         what = f"{value} in the {where} at step {first + 1}{' and on' * forever}"
@@ -39,47 +48,116 @@ def _training(where: str, value: float, first: int, forever: bool) -> Callable[[
 
     def work() -> int:
         from mtdiffusion_engine.experiment import load_experiment
-        from mtdiffusion_engine.trainer import Trainer
+        from mtdiffusion_engine.trainer import Progress, Trainer
         from mtdiffusion_registry import Registry, UserError
 
         registry = Registry.discover()
-        settings = ["training.steps=30", "training.log_every=1"]
+        # Nothing is shown to the network: then every picture has a loss.
+        shown = ["conditioning.observed=0.0", "conditioning.partial=0.0"]
+        settings = ["training.steps=30", "training.log_every=1", *shown]
+        settings += ['training.precision="bfloat16"'] * (where == "bfloat16")
         trainer = Trainer(load_experiment(Path("config.toml"), settings, registry), Path("new"), registry, device="cpu")
+        (turn,) = trainer.sampler(first, first + 1)
+        well = turn.indices[-1]
+        spoilt = [index for index in range(len(trainer.data)) if index != well] if forever else turn.indices[:1]
+        spoil(trainer, where, value, spoilt, lambda: trainer.step >= first if forever else trainer.step == first)
+        print(f"spoilt: {spoilt}")
 
-        def due() -> bool:
-            return trainer.step >= first if forever else trainer.step == first
+        def told(progress: Progress) -> None:
+            if progress.skipped:
+                print(f"left out: {progress.skipped} at step {progress.step}. {progress.where}")
+            if where == "moment" and progress.step == first + 1:
+                weight = next(trainer.model.parameters())
+                trainer.optimizer.state[weight]["exp_avg_sq"].view(-1)[0] = value
 
-        def spoil(x: torch.Tensor) -> torch.Tensor:
-            return x * value if due() else x  # with a way back for the gradient
-
-        image = trainer.model.modality("image")
-        if where == "encoder":
-            image.encoder.register_forward_hook(lambda _module, _given, out: spoil(out))
-        elif where == "decoder":
-            image.decoder.register_forward_hook(lambda _module, _given, out: {k: spoil(x) for k, x in out.items()})
-        else:
-            next(trainer.model.parameters()).register_hook(spoil)  # type: ignore[no-untyped-call]
-        skipped: list[int] = []
         try:
-            trainer.train(lambda progress: skipped.append(progress.skipped))
+            trainer.train(told)
         except UserError as error:
             print(f"refused: {error}")
             return 2
-        print(f"left out: {sum(skipped)}")
         return 0
 
     return work
 
 
+def spoil(trainer: Trainer, where: str, value: float, spoilt: Sequence[int], due: Callable[[], bool]) -> None:
+    """Let some samples give a code, a loss or a gradient that is ``value``, or in bfloat16 a loss that it cannot hold.
+
+    They are known by their pictures, wherever they are computed; computed again, they are as they were.
+
+    Args:
+        spoilt: by their index.
+        due: whether a step in training is one of those in which they do.
+    """
+    image = trainer.model.modality("image")
+    pictures = torch.stack([trainer.data[index]["image"] for index in spoilt])
+    objective, each = image.decoder.objective, trainer.each
+    again: list[None] = []
+
+    def wrong(x: torch.Tensor) -> torch.Tensor:
+        """Which rows: ``[B]``."""
+        found = (x[:, None] == pictures).flatten(2).all(2).any(1)
+        return found & (bool(again) or due())
+
+    def code(_module: object, given: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor:
+        return torch.where(wrong(given[0])[:, None, None, None], value, out)
+
+    def loss(params: Any, x: torch.Tensor) -> torch.Tensor:
+        found, rows = objective(params, x), wrong(x)
+        if where == "loss":
+            return torch.where(rows, value, found)
+        if where == "bfloat16":
+            large = torch.tensor(3.4e38)
+            held = large.bfloat16() if torch.is_autocast_enabled("cpu") else large  # in bfloat16 infinity
+            return torch.where(rows, found + 1e-38 * held, found)
+        if where == "gradient" and found.requires_grad:
+            found.register_hook(  # type: ignore[no-untyped-call]
+                lambda gradient: torch.where(rows, value, gradient)
+            )
+        return found
+
+    def computed_again(*given: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        again.append(None)
+        try:
+            return each(*given)
+        finally:
+            again.clear()
+
+    trainer.each = computed_again  # type: ignore[method-assign, assignment]
+    image.decoder.objective = loss  # type: ignore[method-assign]
+    if where == "code":
+        image.encoder.register_forward_hook(code)
+
+
+_TERM = {
+    "code": "the code of image",
+    "loss": "l2/image",
+    "gradient": "the gradient of ",
+    "bfloat16": "In float32 it is finite",
+    "moment": "AdamW's exp_avg_sq of ",
+}
+
+
 def _wrong(bench: Bench, ended: Ended, where: str, first: int, forever: bool) -> str:
-    if wrong := ended.wrong(2 if forever else 0):
+    ends = forever or where == "moment"
+    if wrong := ended.wrong(2 if ends else 0):
         return wrong
-    if not forever and "left out: 1" not in ended.said:
-        return f"not one step was left out: {ended.said[-200:]}"
-    if forever and f"from step {first + 1} to step" not in ended.said:
-        return f"the step is not named: {ended.said[-300:]}"
-    if forever and not re.search("l2/image" if where != "gradient" else "gradient alone", ended.said):
+    if _TERM[where] not in ended.said:
         return f"the term is not named: {ended.said[-300:]}"
+    if where == "moment":
+        if "after step " not in ended.said:
+            return f"the step is not named: {ended.said[-300:]}"
+    else:
+        if f"Step {first + 1}, computed again: " not in ended.said:
+            return f"the step is not named: {ended.said[-300:]}"
+        named = {int(index) for index in re.findall(r"of sample (\d+)", ended.said.rpartition("computed again: ")[2])}
+        (spoilt,) = re.findall(r"spoilt: \[(.*)\]", ended.said)
+        if not named or not named <= {int(index) for index in spoilt.split(",")}:
+            return f"the sample is not named: {ended.said[-300:]}"
+    if ends and "Go " not in ended.said:
+        return f"how to go on is not said: {ended.said[-300:]}"
+    if not ends and ended.said.count("left out: 1") != 1:
+        return f"not one step was left out: {ended.said[-200:]}"
     for checkpoint in (bench.place.work / "new" / "checkpoints").glob("step-????????"):
         for name in ("model", "ema", "optimizer"):
             if not all(bool(x.isfinite().all()) for x in load_file(checkpoint / f"{name}.safetensors").values()):

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mtdiffusion_benchmarks.reliability.children import LIMIT, MOST_MEMORY
+from mtdiffusion_benchmarks.reliability.hangs import TIMEOUT
+from mtdiffusion_benchmarks.reliability.topology import FILES, LOGGED
 
 PAGE = Path("docs/reliability.md")
 RESULT = Path("benchmarks/results/reliability.json")
@@ -33,7 +35,9 @@ tried again. What lost something is, once it is mended: then the later trials al
   traceback counts as lost. Then the same as for what was killed.
 - **Hostile files**: the command has to end with a sentence, within {seconds:.0f} seconds and {memory:.0f} GiB. Nothing
   in a file is run.
-- **Numbers**: the message has to name the term and the step, or the file and the tensor, or the file with the sample.
+- **Two processes**, one of which is stopped or killed: the other ends by itself, with status 2 and a sentence, which
+  names the one that is stopped. Then the same as for what was killed.
+- **Numbers**: the message has to name the term, the step and the sample; of a moment, or of a file, the tensor.
   Checkpoints that stay have to be finite.
 - **Made-up inputs**: each is used, or refused with a sentence, within {slow} seconds and {memory:.0f} GiB beyond what
   is there before.
@@ -47,6 +51,9 @@ ones, which stay there if that process is killed.
 One process imports everything, and forks a child for each trial. A child runs the whole command line, on one thread.
 Where a fault says that a new process starts, it starts from nothing.
 
+Two processes are two children that meet by gloo, with `training.timeout` of {timeout} seconds; the moments at which one
+of them is stopped or killed are uniform over the time after they have met.
+
 Random moments are uniform over the time that the command takes. Up to four kills come one after another before it may
 end. To be killed before an operation on files, a child counts its own, by Python's audit events.
 
@@ -55,8 +62,8 @@ size of files.
 """
 
 
-def page(result: Mapping[str, Any]) -> str:
-    """The page."""
+def page(result: Mapping[str, Any], topology: Mapping[str, Any]) -> str:
+    """The page, of what ``bench reliability`` and ``bench topology`` found."""
     from mtdiffusion_benchmarks.reliability.fuzzing import SLOW
 
     faults: Mapping[str, Mapping[str, Any]] = result["faults"]
@@ -64,7 +71,7 @@ def page(result: Mapping[str, Any]) -> str:
     answer = (
         f"Something was lost in {lost:,} of {tried:,} trials." if lost else f"Nothing was lost in {tried:,} trials."
     )
-    parts = [_INTRODUCTION.format(answer=answer, seconds=LIMIT, memory=MOST_MEMORY / 2**30, slow=SLOW)]
+    parts = [_INTRODUCTION.format(answer=answer, seconds=LIMIT, memory=MOST_MEMORY / 2**30, slow=SLOW, timeout=TIMEOUT)]
     parts.append("## What was found\n")
     for group in dict.fromkeys(row["group"] for row in faults.values()):
         parts.append(f"### {group}\n\n| fault | trials | something was lost |\n|---|---|---|")
@@ -79,6 +86,7 @@ def page(result: Mapping[str, Any]) -> str:
         ]
     hardware = result["hardware"]
     parts += [
+        *_on_any_processes(topology),
         "## Not tried\n",
         *(f"- {what}" for what in result["not_tried"]),
         "",
@@ -87,3 +95,39 @@ def page(result: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(parts)
+
+
+def _on_any_processes(topology: Mapping[str, Any]) -> list[str]:
+    """The section of what ``bench topology`` found."""
+    rows: list[Mapping[str, Any]] = topology["rows"]
+    resumed = [row for row in rows if row["resumed"]]
+    quantities = [*FILES, LOGGED]
+    most = max(row[what] for row in rows for what in quantities)
+    verdict = f"below {topology['wanted']:.0e}" if most < topology["wanted"] else "more than is wanted"
+    lines = [
+        "## One run on any number of processes\n",
+        f"The greatest difference is {most:.1e}, {verdict}.",
+        "One process without accumulation is compared with every other way to share out the same training, in float64:",
+        "processes × `training.accumulate`, and `training.parallel`. Each trains the run from its beginning, and each",
+        f"goes on with what each has begun: {len(resumed)} pairs. The training takes {topology['steps']} steps, and is",
+        f"gone on with after {topology['resumed_at']}. By\n",
+        "```text\nmtdiffusion bench topology --out benchmarks/results/topology.json\n```\n",
+        f"| how it is shared out | {' | '.join(quantities)} | resumed from any: the greatest of all |",
+        f"|---|{'---|' * len(quantities)}---|",
+    ]
+    for row in rows:
+        if not row["resumed"]:
+            worst = max(each[what] for each in resumed if each["ended"] == row["ended"] for what in quantities)
+            lines.append(f"| {row['ended']} | {' | '.join(_size(row[what]) for what in quantities)} | {_size(worst)} |")
+    return [
+        *lines,
+        "",
+        "What is logged is the loss, its terms, those of held-out samples and the gradient's norm; of what is above 1,",
+        "the difference is a share. All of it ran on the CPU, by torchrun and gloo, in "
+        f"{topology['seconds'] / 60:.0f} minutes.",
+        "",
+    ]
+
+
+def _size(difference: float) -> str:
+    return f"{difference:.1e}" if difference else "0"

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from attrs import frozen
 
-from mtdiffusion_benchmarks.reliability import faults, fuzzing, hostile, kills, numbers
+from mtdiffusion_benchmarks.reliability import faults, fuzzing, hangs, hostile, kills, numbers
 from mtdiffusion_benchmarks.reliability.jobs import JOBS, Bench
 from mtdiffusion_benchmarks.runner import hardware
 from mtdiffusion_registry import UserError
 
 NOT_TRIED = (
     "a loss of power, after which what a disk had promised to keep may be gone",
-    "one of several processes that train or draw together, dying or hanging",
+    "processes on several machines, and more than two of them that hang or die",
     "a full disk but by a limit on the size of files",
     "a clock that goes backwards while a command runs; files from the future are",
     "data sets in shards (litdata), Parquet files but as pickles, and the page to play with",
@@ -65,6 +65,11 @@ def _faults() -> dict[str, Fault]:
         found[f"{name}: SIGTERM, or Ctrl-C twice"] = Fault(stopped, partial(_of_job, faults.told_to_stop, name), 0.2)
     found |= {
         "training: a process that loads data is killed": Fault(stopped, faults.worker_dies, 0.1),
+        **{
+            f"{name} in two processes: one is {how}": Fault(stopped, partial(_of_job, test, name), 0.1)
+            for name in ("training", "evaluation", "sampling into shards")
+            for how, test in (("stopped, SIGSTOP", hangs.stopped), ("killed", hangs.killed))
+        },
         "training: two processes into one folder": Fault(stopped, faults.two_at_once, 0.2),
         "every command: a folder that cannot be written": Fault(stopped, faults.read_only, len(JOBS) / 50),
         "every command: no room for files": Fault(stopped, faults.full_disk, 0.4),
@@ -73,7 +78,7 @@ def _faults() -> dict[str, Fault]:
         "checkpoints, pictures and tables cut short, flipped, grown": Fault(hurt, hostile.damaged, 2),
         "huge, endless and nested files": Fault(hurt, hostile.oversized),
         "tables that name files elsewhere": Fault(hurt, hostile.outside),
-        "codes, heads and gradients that are not finite": Fault(wrong, numbers.in_training, 0.36),
+        "codes, losses, gradients and moments that are not finite": Fault(wrong, numbers.in_training, 0.6),
         "checkpoints that are not finite": Fault(wrong, numbers.in_checkpoints, 0.36),
         "data that are not finite": Fault(wrong, numbers.in_data, 0.12),
     }

@@ -28,7 +28,7 @@ from mtdiffusion_registry.cache import cached, config_key
 from mtdiffusion_registry.configs import FieldConfig
 from mtdiffusion_registry.errors import UserError
 from mtdiffusion_registry.pace import Pace
-from mtdiffusion_registry.partial import partial_of
+from mtdiffusion_registry.partial import partial_of, remove_abandoned
 
 CACHE_LIMIT = 50 * 2**30
 """Bytes that one field may take on disk; beyond it, files are decoded at every access."""
@@ -104,6 +104,7 @@ def decode(
     key = _key(field, paths, size)
     kept = _place(key)
     if kept.is_file():
+        remove_abandoned(kept)  # of a process that was killed while another wrote the same
         try:
             return Decoded(field, paths, size, key, _mapped(key))
         except (OSError, ValueError):  # cut short, by a full disk say
