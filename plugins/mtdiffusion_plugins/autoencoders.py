@@ -183,12 +183,11 @@ class Autoencoder:
         return (slice(start, start + size) for start in range(0, count, size))
 
 
-def require_diffusers() -> None:
-    """Raise :class:`UserError` if diffusers is not installed."""
+def require_diffusers(what: str = "an autoencoder") -> None:
+    """Raise :class:`UserError`, by what needs it, if diffusers is not installed."""
     if find_spec("diffusers") is None:
         raise UserError(
-            "an autoencoder needs the library diffusers, which is not installed; install it: "
-            'pip install "mtdiffusion[latent]"'
+            f'{what} needs the library diffusers, which is not installed; install it: pip install "mtdiffusion[latent]"'
         )
 
 
