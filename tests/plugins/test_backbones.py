@@ -33,7 +33,7 @@ DITS = [
 ]
 UNETS = [
     {"attention": attention, "qk_norm": qk_norm} for attention, qk_norm in product(((), (1,), (0, 1)), (False, True))
-]
+] + [{"features": 20}]
 
 
 def small(**values: Any) -> DiTConfig:
@@ -370,6 +370,14 @@ def test_a_unet_attends_where_it_is_told_to() -> None:
         found = [key for key, part in unet.named_modules() if isinstance(part, SelfAttention) and key != "attention"]
         assert {key.rpartition(".")[0].rpartition(".")[0] for key in found} == expected
         assert len(found) == 2 * len(expected)  # after each block
+
+
+def test_a_unets_feature_map_is_as_wide_as_it_is_told_to_be() -> None:
+    z, noise, vector = torch.randn(2, CHANNELS, 8, 8), torch.rand(2), torch.randn(2, VECTOR)
+    for values, expected in (({}, 8), ({"features": 8}, 8), ({"features": 20}, 20)):
+        unet = small_unet(multipliers=(1, 2), **values).build(CHANNELS, 8, 8, VECTOR)
+        assert unet.features.channels == expected
+        assert unet(z, noise, vector).map.shape == (2, expected, 8, 8)
 
 
 @pytest.mark.parametrize(
