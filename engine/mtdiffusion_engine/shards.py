@@ -102,9 +102,7 @@ def parquet_shard(file: IO[bytes], scratch: Path, modalities: Mapping[str, Modal
         for (stem, _), row in zip(batch, rows, strict=True):
             if [*writer.schema] != [arrow.field(column, cell.type) for column, cell in row.items()]:
                 found = ", ".join(f"{column} {cell.type}" for column, cell in row.items())
-                raise UserError(
-                    f"sample {stem}: its columns are {found}, and others' differ; write tar shards"
-                )
+                raise UserError(f"sample {stem}: its columns are {found}, and others' differ; write tar shards")
         columns = [arrow.array([row[each.name].value for row in rows], each.type) for each in writer.schema]
         writer.write_table(arrow.table(columns, schema=writer.schema))
 
