@@ -225,6 +225,7 @@ RECIPES = {
         shift=1,
         noise=0.15,
         steps=600,
+        dtype=torch.float16,
     ),
     "shapes": Recipe(
         data=ShapesConfig(size=16, count=16000),
