@@ -239,9 +239,10 @@ def test_the_shipped_configuration_is_the_recipes(name):
 
 
 def test_the_digits_weights_are_what_they_were():
-    """Results are made with them: another training is another model, and needs another name."""
+    """Results are made with them (in float32, of which these are the nearest in float16): another training is another
+    model, and needs another name."""
     digest = hashlib.sha256(CHECKPOINT.read_bytes()).hexdigest()
-    assert digest == "1a07eeebdb39c4b6cdbd50bd59775ef4a9ee8eacd84dd62754d6b3936b03711d"
+    assert digest == "2d55e63e254a2fdeebc8d476927abfa4ec10ff0b518cc58337257726d5a9b1e6"
 
 
 def test_a_scene_is_captioned_from_its_large_shapes_kind_to_everything():
