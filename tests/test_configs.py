@@ -13,7 +13,9 @@ from mtdiffusion_engine import load_run
 from mtdiffusion_engine.experiment import load_experiment
 from mtdiffusion_engine.trainer import Trainer
 from mtdiffusion_registry import Registry
+from mtdiffusion_registry.config import dump_toml
 from tests.plugins.tiny_autoencoders import saved, untrained
+from tests.plugins.tiny_networks import VIT, random_weights
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
 
@@ -23,6 +25,16 @@ def stand_in(tables: dict[str, Any], root: Path) -> Path:
     rng = np.random.default_rng(0)
     for split, count in (("train", 6), ("test", 2)):
         for name, kind in tables["data"]["fields"].items():
+            if kind == "label":
+                rows = "".join(f"{index},{index % 2}\n" for index in range(count))
+                (root / split).mkdir(parents=True, exist_ok=True)
+                (root / split / f"{name}.csv").write_text(f"stem,value\n{rows}")
+                continue
+            if kind == "caption":
+                (root / split / name).mkdir(parents=True)
+                for index in range(count):
+                    (root / split / name / f"{index}.txt").write_text("a large red circle at the top left")
+                continue
             classes = tables["modalities"][name].get("classes", 256)
             folder = root / split / name
             folder.mkdir(parents=True)
@@ -44,6 +56,14 @@ def test_a_configuration_trains_and_samples(path: Path, tmp_path: Path) -> None:
                 pytest.importorskip("diffusers")
                 place = saved(untrained("AutoencoderTiny"), tmp_path / "autoencoder")
                 few += [f"modalities.{name}.autoencoder={place}", "backbone.width=48", "backbone.depth=1"]
+            if table["kind"] == "image_features":
+                weights = random_weights(tmp_path, img_size=32)
+                few += [f"modalities.{name}.{key}" for key in (f"model={VIT}", f"weights={weights}", "input_size=32")]
+            if "pretrained" in table:  # in its place the small model that ships, which comes with its weights
+                del table["pretrained"]
+                dump_toml(tables, tmp_path / path.name)
+                path = tmp_path / path.name
+                few += [f"modalities.{name}.model=builtin:shapes", f"modalities.{name}.dim=64"]
     elif tables["data"]["kind"] != "digits":
         few += ["data.count=16", "data.test_count=8"]
     registry = Registry.discover()
