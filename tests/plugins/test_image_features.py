@@ -328,6 +328,15 @@ def test_they_are_judged(run_folder: Path) -> None:
         assert key in metrics, sorted(metrics)
 
 
+def test_an_exported_run_takes_the_weights_along(run_folder: Path, weights: Path, tmp_path: Path) -> None:
+    out = load_run(run_folder, device="cpu").save_pretrained(tmp_path / "out")
+    run = load_run(out.rename(tmp_path / "moved"), device="cpu")
+    for name in ("features", "whole"):
+        copy = run.experiment.modalities[name].weights  # type: ignore[attr-defined]
+        assert copy.is_relative_to(tmp_path / "moved") and copy.read_bytes() == weights.read_bytes()
+    assert run.sample(1)["features"].shape == (1, 8, 8, 8)
+
+
 @pytest.mark.slow
 def test_features_are_computed_once_by_the_components_of_the_training_split(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
