@@ -190,8 +190,9 @@ def cheapest(result: Mapping[str, Any]) -> dict[str, Way | None]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """A row a way, a column a figure; in bold what is as good as the reference, which comes first."""
+    """A row a way, a column a figure, with half the range over seeds; in bold what is as good as the reference, which comes first."""
     means, reference = _means(result), Way(**result["reference"])
+    several = len({row["seed"] for row in result["rows"]}) > 1
     arrows = {"higher": "↑", "lower": "↓"}
     heads = [f"{code(key)} {arrows[result['directions'][key]]}" for key in result["keys"]]
     lines = ["| solver | evaluations | " + " | ".join(heads) + " |", "|---|---|" + "---|" * len(heads)]
@@ -203,7 +204,7 @@ def table(result: Mapping[str, Any]) -> str:
                 cells.append("")
                 continue
             value, spread = means[each][key]
-            text = f"{value:.3g} ± {spread:.2g}"
+            text = f"{value:.3g} ± {spread:.2g}" if several else f"{value:.3g}"
             good = good_enough(value, means[reference][key][0], result["directions"][key])
             cells.append(f"**{text}**" if good and each != reference else text)
         lines.append(f"| {each.title} | {each.steps} | " + " | ".join(cells) + " |")
