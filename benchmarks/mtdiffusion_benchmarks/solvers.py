@@ -190,7 +190,8 @@ def cheapest(result: Mapping[str, Any]) -> dict[str, Way | None]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """A row a way, a column a figure, with half the range over seeds; in bold what is as good as the reference, which comes first."""
+    """A row a way, a column a figure, with half the range over seeds if there are several; in bold what is as good as
+    the reference, which comes first."""
     means, reference = _means(result), Way(**result["reference"])
     several = len({row["seed"] for row in result["rows"]}) > 1
     arrows = {"higher": "↑", "lower": "↓"}
