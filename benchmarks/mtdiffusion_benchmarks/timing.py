@@ -62,12 +62,12 @@ class Contender:
         against: the contender it is compared with; "" for one that others are compared with.
         target: the ratio that is wanted at most.
         seconds: of its turns.
-        first: seconds of the turn that warms up, which compiles what is compiled.
         memory: in MiB, see :func:`peak_memory`.
         trainer: of a contender whose work is counted.
         images: trained or sampled in a turn; 0 where that is not what is timed.
         parameters: of the network; 0 where they are not told.
         work: floating-point operations an image, as torch counts them; 0 where they are not counted.
+        first: seconds of the turn that warms up, which compiles what is compiled.
     """
 
     name: str
@@ -75,12 +75,12 @@ class Contender:
     against: str = ""
     target: float | None = None
     seconds: list[float] = field(factory=list)
-    first: float = 0.0
     memory: float | None = None
     trainer: Trainer | None = None
     images: int = 0
     parameters: int = 0
     work: float = 0.0
+    first: float = 0.0
 
     @property
     def images_per_second(self) -> float | None:

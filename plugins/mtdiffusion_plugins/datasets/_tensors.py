@@ -44,11 +44,18 @@ class TensorDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
         sample = {name: column[index] for name, column in self.fields.items()}
-        for name in self._stored:
-            stored = sample[name]
-            assert isinstance(stored, Tensor)
-            sample[name] = from_levels(stored) if name in self._levels else stored.long()
-        return sample
+        return {name: self._valued(name, x) if isinstance(x, Tensor) else x for name, x in sample.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        """A column's values, as samples have them: ``[len, ...]``."""
+        column = self.fields[name]
+        assert isinstance(column, Tensor)
+        return self._valued(name, column)
+
+    def _valued(self, name: str, stored: Tensor) -> Tensor:
+        if name not in self._stored:
+            return stored
+        return from_levels(stored) if name in self._levels else stored.long()
 
     def stored(self, dtypes: Mapping[str, Collection[torch.dtype]]) -> TensorDataset:
         other = copy(self)

@@ -67,9 +67,7 @@ def columns(config: DatasetConfig, split: Literal["train", "test"]) -> tuple[Ten
     """A split of a built-in data set, and its images ``[N, C, h, w]``."""
     data = config.build(split)
     assert isinstance(data, TensorDataset)
-    images = data.fields["image"]
-    assert isinstance(images, Tensor)
-    return data, images
+    return data, data.tensor("image")
 
 
 # Digits.
@@ -77,8 +75,7 @@ def columns(config: DatasetConfig, split: Literal["train", "test"]) -> tuple[Ten
 
 def attributes(data: TensorDataset) -> Tensor:
     """Label, weight and slant of every digit: int64 ``[B, 3]``."""
-    image, label = data.fields["image"], data.fields["label"]
-    assert isinstance(image, Tensor) and isinstance(label, Tensor)
+    image, label = data.tensor("image"), data.tensor("label")
     weight, slant = handwriting(image[:, 0] * 0.5 + 0.5, label)
     return torch.stack((label, weight, slant), dim=1)
 
@@ -166,8 +163,7 @@ def evaluate_shapes(embedder: ImageEmbedder, size: int = 16) -> dict[str, float]
     (known) large shape. ``image_to_text_at_k`` and ``text_to_image_at_k`` are retrieval from the whole split.
     """
     data, images = columns(ShapesConfig(size=size), "test")
-    label = data.fields["label"]
-    assert isinstance(label, Tensor)
+    label = data.tensor("label")
     codes = embedder.embed(images)
     rows = shapes_captions(data)
     kinds = [f"a large {kind}" for kind in SHAPES]
