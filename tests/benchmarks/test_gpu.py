@@ -46,10 +46,10 @@ def states(parts: dict[str, Any]) -> set[str]:
     return {record["status"] for record in parts.values()}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_stage_leaves_its_figures_and_is_not_measured_twice(tmp_path: Path) -> None:
     write_pictures(tmp_path, 60)
-    data = ("--data", tmp_path / "classes")
+    data = ("--data", tmp_path / "classes", "--limit", "3000")  # a busy machine is no failure
     found = run(tmp_path, *data)
     assert set(found) == set(STAGES)
     absent = {f"{name}: float32" for name in PEERS}

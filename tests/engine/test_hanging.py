@@ -84,7 +84,7 @@ def hangs(folder: Path, rank: int, how: str, arguments: list[str]) -> str:
 @pytest.mark.parametrize(
     ("rank", "how"),
     [
-        pytest.param(1, "stopped", marks=pytest.mark.slow),
+        pytest.param(1, "stopped", marks=pytest.mark.long),
         pytest.param(0, "stopped", marks=pytest.mark.long),
         pytest.param(1, "stuck", marks=pytest.mark.long),
     ],
