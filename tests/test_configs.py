@@ -45,7 +45,14 @@ def stand_in(tables: dict[str, Any], root: Path) -> Path:
     return root
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        # Those beside latent-256 differ from it by one modality, and take as long.
+        pytest.param(path, id=path.stem, marks=[pytest.mark.long] * path.stem.startswith("latent-256-"))
+        for path in CONFIGS
+    ],
+)
 def test_a_configuration_trains_and_samples(path: Path, tmp_path: Path) -> None:
     few = ["training.steps=2", "training.batch_size=4", "sampling.steps=2"]
     tables = tomllib.loads(path.read_text())

@@ -65,7 +65,7 @@ def test_every_stage_leaves_its_figures_and_is_not_measured_twice(tmp_path: Path
     assert run(tmp_path, *data, "--only", "modalities")["modalities"] == found["modalities"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_stage_that_fails_and_one_that_is_cut_leave_the_others_be(tmp_path: Path) -> None:
     found = run(tmp_path, "--only", "cifar", "modalities")  # there are no pictures
     assert states(found["cifar"]) == {"failed"}

@@ -12,7 +12,7 @@ from mtdiffusion_benchmarks import reading
 from mtdiffusion_engine.cli import main
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rates_and_memory_of_every_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "reading.json"
     assert main(["bench", "reading", "--pictures", "200", "--epochs", "3", "--out", str(out)]) == 0

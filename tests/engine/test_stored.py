@@ -210,6 +210,7 @@ def test_a_field_that_two_modalities_read_is_stored_as_both_take_it() -> None:
     assert asked == [{}, {"mask": {torch.uint8}}]
 
 
+@pytest.mark.long
 def test_a_compiled_step_makes_values_in_its_one_graph(tmp_path: Path) -> None:
     of = experiment({"kind": "shapes", "size": SIZE, "count": 12})
     trainer = Trainer(of, tmp_path / "run", REGISTRY, evaluated=False, device="cpu", on_message=lambda _: None)

@@ -440,7 +440,7 @@ def _in_processes(count: int, script: Path, *arguments: str) -> dict[int, float]
     return {int(step): float(loss) for _, step, loss in lines}
 
 
-@pytest.mark.slow
+@pytest.mark.long  # of sharded and whole models on two processes, test_sharding.py has a shorter one
 def test_a_run_is_the_same_on_any_number_of_processes_and_resumed_on_another(tmp_path: Path) -> None:
     """Order, augmentation, noise, clocks and what is shown: the losses told are those of the whole batch."""
     script = tmp_path / "script.py"
@@ -591,7 +591,7 @@ def test_a_step_does_not_wait_for_the_device(tmp_path: Path, monkeypatch: pytest
     assert len(waits.found) == 3
 
 
-@pytest.mark.parametrize("epsilon_head", [False, True])
+@pytest.mark.parametrize("epsilon_head", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_compiled_and_not_a_training_is_the_same_of_one_graph(tmp_path: Path, epsilon_head: bool) -> None:
     """Whatever is drawn: clocks, subsets, holes, presence."""
     head = ("model.parameterisation=epsilon_head", "loss.l1=1.0") if epsilon_head else ()

@@ -96,7 +96,13 @@ def test_unet_refuses_a_latent_that_its_levels_do_not_divide() -> None:
         config.build(4, 10, 10, 2)
 
 
-@pytest.mark.parametrize("kind", REGISTRY.kinds("backbone"))
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[pytest.mark.long] * kind.startswith("diffusers"))  # half a minute each
+        for kind in REGISTRY.kinds("backbone")
+    ],
+)
 def test_a_model_of_every_modality_is_one_graph_to_the_compiler(kind: str) -> None:
     latent = {"height": 8, "width": 8}
     modalities = {
