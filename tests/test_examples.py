@@ -112,6 +112,7 @@ def test_any_of_them_from_any(site: Path, trained: Path) -> None:
     assert (trained / "heard" / "audio" / "0000.wav").read_bytes() == made["audio"][0].read_bytes()
 
 
+@pytest.mark.long
 def test_the_page_shows_them_as_it_does_ours(site: Path, trained: Path, tmp_path: Path) -> None:
     """A recording of another rate and length is heard, a text is typed, and what is sampled plays."""
     time = torch.arange(44100) / 44100
@@ -185,6 +186,7 @@ def test_a_word_that_no_caption_has_is_refused_by_name(site: Path, trained: Path
     assert "did you mean 'dark'" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 def test_the_benchmark_takes_modalities_task_and_judge_that_it_does_not_know(site: Path, tmp_path: Path) -> None:
     for name in ("spoken-digits.toml", "spoken-digits.bench.toml"):
         text = (EXAMPLES / name).read_text(encoding="utf-8").replace("channels = 48", "channels = 16")
@@ -226,6 +228,7 @@ def test_speech_is_trained_with_pictures_and_heard_again(site: Path, spoken_digi
     assert len(list((tmp_path / "heard/image").glob("*.png"))) == 2
 
 
+@pytest.mark.long
 def test_the_benchmark_on_real_data_takes_speech(site: Path, spoken_digits: Path, tmp_path: Path) -> None:
     """The profile that ships, with all its cells sound; and those of speech, three steps of each."""
     code = f"""

@@ -42,7 +42,7 @@ def run(tiny_run: Path) -> Run:
     return load_run(tiny_run, device="cpu", overrides=[BATCH])
 
 
-@pytest.fixture(scope="module", params=["tar", "parquet"])
+@pytest.fixture(scope="module", params=["tar", pytest.param("parquet", marks=pytest.mark.long)])
 def form(request: pytest.FixtureRequest) -> str:
     """Of shards."""
     if request.param == "parquet":

@@ -91,7 +91,7 @@ def test_two_processes_measure_what_one_does(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed", ["0", "1"])
+@pytest.mark.parametrize("killed", ["0", pytest.param("1", marks=pytest.mark.long)])
 def test_a_process_that_dies_ends_the_others(killed: str, run: Path, tmp_path: Path) -> None:
     started = time.monotonic()
     done = launch(tmp_path, ["evaluate", str(run), "--device", "cpu", "--set", *OVERRIDES], kill=killed)
@@ -105,7 +105,7 @@ def test_a_process_that_dies_ends_the_others(killed: str, run: Path, tmp_path: P
     assert not (run / METRICS).exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_gallery_is_drawn_once(run: Path, tmp_path: Path) -> None:
     assert main(["gallery", str(run), "--device", "cpu", "--out", str(tmp_path / "alone.png")]) == 0
     done = launch(tmp_path, ["gallery", str(run), "--device", "cpu", "--out", str(tmp_path / "two.png")])

@@ -310,7 +310,7 @@ def own(folder, kind, options="", classes=10, names=NUMBERS):
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_embedder_of_ones_own_classes_is_trained_by_a_command_and_used(tmp_path, capsys):
     config = own(tmp_path, "digits")
     assert main([str(config), "--text", "label", "--out", str(tmp_path / "made"), "--steps", "100"]) == 0
