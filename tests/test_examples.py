@@ -217,6 +217,7 @@ def spoken_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_speech_is_trained_with_pictures_and_heard_again(site: Path, spoken_digits: Path, tmp_path: Path) -> None:
     few = [f"data.root={spoken_digits}", "training.steps=3", "training.batch_size=8", "sampling.steps=2"]
     config = EXAMPLES / "speech.toml"

@@ -163,7 +163,7 @@ def test_the_small_profile_has_every_combination_of_the_four_modalities(registry
         assert every <= {frozenset(profile.tasks[task].task.instances()) for task in tasks}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_smoke_profile_runs_every_task_and_method(tmp_path: Path, registry: Registry) -> None:
     profile, path = load_profile("smoke", registry)
     cells = plan(profile)

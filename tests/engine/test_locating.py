@@ -113,7 +113,7 @@ if os.environ["RANK"] == "0":
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.long)])
 def test_any_process_finds_the_sample_and_the_first_names_it(parallel: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"

@@ -135,7 +135,7 @@ def rows_of(experiment: Experiment, gpus: list[int], device: Device = H100, **as
     return {f"{row.gpus} {row.parallel}": row for row in made.rows}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_hold_and_send_what_is_planned(tmp_path: Path) -> None:
     """To the byte; of collectives, whole tensors as they are given to them."""
     cases = [
