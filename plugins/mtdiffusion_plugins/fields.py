@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from attrs import field, frozen
 from attrs.validators import in_
-from PIL import Image, ImageColor
+from PIL import Image
 from torch import Tensor
 
-from mtdiffusion_plugins.files import from_levels, read_text, read_vector
+from mtdiffusion_plugins.files import from_levels, read_text, read_vector, rgb_of_names
 from mtdiffusion_registry.configs import FieldConfig, Reader
 from mtdiffusion_registry.errors import UserError
 from mtdiffusion_registry.hookspecs import hookimpl
@@ -88,13 +88,7 @@ class MaskField(FieldConfig):
 
     @colours.validator
     def _are_colours(self, _: object, value: tuple[str, ...]) -> None:
-        for colour in value:
-            try:
-                ImageColor.getrgb(colour)
-            except ValueError:
-                raise ValueError(f"colours: expected colours such as '#ff0000' or 'red', found {colour!r}") from None
-        if len({ImageColor.getrgb(colour)[:3] for colour in value}) < len(value):
-            raise ValueError("colours: expected a different colour for each class, found one twice")
+        rgb_of_names(value)
 
     def __attrs_post_init__(self) -> None:
         if self.colours and self.values:
@@ -118,8 +112,8 @@ class MaskField(FieldConfig):
     def _classes(self, pixels: np.ndarray, path: Source) -> Tensor:
         codes = _codes(pixels)
         classes = np.full(codes.shape, -1, np.int32)
-        for index, colour in enumerate(self.colours):
-            classes[codes == _codes(np.array(ImageColor.getrgb(colour)[:3]))] = index
+        for index, colour in enumerate(rgb_of_names(self.colours)):
+            classes[codes == _codes(np.array(colour))] = index
         unknown = classes < 0
         if self.ignore is not None:
             classes[unknown] = self.ignore

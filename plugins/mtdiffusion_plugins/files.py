@@ -6,12 +6,13 @@ import codecs
 import colorsys
 import json
 import logging
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path, PurePath
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 from torch import Tensor
 
 from mtdiffusion_plugins.sizes import Size, sides
@@ -43,6 +44,24 @@ def colour_of_class(index: int) -> tuple[int, int, int]:
     lightness = (0.35, 0.6, 0.8)[index % 3]
     red, green, blue = colorsys.hls_to_rgb(index * 0.618034 % 1, lightness, 0.75)
     return (round(255 * red), round(255 * green), round(255 * blue))
+
+
+def rgb_of_names(colours: Sequence[str]) -> list[tuple[int, int, int]]:
+    """RGB in 0..255 of colours such as ``"#ff0000"`` or ``"red"``, of which no two are the same.
+
+    Raises:
+        ValueError: if one is no colour, or is there twice.
+    """
+    found: list[tuple[int, int, int]] = []
+    for colour in colours:
+        try:
+            red, green, blue = ImageColor.getrgb(colour)[:3]
+        except ValueError:
+            raise ValueError(f"colours: expected colours such as '#ff0000' or 'red', found {colour!r}") from None
+        found.append((red, green, blue))
+    if len(set(found)) < len(found):
+        raise ValueError("colours: expected a different colour for each class, found one twice")
+    return found
 
 
 def read_image(path: Path, channels: int, size: Size, *, resize: bool = True) -> Tensor:
@@ -105,14 +124,15 @@ def write_image(image: Tensor, path: Path) -> Path:
     return path
 
 
-def write_mask(mask: Tensor, path: Path) -> Path:
+def write_mask(mask: Tensor, path: Path, colours: Sequence[tuple[int, int, int]] = ()) -> Path:
     """Write class indices ``[h, w]`` as a picture that holds them exactly: below 256 of a palette, for people, else of
-    16 bits."""
+    16 bits. The first classes have ``colours``, RGB in 0..255, the others those of :func:`colour_of_class`."""
     if mask.numel() and int(mask.max()) > 255:
         Image.fromarray(mask.cpu().numpy().astype(np.uint16)).save(path)
         return path
     picture = Image.fromarray(mask.to(torch.uint8).cpu().numpy())
-    picture.putpalette([value for index in range(256) for value in colour_of_class(index)])
+    palette = [*colours, *map(colour_of_class, range(len(colours), 256))]
+    picture.putpalette([value for colour in palette[:256] for value in colour])
     picture.save(path)
     return path
 

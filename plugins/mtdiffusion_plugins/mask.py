@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from mtdiffusion import Decoder, Encoder, Features, FeatureSpec, InputSpec, LatentSpec, Modality, Params
 from mtdiffusion.loss import low_before_high
-from mtdiffusion_plugins.files import VOID_COLOUR, colour_of_class, read_mask, write_mask
+from mtdiffusion_plugins.files import VOID_COLOUR, colour_of_class, read_mask, rgb_of_names, write_mask
 from mtdiffusion_plugins.heads import (
     SIZE_HINT,
     MapHead,
@@ -126,6 +126,11 @@ class CategoricalMaskDecoder(Decoder):
         return torch.multinomial(flat.to(device), 1, generator=generator).reshape(logits.shape[:-1]).to(logits.device)
 
 
+def _colours(classes: int) -> list[tuple[int, int, int]]:
+    """Of classes whose configuration names none."""
+    return [(0, 0, 0), (255, 255, 255)] if classes == 2 else [colour_of_class(index) for index in range(classes)]
+
+
 class MaskModality(Modality):
     metric_directions: Mapping[str, str] = MappingProxyType(
         {
@@ -147,6 +152,7 @@ class MaskModality(Modality):
         self.classes = config.classes
         self.ignore = config.ignore
         self.class_names = config.names
+        self.colours = rgb_of_names(config.colours) or _colours(config.classes)
         self.metric_directions = {**self.metric_directions, **{f"iou_{name}": "higher" for name in config.names}}
         self.field = config.field
         self.loss_weight = config.loss_weight
@@ -179,23 +185,20 @@ class MaskModality(Modality):
         return torch.zeros(batch, *self.sizes, dtype=torch.int64)
 
     def render(self, x: Tensor) -> Tensor:
-        palette = torch.tensor([*map(self._colour, range(self.classes)), VOID_COLOUR], device=x.device) / 255
+        palette = torch.tensor([*self.colours, VOID_COLOUR], device=x.device) / 255
         if self.ignore is not None:
             x = torch.where(x == self.ignore, self.classes, x)
         return palette[x].permute(0, 3, 1, 2)
 
-    def _colour(self, index: int) -> tuple[int, int, int]:
-        return (255 * index,) * 3 if self.classes == 2 else colour_of_class(index)
-
     @property
     def legend(self) -> list[tuple[str, tuple[int, int, int]]]:
         void = [] if self.ignore is None else [("void", VOID_COLOUR)]
-        return [*((name, self._colour(index)) for index, name in enumerate(self.class_names)), *void]
+        return [*zip(self.class_names, self.colours, strict=False), *void]
 
     @property
     def input_spec(self) -> InputSpec:
         names = self.class_names or tuple(map(str, range(self.classes)))
-        return InputSpec("classes", names, tuple(map(self._colour, range(self.classes))))
+        return InputSpec("classes", names, tuple(self.colours))
 
     def metrics(self, generated: Tensor, truth: Tensor) -> dict[str, float]:
         """``miou``: intersection over union of each class summed over the batch, mean over the classes that occur in
@@ -234,7 +237,7 @@ class MaskModality(Modality):
         return read_mask(Path(text), self.sizes, resize=self.resize)
 
     def write(self, x: Tensor, folder: Path, stem: str) -> Path:
-        return write_mask(x, folder / f"{stem}.png")
+        return write_mask(x, folder / f"{stem}.png", self.colours)
 
 
 @frozen
@@ -246,6 +249,8 @@ class MaskConfig(ModalityConfig):
             the side), and the width is as the latent's shape has it.
         classes: K, background included.
         names: of the classes, for pictures and tables; (): none.
+        colours: of the classes in pictures, such as ``["#87ceeb", "darkgreen"]``; (): black and white of two classes,
+            else a palette that colour-blind readers can tell apart.
         ignore: the ignore index: a value, none of 0..K − 1, of void or unlabelled pixels (often 255). They count in no
             loss and no metric, and are never generated; None: there are none.
         class_weights: of each class in the objective (of L2); (): all alike.
@@ -258,6 +263,7 @@ class MaskConfig(ModalityConfig):
     size: Size = field(validator=positive_size)
     classes: int = field(default=2, validator=ge(2))
     names: tuple[str, ...] = field(default=())
+    colours: tuple[str, ...] = field(default=())
     ignore: int | None = None
     class_weights: tuple[float, ...] = field(default=(), validator=deep_iterable(ge(0.0)))
     loss_weight: float = field(default=0.3, validator=gt(0.0))
@@ -265,7 +271,10 @@ class MaskConfig(ModalityConfig):
     field: str | None = None
 
     def __attrs_post_init__(self) -> None:
-        for key, values in (("names", self.names), ("class_weights", self.class_weights)):
+        if VOID_COLOUR in rgb_of_names(self.colours) and self.ignore is not None:
+            raise ValueError("colours: expected other colours than grey, #808080, in which void pixels are drawn")
+        of_classes = {"names": self.names, "colours": self.colours, "class_weights": self.class_weights}
+        for key, values in of_classes.items():
             if values and len(values) != self.classes:
                 raise ValueError(f"{key}: expected one for each of {self.classes} classes, found {len(values)}")
         if len(set(self.names)) < len(self.names):

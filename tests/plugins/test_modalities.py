@@ -1,6 +1,7 @@
 """What the contract does not say: likelihoods against independent values, codes that keep their size, bad input."""
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -315,6 +316,32 @@ def test_masks_are_drawn_with_a_legend_and_void_in_grey() -> None:
         row, column = (x[0] == index).nonzero()[0].tolist()
         assert tuple(picture[0, :, row, column].tolist()) == colours[name]
     assert len({colour_of_class(index) for index in range(200)}) == 200  # none is another's
+
+
+def test_masks_are_drawn_and_written_in_colours_of_ones_own(tmp_path: Path) -> None:
+    config = MaskConfig(size=16, classes=3, names=("sky", "road", "car"), colours=("#87ceeb", "grey", "red"))
+    modality = config.build(LatentSpec(8, 8, 8), FEATURES)
+    x = masks(void=False)[:1]
+    rgb = torch.tensor([(135, 206, 235), (128, 128, 128), (255, 0, 0)])
+    assert torch.equal((modality.render(x)[0] * 255).round().long().permute(1, 2, 0), rgb[x[0]])
+    assert dict(modality.legend) == dict(zip(config.names, map(tuple, rgb.tolist()), strict=True))
+    path = modality.write(x[0], tmp_path, "0000")
+    assert torch.equal(modality.parse(str(path)), x[0])  # indices, whatever the colours
+    assert torch.equal(torch.from_numpy(np.array(Image.open(path).convert("RGB"))).long(), rgb[x[0]])
+
+
+@pytest.mark.parametrize(
+    ("colours", "message"),
+    [
+        (("red", "blue"), "colours: expected one for each of 3 classes, found 2"),
+        (("red", "blue", "sea"), "colours: expected colours such as '#ff0000' or 'red', found 'sea'"),
+        (("red", "blue", "#f00"), "colours: expected a different colour for each class, found one twice"),
+        (("red", "blue", "grey"), "colours: expected other colours than grey, #808080"),
+    ],
+)
+def test_colours_of_a_mask_are_checked(colours: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        MaskConfig(size=8, classes=3, colours=colours, ignore=255)
 
 
 @pytest.mark.parametrize(
