@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mtdiffusion import Backbone, Features, FeatureSpec, MultimodalDiffusion, composite_loss
 from mtdiffusion_engine.experiment import Experiment, TrainingConfig, build_model
+from mtdiffusion_engine.muon import hidden_matrices
 
 
 @frozen
@@ -27,7 +28,7 @@ class ModelCost:
         training: operations that one sample takes in one training step, forward and backward.
         weights: parameters and tables (buffers).
         gradients: of what is trained.
-        optimizer: AdamW's two moments of what is trained.
+        optimizer: what it keeps of what is trained: two moments (AdamW) or one (Muon, of its matrices).
         average: the averaged weights.
         latent: one sample's.
     """
@@ -77,6 +78,7 @@ def count_cost(experiment: Experiment, model: MultimodalDiffusion) -> ModelCost:
     """
     size = sum(map(_bytes, [*model.parameters(), *model.buffers()]))
     trained = sum(_bytes(weight) for weight in model.parameters() if weight.requires_grad)
+    once = sum(map(_bytes, hidden_matrices(model))) if experiment.training.optimizer == "muon" else 0
     with torch.random.fork_rng(devices=[]):
         evaluation, training = _operations(experiment, model)
     return ModelCost(
@@ -87,7 +89,7 @@ def count_cost(experiment: Experiment, model: MultimodalDiffusion) -> ModelCost:
         training=training,
         weights=size,
         gradients=trained,
-        optimizer=2 * trained,
+        optimizer=2 * trained - once,
         average=size,
         latent=model.layout.latent.numel * torch.get_default_dtype().itemsize,
     )

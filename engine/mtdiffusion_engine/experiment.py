@@ -114,10 +114,12 @@ class TrainingConfig:
         steps: optimizer steps.
         batch_size: samples a step, in all processes and micro-batches together.
         accumulate: micro-batches that each process takes its part of a step in: the same step in less memory.
+        optimizer: "adamw" (Loshchilov & Hutter 2019); or "muon" (Jordan et al. 2024) for the matrices between encoders
+            and heads, and AdamW for the rest: further in as many steps, each of which takes longer.
         learning_rate: peak; reached after ``warmup`` steps.
         schedule: after that: down a half "cosine" to 0; "constant"; or "wsd" (warm-up, stable, decay: Hu et al. 2024),
             constant and down a straight line to 0 in the last ``decay`` share of the steps.
-        weight_decay, beta2: of AdamW.
+        weight_decay: of either. beta2: of AdamW.
         clip: largest norm of the gradient.
         ema: decay of the averaged weights, which sampling uses.
         precision: "float32" or "bfloat16" (autocast; weights, moments and the average stay float32).
@@ -141,6 +143,7 @@ class TrainingConfig:
     steps: int = field(default=5000, validator=ge(1))
     batch_size: int = field(default=64, validator=ge(1))
     accumulate: int = field(default=1, validator=ge(1))
+    optimizer: Literal["adamw", "muon"] = field(default="adamw", validator=in_(("adamw", "muon")))
     learning_rate: float = field(default=2e-3, validator=gt(0.0))
     warmup: int = field(default=200, validator=ge(0))
     schedule: Literal["cosine", "constant", "wsd"] = field(
@@ -356,8 +359,9 @@ _SESSION = tuple(
 )
 _NO_WEIGHTS = ("plugins.", "sampling.", "evaluation.", *_SESSION)
 """What a run's weights do not depend on."""
-_FIXED = tuple(f"training.{key}." for key in ("seed", "batch_size"))
-"""What decides, with the step, which samples and which noise come next: of a resumed run it may not change."""
+_FIXED = tuple(f"training.{key}." for key in ("seed", "batch_size", "optimizer"))
+"""What decides, with the step, which samples and which noise come next, and what the moments are of: of a resumed run it
+may not change."""
 _RESUMABLE = ("plugins.", "sampling.", "evaluation.", "loss.", "training.")
 TRAINED = ("data.", "sampling.", "evaluation.", "training.timeout.")
 """What may change of a run that is only used: its model does not depend on it."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mtdiffusion_engine.experiment import TrainingConfig
+from mtdiffusion_engine.muon import Muon, hidden_matrices
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -28,15 +29,14 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def adamw(module: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) as configured, its step one kernel that :func:`step_if_finite` can skip."""
-    return torch.optim.AdamW(
-        module.parameters(),
-        lr=config.learning_rate,
-        betas=(0.9, config.beta2),
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+def optimizer_of(module: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
+    """As configured: AdamW (Loshchilov & Hutter 2019), or Muon beside it, which :func:`step_if_finite` can skip."""
+    rate, decay, beta2 = config.learning_rate, config.weight_decay, config.beta2
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(module.parameters(), lr=rate, betas=(0.9, beta2), weight_decay=decay, fused=True)
+    matrices = hidden_matrices(module)
+    theirs = set(map(id, matrices))
+    return Muon(matrices, [each for each in module.parameters() if id(each) not in theirs], rate, decay, beta2)
 
 
 def clip_gradient(module: nn.Module, largest: float) -> Tensor:

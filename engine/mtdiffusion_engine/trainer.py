@@ -57,7 +57,14 @@ from mtdiffusion_engine.experiment import (
 from mtdiffusion_engine.hanging import HangWatch
 from mtdiffusion_engine.interrupt import Terminated, deferred_interrupt
 from mtdiffusion_engine.locating import locate
-from mtdiffusion_engine.optimisation import Average, adamw, clip_gradient, learning_rate, own_part, step_if_finite
+from mtdiffusion_engine.optimisation import (
+    Average,
+    clip_gradient,
+    learning_rate,
+    optimizer_of,
+    own_part,
+    step_if_finite,
+)
 from mtdiffusion_engine.tally import Tally
 from mtdiffusion_engine.watching import HeldOutLoss
 from mtdiffusion_registry import Registry, UserError
@@ -201,7 +208,7 @@ class Trainer:
         with self._hang, self._connected():
             self._hang.at("the start, after its data were read", waits=True)
             messages += self._place(objective)
-            self.optimizer = adamw(self.model, self.config)
+            self.optimizer = optimizer_of(self.model, self.config)
             self.chance = StepChance(self.model, experiment.conditioning, self.config.seed, self.config.batch_size)
             if resume and (checkpoints := ckpt.list_checkpoints(run)):
                 messages += self._resume(checkpoints[-1])
@@ -689,10 +696,12 @@ class Trainer:
         """Which weights, averaged weights or moments are not finite, in a few words; empty if none are. All processes
         call it; it waits for the device."""
         weights = dict(self.model.named_parameters())
+        names = {id(weight): name for name, weight in weights.items()}
+        ordered = [names[id(each)] for group in self.optimizer.param_groups for each in group["params"]]
         named: dict[str, Tensor] = {}
         for key, x in ckpt.moments(self.optimizer).items():  # first: weights follow from them
             index, _, moment = key.partition(".")
-            named[f"AdamW's {moment} of {list(weights)[int(index)]}"] = x
+            named[f"{'Muon' if moment == 'momentum' else 'AdamW'}'s {moment} of {ordered[int(index)]}"] = x
         named |= {f"the weights {name}": x for name, x in weights.items()}
         named |= {f"the averaged weights {name}": x for name, x in self.ema.module.named_parameters()}
         wrong = torch.stack([~own_part(x).isfinite().all().to(self.accelerator.device) for x in named.values()])

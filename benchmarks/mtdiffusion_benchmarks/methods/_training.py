@@ -25,7 +25,7 @@ from mtdiffusion_engine.augmentation import Augmentation
 from mtdiffusion_engine.data import Batch, StepSampler, derive_seed, training_batches
 from mtdiffusion_engine.experiment import TrainingConfig, require_same, resolved
 from mtdiffusion_engine.interrupt import deferred_interrupt
-from mtdiffusion_engine.optimisation import Average, adamw, learning_rate
+from mtdiffusion_engine.optimisation import Average, learning_rate, optimizer_of
 from mtdiffusion_registry import MethodConfig, UserError
 from mtdiffusion_registry.config import dump_toml
 
@@ -80,8 +80,8 @@ def fit_module(
 ) -> tuple[M, Cost, list[dict[str, float]]]:
     """Train a module at the problem's budget, or go on where it was interrupted; a finished folder is only loaded.
 
-    The budget is ``experiment.training`` as the joint model has it: steps, batch size, accumulation, AdamW, warm-up and
-    half a cosine, clipping, precision, EMA and seed. Checkpoints (:mod:`mtdiffusion_engine.checkpoint`) go to
+    The budget is ``experiment.training`` as the joint model has it: steps, batch size, accumulation, optimizer, rate,
+    clipping, precision, EMA and seed. Checkpoints (:mod:`mtdiffusion_engine.checkpoint`) go to
     ``problem.folder``, each written whole or not at all.
 
     Args:
@@ -102,7 +102,7 @@ def fit_module(
     config, folder = problem.experiment.training, problem.folder
     device = torch.device(problem.device)
     module.to(device).train()
-    state = _State(module, Average(module, config.ema), adamw(module, config))
+    state = _State(module, Average(module, config.ema), optimizer_of(module, config))
     identity = {"kind": method.kind, **_plain(attrs.asdict(method))}
     if checkpoints := ckpt.list_checkpoints(folder):
         require_same(problem.experiment, folder, problem.registry)
