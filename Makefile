@@ -1,5 +1,5 @@
-# make demo   set up, train one model over four modalities on real digits, evaluate it, draw gallery.png
-# make demo-scenes  the same on landscapes in colour, with captions: longer, and something to look at
+# make demo   set up, train one model over five modalities of small landscapes, evaluate it, draw gallery.png
+# make demo-digits  the same over four modalities of handwritten digits
 # make test   set up, then lint, type-check and test
 # make test-long   what of the tests takes longest, and needs a browser
 # make docs   set up, then build the documentation as a site: site/index.html
@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
 
-.PHONY: setup demo demo-scenes test test-long lint types format docs docs-serve clean
+.PHONY: setup demo demo-digits test test-long lint types format docs docs-serve clean
 
 setup: $(VENV)/.installed
 
@@ -18,10 +18,10 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 demo: setup
-	$(BIN)/mtdiffusion demo --config configs/digits-demo.toml --out $(RUN)
+	$(BIN)/mtdiffusion demo --config configs/scenes-demo.toml --out $(RUN)
 
-demo-scenes: setup
-	$(BIN)/mtdiffusion demo --config configs/scenes-demo.toml --out runs/scenes
+demo-digits: setup
+	$(BIN)/mtdiffusion demo --config configs/digits-demo.toml --out runs/digits
 
 lint: setup
 	$(BIN)/ruff check .

@@ -757,12 +757,23 @@ def test_evaluate_and_gallery_say_how_far_they_are(cli: Cli, copy: Path, monkeyp
 
 def test_gallery_shows_what_is_asked_for(cli: Cli, copy: Path, tmp_path: Path) -> None:
     heights = []
-    for number, show in enumerate((["image"], ["image", "label"])):
+    shown = (
+        ["image"],
+        ["image", "label"],
+        ["image", "label", "--blocks", "label"],
+        ["image", "--blocks", "image:part"],
+    )
+    for number, show in enumerate(shown):
         out = tmp_path / f"{number}.png"
         cli("gallery", copy, "--device", "cpu", "--columns", 3, "--show", *show, "--out", out)
         with Image.open(out) as picture:
             heights.append(picture.height)
-    assert heights[0] < heights[1]
+    whole, with_labels, given_labels, holes = heights
+    assert whole < with_labels and given_labels < with_labels and holes < whole
+    refused = cli(
+        "gallery", copy, "--device", "cpu", "--show", "image", "--blocks", "label", "--out", tmp_path / "no.png"
+    )
+    assert refused.code == 2 and "blocks: expected some of joint, image, image:part; found label" in refused.err
     refused = cli("gallery", copy, "--device", "cpu", "--show", "sound", "--out", tmp_path / "no.png")
     assert refused.code == 2 and "show: no modality named sound; this model has image" in refused.err
     assert not (tmp_path / "no.png").exists()
@@ -803,7 +814,7 @@ def test_the_demo_needs_its_configuration(cli: Cli, tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     error = cli("demo").error
     assert (
-        "configs/digits-demo.toml: no such file; run the demo from a clone of the repository, or give --config" in error
+        "configs/scenes-demo.toml: no such file; run the demo from a clone of the repository, or give --config" in error
     )
     assert list(tmp_path.iterdir()) == []
 

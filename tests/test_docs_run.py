@@ -95,10 +95,11 @@ def follow(page: Path) -> None:
 
 @pytest.fixture(scope="module")
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `make demo` makes, of a few steps: four modalities, measured and drawn."""
+    """What `make demo` makes, of a few steps: five modalities, measured and drawn."""
     folder = tmp_path_factory.mktemp("demo")
-    config = folder / "digits-demo.toml"
-    config.write_text(tomli_w.dumps(shortened(tomllib.loads((ROOT / "configs/digits-demo.toml").read_text()))))
+    config = folder / "scenes-demo.toml"
+    table = shortened(tomllib.loads((ROOT / "configs/scenes-demo.toml").read_text()))
+    config.write_text(tomli_w.dumps({**table, "data": {**table["data"], "count": FEW, "test_count": FEW}}))
     assert main(["demo", "--config", str(config), "--out", str(folder / "run"), "--device", "cpu"]) == 0
     return folder / "run"
 
@@ -107,7 +108,7 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def beside_demo(demo_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with runs/demo and a mask of holes, the picture's size."""
     shutil.copytree(demo_run, tmp_path / "runs/demo")
-    Image.fromarray(np.repeat(np.repeat(np.array([[0, 255]], np.uint8), 8, 0), 4, 1)).save(tmp_path / "holes.png")
+    Image.fromarray(np.repeat(np.repeat(np.array([[0, 255]], np.uint8), 32, 0), 16, 1)).save(tmp_path / "holes.png")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -254,6 +254,12 @@ def _parser() -> argparse.ArgumentParser:
     gallery.add_argument("--seed", type=_natural, default=0)
     gallery.add_argument("--columns", type=_positive, default=12, help="samples in a block (default: %(default)s)")
     gallery.add_argument("--show", nargs="+", metavar="NAME", help="modalities to show and to give (default: all)")
+    gallery.add_argument(
+        "--blocks",
+        nargs="+",
+        metavar="BLOCK",
+        help="what to draw: joint, NAME (it alone is given), NAME:part (it has holes); default: all; after RUN",
+    )
     setting(gallery, of_a_run)
     on_device(gallery)
 
@@ -271,9 +277,9 @@ def _parser() -> argparse.ArgumentParser:
         setting(publish, of_a_run)
         on_device(publish)
 
-    demo = command("demo", "train on handwritten digits, evaluate and draw the gallery; what is done is kept")
+    demo = command("demo", "train on small landscapes, evaluate and draw the gallery; what is done is kept")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="RUN", help="default: %(default)s")
-    demo.add_argument("--config", type=Path, default=Path("configs/digits-demo.toml"), help="default: %(default)s")
+    demo.add_argument("--config", type=Path, default=Path("configs/scenes-demo.toml"), help="default: %(default)s")
     setting(demo, argparse.SUPPRESS)
     on_device(demo)
 

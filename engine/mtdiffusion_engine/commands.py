@@ -505,20 +505,27 @@ def gallery(args: Namespace) -> None:
         # A few samples in one picture: the first process draws it, and the others wait.
         if rank == 0:
             run = load_run(args.run, device=args.device, overrides=args.set)
-            picture = _gallery(run, args.out or run.path / GALLERY, args.seed, args.columns, args.show)
+            picture = _gallery(run, args.out or run.path / GALLERY, args.seed, args.columns, args.show, args.blocks)
             print(f"gallery: {picture}")
             if (page := picture.with_suffix(".html")).is_file():
                 print(f"to hear it: {page}")
         Team(rank, world).told(None)
 
 
-def _gallery(run: Run, out: Path, seed: int, columns: int = 12, show: Sequence[str] | None = None) -> Path:
+def _gallery(
+    run: Run,
+    out: Path,
+    seed: int,
+    columns: int = 12,
+    show: Sequence[str] | None = None,
+    blocks: Sequence[str] | None = None,
+) -> Path:
     from mtdiffusion_engine.gallery import draw_gallery
 
     def note(text: str) -> None:
         _console().print(text, markup=False, soft_wrap=True)
 
-    return draw_gallery(run, out, seed, columns, note, show)
+    return draw_gallery(run, out, seed, columns, note, show, blocks)
 
 
 def export(args: Namespace) -> None:

@@ -360,7 +360,7 @@ _SESSION = tuple(
 _NO_WEIGHTS = ("plugins.", "sampling.", "evaluation.", *_SESSION)
 """What a run's weights do not depend on."""
 _FIXED = tuple(f"training.{key}." for key in ("seed", "batch_size", "optimizer"))
-"""What decides, with the step, which samples and which noise come next, and what the moments are of: of a resumed run it
+"""What decides, with the step, which samples and which noise come next, and whose moments they are: of a resumed run it
 may not change."""
 _RESUMABLE = ("plugins.", "sampling.", "evaluation.", "loss.", "training.")
 TRAINED = ("data.", "sampling.", "evaluation.", "training.timeout.")

@@ -30,6 +30,7 @@ def draw_gallery(
     columns: int = 12,
     note: Callable[[str], None] = lambda _: None,
     show: Sequence[str] | None = None,
+    blocks: Sequence[str] | None = None,
 ) -> Path:
     """Write the gallery of a run's model as a picture; what is given comes from its test split, and so does the truth
     below what is read off it. Where a modality writes sounds, there is a page beside it on which they are heard, of the
@@ -41,14 +42,22 @@ def draw_gallery(
             fewer.
         note: is told which blocks are left out, since no held-out sample has what they are given.
         show: the modalities that are shown and given; None: all. The others are generated all the same.
+        blocks: what is drawn, in this order: "joint", a modality's name where it is given, "NAME:part" where it has
+            holes; None: all of these.
 
     Raises:
-        UserError: if the test split is empty or cannot be read, or for a name that is no modality's.
+        UserError: if the test split is empty or cannot be read, or for a name that is no modality's or no block's.
     """
-    model, settings = run.model, run.experiment.sampling
+    model = run.model
     if unknown := sorted(set(show or ()) - set(model.names)):
         raise UserError(f"show: no modality named {', '.join(unknown)}; this model has {', '.join(model.names)}")
     names = [name for name in model.names if show is None or name in show]
+    several = len(model.names) > 1
+    every = ["joint", *(names if several else ())]
+    every += [f"{name}:part" for name in names if model.modality(name).encoder.spatial]
+    wanted = every if blocks is None else list(blocks)
+    if unknown := sorted(set(wanted) - set(every)):
+        raise UserError(f"blocks: expected some of {', '.join(every)}; found {', '.join(unknown)}")
     columns = sheet_columns(model, columns)
     generator = torch.Generator().manual_seed(seed)
     drawn = draw_samples(held_out(run), [Wish([name], columns) for name in names], seed)
@@ -56,52 +65,66 @@ def draw_gallery(
     if absent := [name for name in names if name not in test]:
         note(f"the gallery shows nothing given {' or '.join(absent)}: no held-out sample has it")
 
-    filled = [name for name in test if model.modality(name).encoder.spatial]
-    several = len(model.names) > 1
-    pace = Pace("drawing the gallery", 1 + (len(test) if several else 0) + len(filled))
-    joint = sample(model, columns, settings=settings, generator=generator)
-    blocks = [Block("everything generated together", [rendered(model.modality(k), k, joint[k]) for k in names])]
-    for given, samples in test.items() if several else ():
-        pace.tell(len(blocks))
-        observed = {given: samples.x[given]}
-        out = sample(model, len(samples), observed=observed, settings=settings, generator=generator)
-        blocks.append(Block(f"given only this {given}", list(_read_off(model, names, given, samples, out))))
-    latent = model.layout.latent
-    for name in filled:
-        pace.tell(len(blocks))
-        truth = test[name].x[name]
-        share = torch.full((len(truth),), run.experiment.evaluation.hidden_share)
-        visible = random_holes(share, (latent.height, latent.width), generator)
-        out = sample(
-            model,
-            len(truth),
-            observed={name: truth},
-            visible={name: visible},
-            settings=settings,
-            generator=generator,
-        )
-        modality = model.modality(name)
-        rows = [
-            rendered(modality, name, truth, "given", "seen", visible),
-            rendered(modality, name, out[name], role="filled"),
-            rendered(modality, name, truth, "truth"),
-        ]
-        blocks.append(Block(f"given only this {name} with holes", rows))
+    drawable = [block for block in wanted if block == "joint" or block.removesuffix(":part") in test]
+    pace = Pace("drawing the gallery", len(drawable))
+    drawn_blocks: list[Block] = []
+    for block in drawable:
+        name = block.removesuffix(":part")
+        if block == "joint":
+            drawn_blocks.append(_joint(run, names, columns, generator))
+        elif block == name:
+            drawn_blocks.append(_given(run, names, name, test[name], generator))
+        else:
+            drawn_blocks.append(_with_holes(run, name, test[name], generator))
+        pace.tell(len(drawn_blocks))
     path.parent.mkdir(parents=True, exist_ok=True)
-    every = model.names
-    title = f"One model, {len(every)} modalities: {', '.join(every)}" if several else f"A model of {every[0]}"
+    title = f"One model, {len(model.names)} modalities: {', '.join(model.names)}"
+    title = title if several else f"A model of {names[0]}"
     told = "Given is what held-out samples have; truth is the rest of the same samples, which the model was not shown."
     kind = Image.registered_extensions().get(path.suffix.lower(), "PNG")
     with partial_of(path) as partial:
-        draw_blocks(title, blocks, legends(model), told).save(partial, kind)
+        draw_blocks(title, drawn_blocks, legends(model), told).save(partial, kind)
         partial.replace(path)
     with partial_of(path.with_suffix(".sounds"), folder=True) as scratch:
-        page = page_with_players(title, blocks, model, scratch)
+        page = page_with_players(title, drawn_blocks, model, scratch)
     if page is not None:
         with partial_of(path.with_suffix(".html")) as partial:
             partial.write_text(page, encoding="utf-8")
             partial.replace(path.with_suffix(".html"))
     return path
+
+
+def _joint(run: Run, names: Sequence[str], count: int, generator: torch.Generator) -> Block:
+    out = sample(run.model, count, settings=run.experiment.sampling, generator=generator)
+    rows = [rendered(run.model.modality(name), name, out[name]) for name in names]
+    return Block("everything generated together", rows)
+
+
+def _given(run: Run, names: Sequence[str], given: str, samples: Samples, generator: torch.Generator) -> Block:
+    observed, settings = {given: samples.x[given]}, run.experiment.sampling
+    out = sample(run.model, len(samples), observed=observed, settings=settings, generator=generator)
+    return Block(f"given only this {given}", list(_read_off(run.model, names, given, samples, out)))
+
+
+def _with_holes(run: Run, name: str, samples: Samples, generator: torch.Generator) -> Block:
+    model, truth, latent = run.model, samples.x[name], run.model.layout.latent
+    share = torch.full((len(truth),), run.experiment.evaluation.hidden_share)
+    visible = random_holes(share, (latent.height, latent.width), generator)
+    out = sample(
+        model,
+        len(truth),
+        observed={name: truth},
+        visible={name: visible},
+        settings=run.experiment.sampling,
+        generator=generator,
+    )
+    modality = model.modality(name)
+    rows = [
+        rendered(modality, name, truth, "given", "seen", visible),
+        rendered(modality, name, out[name], role="filled"),
+        rendered(modality, name, truth, "truth"),
+    ]
+    return Block(f"given only this {name} with holes", rows)
 
 
 def _read_off(
