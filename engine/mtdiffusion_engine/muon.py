@@ -35,18 +35,24 @@ def orthogonalised(x: Tensor) -> Tensor:
     By Newton and Schulz's iteration (Jordan et al. 2024). It runs on the smaller of x xᵀ and xᵀ x alone, and x is
     multiplied once, at the end; that needs float32.
     """
-    a, b, c = COEFFICIENTS
     tall = x.shape[0] > x.shape[1]
     wide = x.T if tall else x
     wide = wide / wide.norm().clamp(min=torch.finfo(x.dtype).tiny)
     gram = wide @ wide.T
-    product = one = torch.eye(len(gram), dtype=x.dtype, device=x.device)
-    for _ in range(REPETITIONS):
-        factor = a * one + b * gram + c * (gram @ gram)  # symmetric, and exchanges with gram
-        product = factor @ product
+    product = factor = _factor(gram)
+    for _ in range(REPETITIONS - 1):
         gram = factor @ gram @ factor
+        factor = _factor(gram)
+        product = factor @ product
     wide = product @ wide
     return wide.T if tall else wide
+
+
+def _factor(gram: Tensor) -> Tensor:
+    """What one repetition multiplies with, from x xᵀ; the two exchange."""
+    a, b, c = COEFFICIENTS
+    one = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.addmm(a * one + b * gram, gram, gram, alpha=c)
 
 
 class Muon(torch.optim.AdamW):
