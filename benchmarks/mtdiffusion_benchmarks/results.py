@@ -23,11 +23,14 @@ from mtdiffusion_benchmarks.report.tables import Results, read_results
 ROWS: Mapping[str, str] = {
     "label → image: the judge reads the label given": "image|label/judge_accuracy",
     "mask → image: the judge reads the true label": "image|mask/judge_accuracy",
+    "caption → image: the judge reads the true label": "image|text/judge_accuracy",
+    "caption → image: Fréchet distance in the judge's features": "image|text/fid_judge",
     "CLIP embedding → image: the judge reads the true label": "image|clip/judge_accuracy",
     "image with holes → image: the class is kept": "image|image:part/judge_accuracy",
     "image → label: accuracy": "label|image/accuracy",
     "image → label in one evaluation: accuracy": "label|image/readout_accuracy",
     "CLIP embedding → label: accuracy": "label|clip/accuracy",
+    "image → caption in one evaluation: words right": "text|image/readout_token_accuracy",
     "image → mask: mean IoU": "mask|image/miou",
     "image → mask in one evaluation: mean IoU": "mask|image/readout_miou",
     "image → CLIP embedding: cosine": "clip|image/cosine",
@@ -139,9 +142,9 @@ def blocks(results: Path) -> dict[str, str]:
         for path in sorted(results.glob("*/metrics.json"))
     }
     made = {name: metrics_table({name: run}) for name, run in runs.items()}
-    digits = {name: run for name, run in runs.items() if name.startswith("digits")}
-    if digits:
-        made["digits"] = metrics_table(digits)
+    for family in ("digits", "scenes"):
+        if several := {name: run for name, run in runs.items() if name.startswith(family)}:
+            made[family] = metrics_table(several)
     for path in sorted(results.glob("*/perf.json")):
         measured = json.loads(path.read_text(encoding="utf-8"))
         made["perf"], made["perf: work"] = perf.table(measured), perf.flops_table(measured)

@@ -18,13 +18,15 @@ _UNBROKEN = 12
 def text_tiles(words: Sequence[str], side: int = 64) -> Tensor:
     """Each word or text on a dark tile: ``[B, 3, side, side]`` in [0, 1].
 
-    As large as it fits, of several lines where it is long; what does not fit in the smallest letters is cut off.
+    As large as all of them fit, of several lines where one is long; what does not fit in the smallest letters is cut
+    off.
     """
     tiles = []
+    largest = min((_fitted(word, side - 4, _MOST)[1] for word in words), default=_MOST)
     for word in words:
         tile = Image.new("RGB", (side, side), (28, 30, 38))
         draw = ImageDraw.Draw(tile)
-        text, size = _fitted(word, side - 4)
+        text, size = _fitted(word, side - 4, largest)
         draw.multiline_text(
             (side / 2, side / 2),
             text,
@@ -38,13 +40,13 @@ def text_tiles(words: Sequence[str], side: int = 64) -> Tensor:
     return torch.stack(tiles).permute(0, 3, 1, 2).float() / 255
 
 
-def _fitted(text: str, side: int) -> tuple[str, int]:
-    """A text in lines, and the size of letters with which they fill a square."""
+def _fitted(text: str, side: int, largest: int) -> tuple[str, int]:
+    """A text in lines, and the size of letters, ``largest`` at most, with which they fill a square."""
     # One word of up to a dozen letters is not broken: it is easier to read small than in pieces.
     if len(text.split()) <= 1 and len(text) <= _UNBROKEN:
-        return text, max(_LEAST, min(_MOST, int(1.5 * (side + 4) / max(len(text), 1))))
+        return text, max(_LEAST, min(largest, int(1.5 * (side + 4) / max(len(text), 1))))
     lines: list[str] = []
-    for size in range(_MOST, _LEAST - 1, -1):
+    for size in range(largest, _LEAST - 1, -1):
         fits = partial(_fits, size, side)
         lines = _lines(text, fits, whole=size > _LEAST)  # only in the smallest letters is a word broken
         if len(lines) * (size + _SPACING) <= side and all(map(fits, lines)):

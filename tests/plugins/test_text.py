@@ -341,6 +341,12 @@ def test_long_texts_are_legible_on_a_tile() -> None:
     assert rows >= 5  # in lines
 
 
+def test_words_side_by_side_are_of_one_size() -> None:
+    tall, short = (int((tile[0] > 0.5).any(1).sum()) for tile in text_tiles(["h", "lighthouse"]))
+    alone = int((text_tiles(["h"])[0, 0] > 0.5).any(1).sum())
+    assert tall <= short < alone  # g goes below the line
+
+
 # CLIP's text tower.
 
 
