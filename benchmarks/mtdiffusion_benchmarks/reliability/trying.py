@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from attrs import frozen
 
-from mtdiffusion_benchmarks.reliability import faults, fuzzing, hangs, hostile, kills, numbers
+from mtdiffusion_benchmarks.reliability import distributions, faults, fuzzing, hangs, hostile, kills, numbers
 from mtdiffusion_benchmarks.reliability.jobs import JOBS, Bench
 from mtdiffusion_benchmarks.runner import hardware
 from mtdiffusion_registry import UserError
@@ -78,6 +78,7 @@ def _faults() -> dict[str, Fault]:
         "checkpoints, pictures and tables cut short, flipped, grown": Fault(hurt, hostile.damaged, 2),
         "huge, endless and nested files": Fault(hurt, hostile.oversized),
         "tables that name files elsewhere": Fault(hurt, hostile.outside),
+        "distributions whose metadata are damaged, in a new process": Fault(hurt, distributions.in_new_processes, 0.1),
         "codes, losses, gradients and moments that are not finite": Fault(wrong, numbers.in_training, 0.6),
         "checkpoints that are not finite": Fault(wrong, numbers.in_checkpoints, 0.36),
         "data that are not finite": Fault(wrong, numbers.in_data, 0.12),
