@@ -76,7 +76,9 @@ def page(result: Mapping[str, Any], topology: Mapping[str, Any]) -> str:
     for group in dict.fromkeys(row["group"] for row in faults.values()):
         parts.append(f"### {group}\n\n| fault | trials | something was lost |\n|---|---|---|")
         rows = ((name, row) for name, row in faults.items() if row["group"] == group)
-        parts += [f"| {name} | {row['tried']:,} | {row['lost'] or 'never'} |" for name, row in rows]
+        parts += [
+            f"| {name} | {row['tried']:,} | {row.get('skipped') or row['lost'] or 'never'} |" for name, row in rows
+        ]
         parts.append("")
     if lost:
         parts += [

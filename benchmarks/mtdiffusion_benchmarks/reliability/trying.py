@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from attrs import frozen
 
-from mtdiffusion_benchmarks.reliability import distributions, faults, fuzzing, hangs, hostile, kills, numbers
+from mtdiffusion_benchmarks.reliability import distributions, faults, fuzzing, hangs, hostile, kills, numbers, shards
 from mtdiffusion_benchmarks.reliability.jobs import JOBS, Bench
+from mtdiffusion_benchmarks.reliability.kills import Skipped
 from mtdiffusion_benchmarks.runner import hardware
 from mtdiffusion_registry import UserError
 
@@ -78,6 +79,12 @@ def _faults() -> dict[str, Fault]:
         "checkpoints, pictures and tables cut short, flipped, grown": Fault(hurt, hostile.damaged, 2),
         "huge, endless and nested files": Fault(hurt, hostile.oversized),
         "tables that name files elsewhere": Fault(hurt, hostile.outside),
+        **{
+            f"shards, {name}: {how}": Fault(hurt, partial(_of_form, test, form))
+            for form, name in (("tar", "tar"), ("parquet", "Parquet"), ("litdata", "litdata"))
+            for how, test in (("cut short, flipped, grown", shards.damaged), ("made to do harm", shards.hostile))
+        },
+        "sampling goes on among damaged shards": Fault(hurt, shards.resumed, 0.32),
         "distributions whose metadata are damaged, in a new process": Fault(hurt, distributions.in_new_processes, 0.1),
         "codes, losses, gradients and moments that are not finite": Fault(wrong, numbers.in_training, 0.6),
         "checkpoints that are not finite": Fault(wrong, numbers.in_checkpoints, 0.36),
@@ -92,6 +99,12 @@ def _of_job(
     how: Callable[..., Iterator[str]], name: str, bench: Bench, trials: int, rng: random.Random
 ) -> Iterator[str]:
     return how(bench, JOBS[name], trials, rng)
+
+
+def _of_form(
+    how: Callable[..., Iterator[str]], form: str, bench: Bench, trials: int, rng: random.Random
+) -> Iterator[str]:
+    return how(bench, form, trials, rng)
 
 
 def _fuzz(target: str, bench: Bench, trials: int, rng: random.Random) -> Iterator[str]:
@@ -158,7 +171,21 @@ def measure(
                 continue
             started = time.monotonic()
             rng = random.Random(f"{seed} {zlib.crc32(what.encode())}")
-            found = list(fault.trials(bench, mark["of"], rng))
+            try:
+                found = list(fault.trials(bench, mark["of"], rng))
+            except Skipped as reason:
+                row = {
+                    "group": fault.group,
+                    "tried": 0,
+                    "lost": 0,
+                    "examples": [],
+                    "seconds": 0,
+                    "skipped": str(reason),
+                }
+                result["faults"][what] = row
+                say(f"{what}: skipped: {reason}")
+                keep(result)
+                continue
             lost = [wrong for wrong in found if wrong]
             result["faults"][what] = {
                 "group": fault.group,
