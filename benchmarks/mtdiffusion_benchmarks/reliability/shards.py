@@ -345,7 +345,8 @@ def _litdata_cases(mark: Path) -> Iterator[tuple[str, Change, Sequence[str]]]:
     told = (("data_format", ["pickle"]), ("data_format", 3), ("compression", "zstd"), ("item_loader", "X"))
     for key, found in (*told, ("data_spec", "nonsense"), ("data_spec", "[" * 100_000)):
         yield f"{key} {found!r:.20}", index(partial(_set, ("config", key), found)), ()
-    for splits in ([], 3, {"train": 3}, {"train": {}}):
+    broken: tuple[object, ...] = ([], 3, {"train": 3}, {"train": {}})
+    for splits in broken:
         yield f"splits {splits}", index(partial(_set, ("splits",), splits), "index.json"), ()
 
     def nested(folder: Path) -> None:

@@ -28,9 +28,9 @@ from mtdiffusion_registry import UserError
 NOT_TRIED = (
     "a loss of power, after which what a disk had promised to keep may be gone",
     "processes on several machines, and more than two of them that hang or die",
-    "a full disk but by a limit on the size of files",
-    "a clock that goes backwards while a command runs; files from the future are",
-    "data sets in shards (litdata), Parquet files but as pickles, and the page to play with",
+    "a clock of the whole machine that goes backwards: it does for the command's Python, and of its files",
+    "Parquet files in which a large value is repeated by reference, which the library datasets writes out",
+    "shards in an object store, and the page to play with",
     "CUDA",
 )
 """What the page names as not tried."""
@@ -74,6 +74,8 @@ def _faults() -> dict[str, Fault]:
         "training: two processes into one folder": Fault(stopped, faults.two_at_once, 0.2),
         "every command: a folder that cannot be written": Fault(stopped, faults.read_only, len(JOBS) / 50),
         "every command: no room for files": Fault(stopped, faults.full_disk, 0.4),
+        "every command: a disk that is full": Fault(stopped, faults.really_full_disk, 0.4),
+        "a clock that goes back by an hour while a command runs": Fault(stopped, faults.clock_set_back, 0.4),
         "every command: files from the future": Fault(stopped, faults.clock_behind, len(JOBS) / 50),
         "pickles under every name that is read": Fault(hurt, hostile.unpickled),
         "checkpoints, pictures and tables cut short, flipped, grown": Fault(hurt, hostile.damaged, 2),
