@@ -97,14 +97,34 @@ def test_a_subcommand_of_a_plugin_is_run(put: Callable[..., None], run: Run) -> 
     assert (done.returncode, done.stdout, done.stderr) == (0, "hello\n", "")
 
 
+def test_of_a_damaged_distribution_at_which_a_library_stops_it_is_said_whose_it_is(
+    put: Callable[..., None], run: Run, tmp_path: Path
+) -> None:
+    put("damaged", b"[console_scripts]\nx\xe9 = y:z\n")
+    code = """
+    from importlib.metadata import entry_points
+
+    def add_parser(commands):
+        commands.add_parser("all", help="as Triton does").set_defaults(handler=lambda args: entry_points())
+    """
+    put("lists", "[mtdiffusion.commands]\nall = module_lists\n", code)
+    done = run("all")
+    assert (done.returncode, done.stdout) == (2, "")
+    told = f"mtdiffusion: error: {tmp_path}/site/damaged-1.0.dist-info: is damaged (UnicodeDecodeError: 'utf-8' codec"
+    assert done.stderr.startswith(told)
+    assert done.stderr.endswith("Install it again, or delete that folder\n")
+
+
 BROKEN = {
     "import": ("import no_such_library", "the import of module_import failed: ModuleNotFoundError: No module named"),
     "exit": ("raise SystemExit(3)", "the import of module_exit failed: SystemExit: 3"),
+    "panic": ("raise BaseException('a panic')", "the import of module_panic failed: BaseException: a panic"),
     "syntax": ("def (", "the import of module_syntax failed: SyntaxError"),
     "lacking": ("", "the module module_lacking has no function add_parser"),
     "variable": ("add_parser = 3", "the module module_variable has no function add_parser"),
     "arguments": ("def add_parser(): pass", "module_arguments.add_parser failed: TypeError"),
     "leaving": ("import sys\ndef add_parser(c): sys.exit('line\\nline')", "add_parser failed: SystemExit: line line. "),
+    "panicking": ("def add_parser(c): raise BaseException('a panic')", "add_parser failed: BaseException: a panic. "),
     "half": (
         "def add_parser(c):\n    c.add_parser('half', help='h').set_defaults(handler=print)\n    1 / 0",
         "module_half.add_parser failed: ZeroDivisionError: division by zero",

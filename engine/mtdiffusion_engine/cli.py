@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtdiffusion_engine.interrupt import STATUS, Terminated, held, terminable
-from mtdiffusion_registry.installed import EntryPoint, entry_points, version
+from mtdiffusion_registry.installed import EntryPoint, blame, entry_points, version
 
 if TYPE_CHECKING:
     from mtdiffusion_registry import PluginInfo, Registry
@@ -413,7 +413,9 @@ def _add_command(point: EntryPoint, commands: Commands) -> str:
     remedy = f"Upgrade, reinstall or uninstall {point.distribution}"
     try:
         module = import_module(point.value)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit, or a library's own, such as a panic in Rust
         return f"the import of {point.value} failed: {type(error).__name__}: {error}. {remedy}"
     if not callable(add_parser := getattr(module, "add_parser", None)):
         return f"the module {point.value} has no function add_parser. {remedy}"
@@ -423,7 +425,9 @@ def _add_command(point: EntryPoint, commands: Commands) -> str:
     try:
         add_parser(added)
         trial.format_help()
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         return f"{point.value}.add_parser failed: {type(error).__name__}: {error}. {remedy}"
     if not added.choices:
         return f"{point.value}.add_parser added none. {remedy}"
@@ -643,7 +647,7 @@ def _message(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    return None
+    return blame(error) or None
 
 
 def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:

@@ -25,7 +25,7 @@ from mtdiffusion_engine import packing, sampling
 from mtdiffusion_engine.checks import check_held_out
 from mtdiffusion_engine.cost import count_cost, describe_cost
 from mtdiffusion_engine.data import load_data
-from mtdiffusion_engine.experiment import Experiment, build_model, load_experiment, require_resumable
+from mtdiffusion_engine.experiment import Experiment, TrainingConfig, build_model, load_experiment, require_resumable
 from mtdiffusion_engine.given import parsed
 from mtdiffusion_engine.hanging import HangWatch
 from mtdiffusion_engine.hub import GALLERY, METRICS
@@ -334,8 +334,10 @@ def _request(args: Namespace) -> sampling.Request:
 def _sample_shards(request: sampling.Request, out: Path, form: str, size: int, rank: int, world: int) -> None:
     record = {**request.record(), "shards": form, "shard_size": size}
     again = "Shards that are whole are kept; the same command goes on with the others"
+    timeout = request.run.experiment.training.timeout
+    sampling.meet(rank, world, timeout)
     with (
-        HangWatch(rank, world, request.run.experiment.training.timeout, lambda: again) as watch,
+        HangWatch(rank, world, timeout, lambda: again) as watch,
         sampling.shards_in(out, record, rank, world, watch),
     ):
         missing = sampling.missing_shards(out, request.n, size, rank, world, form)
@@ -436,7 +438,9 @@ def evaluate(args: Namespace) -> None:
         run = load_run(args.run, device=args.device, overrides=args.set)
         evaluation = evolve(run.experiment.evaluation, **changes)
         again = "What was measured is kept; the same command goes on with the rest"
-        with HangWatch(rank, world, run.experiment.training.timeout, lambda: again) as watch:
+        timeout = run.experiment.training.timeout
+        sampling.meet(rank, world, timeout)
+        with HangWatch(rank, world, timeout, lambda: again) as watch:
             run = evolve(run, experiment=evolve(run.experiment, evaluation=evaluation))
             metrics = _evaluate(run, Team(rank, world, watch))
     if rank:
@@ -502,6 +506,7 @@ def print_metrics(metrics: Mapping[str, Any]) -> None:
 def gallery(args: Namespace) -> None:
     """Draw the gallery of a run."""
     with sampling.processes() as (rank, world):
+        sampling.meet(rank, world, TrainingConfig().timeout)  # the run's own is not read by those that wait
         # A few samples in one picture: the first process draws it, and the others wait.
         if rank == 0:
             run = load_run(args.run, device=args.device, overrides=args.set)

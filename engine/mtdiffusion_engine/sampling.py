@@ -20,6 +20,7 @@ import torch
 from attrs import asdict, field, frozen
 from PIL import Image
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from mtdiffusion_engine import checkpoint as ckpt
 from mtdiffusion_engine.hanging import HangWatch
@@ -382,7 +383,7 @@ def _claim(out: Path, record: Mapping[str, Any]) -> None:
 def processes() -> Iterator[tuple[int, int]]:
     """Which of how many processes this is, as torchrun says in the environment; on CUDA each has a GPU of its own.
 
-    They draw without one another, and only wait for all at the beginning and at the end.
+    They draw without one another, and only wait for all at the beginning (:func:`meet`) and at the end.
 
     Raises:
         UserError: if the environment names several processes but not where they meet.
@@ -398,8 +399,46 @@ def processes() -> Iterator[tuple[int, int]]:
         )
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
-    torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))  # one may be at its last shard for long
     try:
         yield rank, world
     finally:
-        torch.distributed.destroy_process_group()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def meet(rank: int, world: int, timeout: float) -> None:
+    """Wait until all processes are here, and connect them; of one process, nothing.
+
+    Args:
+        timeout: seconds to wait.
+
+    Raises:
+        UserError: if some do not come; it names them.
+    """
+    if world == 1:
+        return
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun, which then holds the store
+    missing = f"what started the processes, which holds the store at {host}:{port}" if launched else "rank 0"
+    try:
+        store: distributed_c10d.Store = torch.distributed.TCPStore(  # type: ignore[attr-defined]  # as documented
+            host, port, world, rank == 0 and not launched, timedelta(seconds=timeout), wait_for_workers=False
+        )
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun starts them again with the same store
+        store = distributed_c10d.PrefixStore(f"mtdiffusion/start {start}", store)
+        store.set(f"here {rank}", "")
+        try:
+            store.wait([f"here {each}" for each in range(world)], timedelta(seconds=timeout))
+        except RuntimeError:
+            absent = [each for each in range(world) if not store.check([f"here {each}"])]
+            missing = f"rank {', '.join(map(str, absent))} (of {world} processes)" if absent else missing
+            raise
+    except RuntimeError as error:
+        if "EADDRINUSE" in str(error):
+            raise UserError(f"the processes cannot meet at {host}:{port}: something else listens there") from error
+        raise UserError(
+            f"rank {rank} has waited for {timeout:g} s (training.timeout), and not all processes came; missing is "
+            f"{missing}. Look for those that did not start, and start all again"
+        ) from error
+    # One may be at its last shard for long; those that hang are watched for (HangWatch).
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(days=30))

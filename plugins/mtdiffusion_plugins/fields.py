@@ -34,6 +34,8 @@ from mtdiffusion_registry.pictures import (
 
 MTDIFFUSION_API = 1
 
+_LONGEST = 1000  # characters that a class's name may have
+
 
 @frozen
 class ImageField(FieldConfig):
@@ -191,6 +193,11 @@ class LabelField(FieldConfig):
         text = str(content).strip()
         if not text:
             return None
+        if len(text) > _LONGEST:
+            raise ValueError(
+                f"expected a class index (0, 1, 2, ...) or a class's name, found {len(text):,} characters: "
+                f"{text[:20]!r}..."
+            )
         if whole := re.fullmatch(r"\+?(\d+)(\.0*)?", text, re.ASCII):
             if len(whole[1]) <= 18:
                 return torch.tensor(int(whole[1]))

@@ -204,7 +204,7 @@ def read_json_value(path: Path, key: str) -> str:
     """
     try:
         content = json.loads(read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(content, dict) or key not in content:
         raise UserError(f'{path}: expected a JSON object with the key "{key}"')

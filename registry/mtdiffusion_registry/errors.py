@@ -22,7 +22,11 @@ class PluginError(UserError):
     """A plugin that cannot be used: says whose it is, what is wrong and what to do."""
 
 
+LONGEST = 200
+"""Characters of a word that is compared with others: of millions that takes minutes."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A clause to append to a message, ``; did you mean "x"?``, or nothing if no known word is close."""
-    close = get_close_matches(word, list(known), n=1)
+    close = get_close_matches(word, list(known), n=1) if len(word) <= LONGEST else ()
     return f'; did you mean "{close[0]}"?' if close else ""

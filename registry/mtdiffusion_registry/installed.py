@@ -101,6 +101,28 @@ def version(name: str) -> str:
     return _owner(distribution).version
 
 
+def blame(error: BaseException) -> str:
+    """Whose metadata an error was raised at in Python's own reader of them, in a sentence: libraries, such as Triton
+    when it is imported, ask for the entry points of all distributions, and one that is damaged fails them.
+
+    Empty if the error is of something else.
+    """
+    trace = error.__traceback__
+    while trace is not None and not str(trace.tb_frame.f_globals.get("__name__")).startswith("importlib.metadata"):
+        trace = trace.tb_next
+    if trace is None:
+        return ""
+    for distribution in distributions():
+        try:
+            distribution.metadata["Name"], distribution.entry_points
+        except Exception as damage:
+            return (
+                f"{_shown(_folder(distribution))}: is damaged ({type(damage).__name__}: {damage}), and a library that "
+                "reads what all distributions declare stops there. Install it again, or delete that folder"
+            )
+    return ""
+
+
 def normalised(name: str) -> str:
     """Distribution names are equal up to case and ``-_.`` (PEP 503); entry-point names lose nothing by it."""
     return re.sub(r"[-_.]+", "-", name.strip()).lower()

@@ -296,7 +296,9 @@ def _load(info: PluginInfo) -> type[Config]:
     """Import the plugin, check it and ask it for the class of ``info``'s kind."""
     try:
         module = importlib.import_module(info.module)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit, or a library's own, such as a panic in Rust
         raise _plugin_error(
             info,
             f"its import failed: {type(error).__name__}: {error}. Upgrade or reinstall {info.distribution}, or do "
@@ -320,7 +322,9 @@ def _load(info: PluginInfo) -> type[Config]:
         raise _plugin_error(info, f"it has no hook {name}, which should return the config class of {info.entry_point}")
     try:
         results = hook()
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise _plugin_error(info, f"its hook {name} failed: {type(error).__name__}: {error}") from error
     returned = results[0] if results else None  # pluggy leaves out a None
     if not isinstance(returned, list | tuple):

@@ -133,6 +133,32 @@ def test_an_evaluation_ends_and_names_the_process_that_hangs(tiny_run: Path, tmp
     assert not (run / "metrics.json").exists()
 
 
+@pytest.mark.parametrize("command", ["evaluate", "sample"])
+@pytest.mark.parametrize(("rank", "missing"), [(0, "rank 1, 2 (of 3 processes)"), (1, "rank 0")])
+def test_processes_that_do_not_come_are_named(
+    command: str,
+    rank: int,
+    missing: str,
+    tiny_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "3", "RANK": str(rank)}
+    for key, value in meet.items():
+        monkeypatch.setenv(key, value)
+    out = tmp_path / "samples"
+    more = [] if command == "evaluate" else ["-n", "2", "--out", str(out), "--shards", "tar"]
+    assert main([command, str(tiny_run), "--device", "cpu", "--set", "training.timeout=1", *more]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    told = f"rank {rank} has waited for 1 s (training.timeout), and not all processes came; missing is {missing}. Look"
+    assert said.startswith(f"mtdiffusion: error: {told}")
+    assert not out.exists()
+
+
 def heard(*places: Place | None, silent: int = -1) -> dict[int, tuple[str, float]]:
     """What was heard of each, and the seconds since it is the same."""
     return {

@@ -88,9 +88,10 @@ def test_a_failing_import_is_an_error_with_its_cause_and_only_for_who_asks(insta
     assert isinstance(caught.value.__cause__, ModuleNotFoundError)
 
 
-def test_a_plugin_that_exits_on_import_does_not_take_us_along(install: Install) -> None:
-    install("raise SystemExit(3)")
-    with pytest.raises(PluginError, match="its import failed: SystemExit: 3"):
+@pytest.mark.parametrize("leaves", ["SystemExit: 3", "BaseException: 3"])
+def test_a_plugin_that_exits_on_import_does_not_take_us_along(install: Install, leaves: str) -> None:
+    install(f"raise {leaves.partition(':')[0]}(3)")
+    with pytest.raises(PluginError, match=f"its import failed: {leaves}"):
         Registry.discover().config_class("dataset", "toy")
 
 
@@ -197,6 +198,7 @@ def test_one_unreadable_file_hides_no_other_plugin(install: Install) -> None:
         ("@hookimpl\ndef mtdiffusion_datasets():\n    return [Toy]", "", "it has no hook mtdiffusion_datasets"),
         ("return [Toy]", "1 / 0", "its hook mtdiffusion_datasets failed: ZeroDivisionError: division by zero"),
         ("return [Toy]", "raise SystemExit(3)", "its hook mtdiffusion_datasets failed: SystemExit: 3"),
+        ("return [Toy]", "raise BaseException(3)", "its hook mtdiffusion_datasets failed: BaseException: 3"),
         ("return [Toy]", "pass", "must return a list of config classes, found None"),
         ("return [Toy]", "return Toy", "must return a list of config classes, found <class"),
         ("return [Toy]", "return [Toy()]", "it must be a subclass of DatasetConfig, the class itself"),

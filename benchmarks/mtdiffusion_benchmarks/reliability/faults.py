@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import random
 import re
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mtdiffusion_benchmarks.reliability.children import Child, as_nobody, command, limit_file_size, run
+from mtdiffusion_benchmarks.reliability.children import LIMIT, Child, as_nobody, command, limit_file_size, run
 from mtdiffusion_benchmarks.reliability.jobs import JOBS, Bench, Job, difference
-from mtdiffusion_benchmarks.reliability.kills import Wrong, expected_of, lost
+from mtdiffusion_benchmarks.reliability.kills import Skipped, Wrong, expected_of, lost
 
 STOPPED = {signal.SIGTERM: (143, -signal.SIGTERM), signal.SIGINT: (130, -signal.SIGINT)}
 """Exit statuses of a command that was told to stop."""
@@ -120,6 +124,93 @@ def full_disk(bench: Bench, trials: int, rng: random.Random) -> Wrong:
         when = f"{job.name}, files of {size} bytes at most"
         wrong = ended.wrong(0, 2)
         yield f"{when}: {wrong}" if wrong else lost(bench, job, expected, when)
+
+
+def really_full_disk(bench: Bench, trials: int, rng: random.Random) -> Wrong:
+    """A file system of its own that gets full: said, without a traceback; with more room the same command goes on.
+
+    Raises:
+        Skipped: if none can be mounted here.
+    """
+    jobs = list(JOBS.values())
+    for trial in range(trials):
+        job = jobs[trial % len(jobs)]
+        expected, _ = expected_of(bench, job)
+        before, after = (
+            _pages(bench.given),
+            sum(-(-len(each) // _PAGE) for each in expected.values() if each is not None),
+        )
+        pages = rng.randrange(before + 1, max(after, before + 2)) + 8  # a tmpfs has some of its own
+        bench.empty()
+        ended = Child(bench.place, partial(_on_a_small_disk, bench, job, pages, expected)).wait(2 * LIMIT)
+        if ended.status == _NOT_MOUNTED:
+            raise Skipped("no file system can be mounted here")
+        yield f"{job.name}, {pages} pages: {ended.said[-300:]}" if ended.status or ended.hung else ""
+
+
+_PAGE = 4096  # bytes
+_NOT_MOUNTED = 77
+
+
+def _pages(folder: Path) -> int:
+    return sum(-(-path.stat().st_size // _PAGE) for path in folder.rglob("*") if path.is_file())
+
+
+def _on_a_small_disk(bench: Bench, job: Job, pages: int, expected: dict[str, Any]) -> int:
+    """For a child: try a job on a disk of so many pages, then with room; print what is wrong, if anything is."""
+    system = ctypes.CDLL(None, use_errno=True)
+    root = bench.place.root
+    private, new_namespace, remount = 1 << 14 | 1 << 18, 0x20000, 32  # MS_REC | MS_PRIVATE, CLONE_NEWNS, MS_REMOUNT
+    size = f"size={pages * _PAGE}".encode()
+    os.chdir("/")
+    tempfile.tempdir = str(bench.given.parent)  # what the command says is to have room
+    if (
+        system.unshare(new_namespace)
+        or system.mount(b"none", b"/", None, private, None)
+        or system.mount(b"tmpfs", os.fsencode(root), b"tmpfs", 0, size)
+    ):
+        return _NOT_MOUNTED
+    shutil.copytree(bench.given, bench.place.work)
+    for name in ("cache", "tmp"):
+        (root / name).mkdir()
+    wrong = run(bench.place, job.arguments).wrong(0, 2)
+    system.mount(b"tmpfs", os.fsencode(root), b"tmpfs", remount, b"size=1g")
+    wrong = wrong or lost(bench, job, expected, "with room again")
+    print(wrong)
+    return 1 if wrong else 0
+
+
+def clock_set_back(bench: Bench, trials: int, rng: random.Random) -> Wrong:
+    """The clock goes back by an hour while a command runs: for it, and of the files that are there."""
+    names = ("training", "sampling into shards", "evaluation", "benchmark", "data cache")[:trials]
+    for place, name in enumerate(names):
+        job = JOBS[name]
+        expected, seconds = expected_of(bench, job)
+        for _ in range(place, trials, len(names)):
+            bench.empty()
+            moment = rng.uniform(0, seconds)
+            child = Child(bench.place, command(job.arguments), partial(_set_back, time.monotonic() + moment))
+            child.ended_within(moment)
+            future = time.time() + _HOUR  # what was written before is from an hour later
+            for path in bench.place.root.rglob("*"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.utime(path, (future, future))
+            wrong = child.wait().wrong(0) or difference(bench.found(), expected)
+            yield f"{name}, set back after {moment:.3f} s: {wrong}" if wrong else ""
+
+
+_HOUR = 3600.0
+
+
+def _set_back(at: float) -> None:
+    """For a child: its clock goes back by an hour at a moment of the clock that only goes on."""
+    clock, clock_ns = time.time, time.time_ns
+
+    def back() -> float:
+        return _HOUR if time.monotonic() >= at else 0.0
+
+    time.time = lambda: clock() - back()
+    time.time_ns = lambda: clock_ns() - int(back() * 1e9)
 
 
 def clock_behind(bench: Bench, trials: int, rng: random.Random) -> Wrong:

@@ -1,5 +1,5 @@
-"""Made-up inputs: configurations, overrides, values, tables and checkpoints' states. Each is used or refused with a
-sentence; nothing else may happen, nor may it take long or much memory.
+"""Made-up inputs: configurations, overrides, values, tables, checkpoints' states and distributions. Each is used or
+refused with a sentence; nothing else may happen, nor may it take long or much memory.
 
 The cases are drawn by hypothesis (MacIver et al., 2019, https://doi.org/10.21105/joss.01891) from a seed.
 """
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
+from mtdiffusion_benchmarks.reliability import distributions
 from mtdiffusion_benchmarks.reliability.children import MOST_MEMORY, Child
 from mtdiffusion_benchmarks.reliability.jobs import Bench
 from mtdiffusion_registry import Registry, UserError
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 SLOW = 20
 """Seconds that one case may take."""
+DISTRIBUTIONS = "distributions with entry points"
 SHARES = {
     "a configuration, some keys changed": 20,
     "a configuration's text": 60,
@@ -36,8 +38,10 @@ SHARES = {
     "arguments of --observe": 60,
     "a table of labels": 20,
     "a checkpoint's state": 20,
+    "a run's record of plugins": 10,
+    DISTRIBUTIONS: 10,
 }
-"""Targets, and how many cases of each for one trial of other faults: 10,000 for 50."""
+"""Targets, and how many cases of each for one trial of other faults: 11,000 for 50."""
 _BATCH = 500
 _KEYS = (
     "kind",
@@ -56,7 +60,8 @@ _KEYS = (
 
 
 def fuzz(bench: Bench, trials: int, rng: random.Random, target: str) -> Iterator[str]:
-    """Try so many cases of one target, some hundreds in a child; the smallest that fails of each is told."""
+    """Try so many cases of one target, some hundreds in a child; the smallest that fails of each is told, or,
+    of whole commands, which take longer, the first."""
     seed = rng.randrange(2**32)
     for start in range(0, trials, _BATCH):
         count = min(_BATCH, trials - start)
@@ -89,6 +94,7 @@ def _child(target: str, count: int, seed: int) -> int:
         database=None,
         suppress_health_check=list(hypothesis.HealthCheck),
         print_blob=False,
+        phases=[hypothesis.Phase.generate, *[hypothesis.Phase.shrink] * (target != DISTRIBUTIONS)],
     )
     @hypothesis.given(strategy)
     def each(case: Any) -> None:
@@ -115,7 +121,7 @@ def targets() -> dict[str, tuple[SearchStrategy[Any], Callable[[Any], object]]]:
 
     from mtdiffusion_engine import checkpoint as ckpt
     from mtdiffusion_engine.commands import _pairs
-    from mtdiffusion_engine.experiment import build_model, load_experiment, structure_experiment
+    from mtdiffusion_engine.experiment import PLUGINS_FILE, build_model, load_experiment, structure_experiment
     from mtdiffusion_engine.given import parsed
     from mtdiffusion_engine.run import load_run
     from mtdiffusion_registry.config import apply_overrides, load_toml
@@ -179,6 +185,12 @@ def targets() -> dict[str, tuple[SearchStrategy[Any], Callable[[Any], object]]]:
         load_run(Path("run"), device="cpu", registry=registry)
         ckpt.load_state(run.checkpoint)
 
+    def record(value: Any) -> None:
+        content = value if isinstance(value, bytes) else json.dumps(value).encode(errors="surrogatepass")
+        (Path("run") / PLUGINS_FILE).write_bytes(content)
+        load_run(Path("run"), device="cpu", registry=registry)
+
+    recorded = json.loads((Path("run") / PLUGINS_FILE).read_text(encoding="utf-8"))
     stems = st.sampled_from([f"{i:03d}" for i in range(24)]) | words
     rows = st.lists(st.tuples(stems, scalars), max_size=26)
     csv = rows.map(lambda pairs: "stem,value\n" + "".join(f"{stem},{value}\n" for stem, value in pairs))
@@ -202,6 +214,8 @@ def targets() -> dict[str, tuple[SearchStrategy[Any], Callable[[Any], object]]]:
         "arguments of --observe": (st.tuples(names, literals | st.text(max_size=40)).map("=".join), observed),
         "a table of labels": (st.tuples(suffixes, raw), table),
         "a checkpoint's state": (changed(state, plain) | plain, checkpoint_state),
+        "a run's record of plugins": (changed(recorded, plain) | plain | raw, record),
+        DISTRIBUTIONS: distributions.target(),
     }
 
 

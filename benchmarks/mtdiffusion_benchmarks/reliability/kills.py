@@ -17,6 +17,10 @@ Wrong = Iterator[str]
 """What was lost in each trial: a sentence, or nothing."""
 
 
+class Skipped(Exception):
+    """A fault that cannot be tried here; why, in a few words."""
+
+
 def expected_of(bench: Bench, job: Job) -> tuple[dict[str, Any], float]:
     """What a job leaves if nothing interrupts it, and how many seconds it takes."""
     for _ in range(2):  # the first imports what the others then need not

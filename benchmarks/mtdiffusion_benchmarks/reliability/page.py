@@ -57,8 +57,9 @@ of them is stopped or killed are uniform over the time after they have met.
 Random moments are uniform over the time that the command takes. Up to four kills come one after another before it may
 end. To be killed before an operation on files, a child counts its own, by Python's audit events.
 
-The work is tiny: pictures of 4 × 4 pixels, six steps, a checkpoint every second step. A full disk is a limit on the
-size of files.
+The work is tiny: pictures of 4 × 4 pixels, six steps, a checkpoint every second step. Where there is no room for files,
+it is a limit on the size of each. A disk that is full is a small file system in memory, which is mounted for the trial.
+A clock that goes back does so for the command and for the files that are there by then.
 """
 
 
@@ -76,7 +77,9 @@ def page(result: Mapping[str, Any], topology: Mapping[str, Any]) -> str:
     for group in dict.fromkeys(row["group"] for row in faults.values()):
         parts.append(f"### {group}\n\n| fault | trials | something was lost |\n|---|---|---|")
         rows = ((name, row) for name, row in faults.items() if row["group"] == group)
-        parts += [f"| {name} | {row['tried']:,} | {row['lost'] or 'never'} |" for name, row in rows]
+        parts += [
+            f"| {name} | {row['tried']:,} | {row.get('skipped') or row['lost'] or 'never'} |" for name, row in rows
+        ]
         parts.append("")
     if lost:
         parts += [

@@ -19,17 +19,18 @@ from typing import Any
 import torch
 from attrs import frozen
 
-from mtdiffusion_benchmarks.reliability import faults, fuzzing, hangs, hostile, kills, numbers
+from mtdiffusion_benchmarks.reliability import distributions, faults, fuzzing, hangs, hostile, kills, numbers, shards
 from mtdiffusion_benchmarks.reliability.jobs import JOBS, Bench
+from mtdiffusion_benchmarks.reliability.kills import Skipped
 from mtdiffusion_benchmarks.runner import hardware
 from mtdiffusion_registry import UserError
 
 NOT_TRIED = (
     "a loss of power, after which what a disk had promised to keep may be gone",
     "processes on several machines, and more than two of them that hang or die",
-    "a full disk but by a limit on the size of files",
-    "a clock that goes backwards while a command runs; files from the future are",
-    "data sets in shards (litdata), Parquet files but as pickles, and the page to play with",
+    "a clock of the whole machine that goes backwards: it does for the command's Python, and of its files",
+    "Parquet files in which a large value is repeated by reference, which the library datasets writes out",
+    "shards in an object store, and the page to play with",
     "CUDA",
 )
 """What the page names as not tried."""
@@ -73,11 +74,20 @@ def _faults() -> dict[str, Fault]:
         "training: two processes into one folder": Fault(stopped, faults.two_at_once, 0.2),
         "every command: a folder that cannot be written": Fault(stopped, faults.read_only, len(JOBS) / 50),
         "every command: no room for files": Fault(stopped, faults.full_disk, 0.4),
+        "every command: a disk that is full": Fault(stopped, faults.really_full_disk, 0.4),
+        "a clock that goes back by an hour while a command runs": Fault(stopped, faults.clock_set_back, 0.4),
         "every command: files from the future": Fault(stopped, faults.clock_behind, len(JOBS) / 50),
         "pickles under every name that is read": Fault(hurt, hostile.unpickled),
         "checkpoints, pictures and tables cut short, flipped, grown": Fault(hurt, hostile.damaged, 2),
         "huge, endless and nested files": Fault(hurt, hostile.oversized),
         "tables that name files elsewhere": Fault(hurt, hostile.outside),
+        **{
+            f"shards, {name}: {how}": Fault(hurt, partial(_of_form, test, form))
+            for form, name in (("tar", "tar"), ("parquet", "Parquet"), ("litdata", "litdata"))
+            for how, test in (("cut short, flipped, grown", shards.damaged), ("made to do harm", shards.hostile))
+        },
+        "sampling goes on among damaged shards": Fault(hurt, shards.resumed, 0.32),
+        "distributions whose metadata are damaged, in a new process": Fault(hurt, distributions.in_new_processes, 0.1),
         "codes, losses, gradients and moments that are not finite": Fault(wrong, numbers.in_training, 0.6),
         "checkpoints that are not finite": Fault(wrong, numbers.in_checkpoints, 0.36),
         "data that are not finite": Fault(wrong, numbers.in_data, 0.12),
@@ -91,6 +101,12 @@ def _of_job(
     how: Callable[..., Iterator[str]], name: str, bench: Bench, trials: int, rng: random.Random
 ) -> Iterator[str]:
     return how(bench, JOBS[name], trials, rng)
+
+
+def _of_form(
+    how: Callable[..., Iterator[str]], form: str, bench: Bench, trials: int, rng: random.Random
+) -> Iterator[str]:
+    return how(bench, form, trials, rng)
 
 
 def _fuzz(target: str, bench: Bench, trials: int, rng: random.Random) -> Iterator[str]:
@@ -157,7 +173,21 @@ def measure(
                 continue
             started = time.monotonic()
             rng = random.Random(f"{seed} {zlib.crc32(what.encode())}")
-            found = list(fault.trials(bench, mark["of"], rng))
+            try:
+                found = list(fault.trials(bench, mark["of"], rng))
+            except Skipped as reason:
+                row = {
+                    "group": fault.group,
+                    "tried": 0,
+                    "lost": 0,
+                    "examples": [],
+                    "seconds": 0,
+                    "skipped": str(reason),
+                }
+                result["faults"][what] = row
+                say(f"{what}: skipped: {reason}")
+                keep(result)
+                continue
             lost = [wrong for wrong in found if wrong]
             result["faults"][what] = {
                 "group": fault.group,

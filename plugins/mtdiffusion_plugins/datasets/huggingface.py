@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Collection, Iterable, Mapping
 from copy import copy
+from glob import glob
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Literal
@@ -29,6 +30,7 @@ MTDIFFUSION_API = 1
 HELD_OUT = ("test", "validation", "val", "valid")
 """Names of the split that is held out, in order of preference."""
 OFFLINE = "HF_HUB_OFFLINE"
+_MOST = 2**30  # bytes of a group of rows
 _READERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
 
 
@@ -242,6 +244,8 @@ def _load(
         if split is not None:
             raise UserError(f"{path}: was written by save_to_disk, of which no slices can be read: found {split!r}")
         return library.load_from_disk(str(path))
+    for each in _parquet_files(path, files):
+        _require_bounded(each)
     options: dict[str, Any] = {"name": name, "revision": revision, "split": split}
     if isinstance(path, Path) and path.is_file():
         if path.suffix.lower() not in _READERS:
@@ -253,6 +257,32 @@ def _load(
     if int(library.__version__.split(".")[0]) < 4:  # later ones run no code of a data set in the first place
         options["trust_remote_code"] = False
     return library.load_dataset(str(path), data_files=files or None, **options)
+
+
+def _parquet_files(path: str | Path, files: Mapping[str, str]) -> list[Path]:
+    """The Parquet files here that are to be read."""
+    if not isinstance(path, Path):
+        return []
+    if path.is_file():
+        return [path] if path.suffix.lower() == ".parquet" else []
+    patterns = files.values() or ["**/*.parquet"]
+    there = (glob(pattern, root_dir=path, recursive=True) for pattern in patterns)  # noqa: PTH207  # may be absolute
+    return sorted({path / each for found in there for each in found})
+
+
+def _require_bounded(path: Path) -> None:
+    """Raise ``UserError`` if a group of rows is huge when it is unpacked: it is read at once."""
+    from pyarrow import parquet
+
+    if path.suffix.lower() != ".parquet" or not path.is_file():
+        return
+    with parquet.ParquetFile(path) as file:
+        groups = [file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups)]
+    if (most := max(groups, default=0)) > _MOST:
+        raise UserError(
+            f"{path}: a group of its rows takes {most / 2**30:.1f} GiB unpacked, more than {_MOST / 2**30:.0f} GiB; "
+            "write it anew with fewer rows a group (row_group_size)"
+        )
 
 
 def _advice(error: Exception, path: str | Path) -> str:

@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections.abc import Collection, Mapping
 from copy import copy
 from itertools import accumulate
-from pathlib import Path
+from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
 from types import MappingProxyType, ModuleType
 from typing import Any, ClassVar, Literal
@@ -335,6 +335,11 @@ class LitDataConfig(DatasetConfig):
                 f"data.root {self.root}: was packed in version {contents.get('version')} of the format, this "
                 f"mtdiffusion reads version {_VERSION}; pack it again, or upgrade mtdiffusion"
             )
+        splits = contents["splits"]
+        if not isinstance(splits, dict) or not all(
+            isinstance(each, dict) and "fingerprint" in each for each in splits.values()
+        ):
+            raise UserError(f"data.root {self.root}: its {INDEX} is damaged (splits is {splits!r:.60}); pack it again")
         return contents
 
     def _foreign(self, split: str) -> tuple[str, Path, dict[str, Any], str]:
@@ -367,8 +372,11 @@ class LitDataConfig(DatasetConfig):
             partial.write_text(text, encoding="utf-8")
             partial.replace(folder / INDEX)
         index = _json(text, f"{self.root}: {name}/{INDEX}")
-        if not isinstance(index.get("chunks"), list) or not isinstance(index.get("config"), dict):
-            raise UserError(f"data.root {self.root}: {name}/{INDEX} is not an index that litdata writes")
+        if problem := _index_problem(index):
+            raise UserError(
+                f"data.root {self.root}: {name}/{INDEX} is not an index that litdata writes ({problem}); copy the "
+                "shards anew, or pack them again"
+            )
         return folder, index, text
 
     @classmethod
@@ -444,6 +452,25 @@ def _require_readable(index: Mapping[str, Any], where: str, leaves: list[str] | 
         raise UserError(f"{where}: was changed since it was packed: expected {leaves}, found {formats}")
 
 
+def _index_problem(index: Mapping[str, Any]) -> str:
+    """What an index has that litdata does not write; empty if nothing."""
+    chunks, config = index.get("chunks"), index.get("config")
+    if not isinstance(chunks, list) or not isinstance(config, dict):
+        return "it has no list of chunks, or no config"
+    if not isinstance(config.get("data_format") or [], list):
+        return f"data_format is {config['data_format']!r}"
+    for place, chunk in enumerate(chunks):
+        if not isinstance(chunk, dict):
+            return f"chunk {place} is {chunk!r}"
+        name = chunk.get("filename")
+        if not isinstance(name, str) or name in ("", "..") or "\0" in name or PurePath(name).name != name:
+            return f"the filename of chunk {place} is {name!r}"
+        for key in ("chunk_size", "chunk_bytes"):
+            if type(chunk.get(key)) is not int or chunk[key] < 0:
+                return f"{key} of chunk {place} is {chunk.get(key)!r}"
+    return ""
+
+
 def _require_shards(folder: Path, index: Mapping[str, Any]) -> None:
     """Raise ``UserError`` if a shard is missing or cut short: litdata would wait for it."""
     for chunk in index["chunks"]:
@@ -490,7 +517,7 @@ def _fetched_text(url: str, name: str) -> str:
 def _json(text: str, where: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: cannot be read as JSON ({error})") from None
     if not isinstance(found, dict):
         raise UserError(f"{where}: expected a JSON object, found {type(found).__name__}")

@@ -44,7 +44,7 @@ _MEMBER = re.compile(
 )  # a sample's stem ends at the first dot of the file's name
 _FORMAT = 1  # of the index
 _HEADER = 2**20  # bytes that a header may have, such as a long name
-_MOST = 2**30  # bytes that a member may have
+_MOST = 2**28  # bytes that a member may have; to read it takes some times as many
 _SHOWN = 5  # of what is wrong, and of what is there
 
 
@@ -236,7 +236,7 @@ class WebDatasetDataset(Dataset):
             return source
         try:
             found = json.loads(source.content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{source}: cannot be read as JSON ({error})") from None
         wanted = self._keys.get(name, [name, each.kind, "value"])
         if isinstance(found, dict) and not (key := [key for key in wanted if key in found]):

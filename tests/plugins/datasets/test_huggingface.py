@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mtdiffusion_plugins.datasets import huggingface
 from mtdiffusion_plugins.datasets.huggingface import HuggingFaceConfig
 from mtdiffusion_registry import EmptySplit, UserError
 
@@ -222,6 +223,21 @@ def test_what_is_wrong_is_said(library: Any, tmp_path: Path, monkeypatch: pytest
         monkeypatch.setattr(library.config, name, True, raising=False)
     with pytest.raises(UserError, match=r"data.path nobody/nothing: is not in the cache, and HF_HUB_OFFLINE forbids"):
         build(path="nobody/nothing")
+
+
+def test_a_table_that_is_huge_when_it_is_unpacked_is_refused(
+    library: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    table = pyarrow.table({"text": ["x" * 2**16] * 10})
+    parquet.write_table(table, tmp_path / "big.parquet", compression="zstd", use_dictionary=False)
+    assert (tmp_path / "big.parquet").stat().st_size < 2**12
+    monkeypatch.setattr(huggingface, "_MOST", 2**19)
+    for path in (tmp_path / "big.parquet", tmp_path):
+        with pytest.raises(UserError, match=r"big\.parquet: a group of its rows takes 0\.0 GiB unpacked, more than"):
+            HuggingFaceConfig(path=path, fields={"text": "caption"}).build("train")
 
 
 def test_only_what_is_read_is_asked_for(library: Any, tmp_path: Path) -> None:

@@ -235,6 +235,28 @@ def test_damaged_shards_are_named(damaged: tuple[LitDataConfig, Path]) -> None:
         LitDataConfig(root=config.root, size=8).build("train")
 
 
+@pytest.mark.parametrize(
+    ("chunk", "problem"),
+    [
+        ({"filename": "../../secret"}, "the filename of chunk 0 is '../../secret'"),
+        ({"filename": "/etc/hostname"}, "the filename of chunk 0 is '/etc/hostname'"),
+        ({"filename": 3}, "the filename of chunk 0 is 3"),
+        ({"chunk_size": "many"}, "chunk_size of chunk 0 is 'many'"),
+        ({"chunk_bytes": None}, "chunk_bytes of chunk 0 is None"),
+    ],
+)
+def test_an_index_that_names_files_elsewhere_or_tells_no_numbers_is_refused(
+    damaged: tuple[LitDataConfig, Path], chunk: dict[str, Any], problem: str
+) -> None:
+    config, shard = damaged
+    path = shard.with_name("index.json")
+    index = json.loads(path.read_text())
+    index["chunks"][0] |= chunk
+    path.write_text(json.dumps(index))
+    with pytest.raises(UserError, match=rf"train/index\.json is not an index that litdata writes \({problem}\)"):
+        config.build("train")
+
+
 def jpeg(side: int) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (side, side), (255, 0, 0)).save(buffer, "jpeg")

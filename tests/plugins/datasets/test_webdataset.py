@@ -322,6 +322,14 @@ def test_what_does_not_fit_is_said_in_a_sentence(tmp_path: Path) -> None:
     data = build(tmp_path, {"image": "image", "label": "label"}, columns={"label": "json/cls"})
     with pytest.raises(UserError, match=r"^a\.tar: 0\.json: cannot be read as JSON"):
         data[0]
+    archive(tmp_path / "b.tar", [("2.png", png(1)), ("2.json", "[" * 200_000)])
+    deep = build(tmp_path, {"image": "image", "label": "label"}, columns={"label": "json/cls"})
+    with pytest.raises(UserError, match=r"^b\.tar: 2\.json: cannot be read as JSON \(maximum recursion"):
+        deep[2]
+    archive(tmp_path / "b.tar", [("2.png", png(1)), ("2.cls", "x" * 10**6)])
+    with pytest.raises(UserError, match=r"found 1,000,000 characters: 'x{20}'\.\.\."):
+        build(tmp_path / "b.tar", {"image": "image", "label": "label"})[0]
+    (tmp_path / "b.tar").unlink()
     with pytest.raises(UserError, match=r"^a\.tar: 1\.json: has none of the keys cls; its keys are a"):
         data[1]
     archive(tmp_path / "a.tar", [("0.png", png(1)), ("0.jpg", png(1, kind="jpeg"))])
