@@ -177,7 +177,7 @@ class Trainer:
             changed = require_resumable(experiment, run, registry)
         elif self.main:
             ckpt.remove_unmade(run)
-            ckpt.require_free(run)
+            ckpt.require_no_run(run)
         self.model = build_model(experiment)
         self._origin = None if resume or init_from is None else self._initialise(init_from)
         self.data = load_data(experiment, self.model, "train")
@@ -220,7 +220,7 @@ class Trainer:
             run.mkdir(parents=True, exist_ok=True)
             with ckpt.alone_in(run):
                 if not resume:
-                    ckpt.require_free(run)  # another process may have been here since it was looked at first
+                    ckpt.require_no_run(run)  # another process may have been here since it was looked at first
                 self._write_configuration(registry)
 
     def _accelerator(self, device: str | None) -> Accelerator:
