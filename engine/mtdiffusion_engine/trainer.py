@@ -186,7 +186,7 @@ class Trainer:
         self.step = 0
         self._saved = -1
         self._require_even_shares()
-        held_out = check_held_out(experiment, self.model) if evaluated else []
+        held_out = check_held_out(experiment, self.model)[1] if evaluated else []
         warnings = [*held_out, *ignored_variables(self.config, os.environ)]
         messages = [f"warning: {said}" for said in warnings]
         if warning := terminal_warning(self.model.process):
