@@ -354,7 +354,9 @@ def test_a_configuration_that_cannot_be_read(cli: Cli, tiny_config: Path, tmp_pa
 
 def test_a_run_folder_that_exists_stays_as_it_is(cli: Cli, tiny_config: Path, copy: Path) -> None:
     before = contents(copy)
-    assert "already exists; nothing was written" in cli("train", tiny_config, "--out", copy).error
+    error = cli("train", tiny_config, "--out", copy).error
+    assert "already exists; nothing was written. It holds a run of " in error
+    assert f"To go on with it: mtdiffusion train --resume --out {copy}." in error
     error = cli("train", tiny_config, "--out", copy, "--resume", "--set", "training.seed=1").error
     assert "holds another experiment (training.seed is 0, asked for 1)" in error
     assert contents(copy) == before

@@ -149,6 +149,6 @@ def test_links_between_documents_lead_somewhere() -> None:
 
 def test_each_row_of_what_data_may_look_like_is_a_test() -> None:
     rows = re.findall(r"^\| .* \| `(test_\w+)` \|$", (ROOT / "docs/your-data.md").read_text(), re.M)
-    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    tests = "".join(path.read_text() for room in ("tests", "examples") for path in (ROOT / room).rglob("test_*.py"))
     assert len(rows) > 20
     assert [name for name in rows if f"def {name}(" not in tests] == []

@@ -47,6 +47,17 @@ def require_free(folder: Path) -> None:
         raise UserError(f"{folder}: already exists; nothing was written. Give another folder, or remove it first.")
 
 
+def require_no_run(run: Path) -> None:
+    """Raise ``UserError`` if a folder for a new run holds anything already; of a run that can go on, it says how."""
+    if (run / "config.toml").is_file() and (checkpoints := list_checkpoints(run)):
+        step = step_of(checkpoints[-1])
+        raise UserError(
+            f"{run}: already exists; nothing was written. It holds a run of {step:,} step{'s' * (step != 1)}. To go on "
+            f"with it: {resume_command(run)}. To start afresh, give another folder, or remove this one first."
+        )
+    require_free(run)
+
+
 def remove_unmade(run: Path) -> None:
     """Empty a run's folder whose making was cut short: there is no ``config.toml``, and nothing but what comes before
     it."""

@@ -99,7 +99,7 @@ def check_config(args: Namespace) -> None:
     model = build_model(experiment, weightless=True)
     train = load_data(experiment, model, "train")
     train.verify()
-    warnings = check_held_out(experiment, model)
+    held_out, warnings = check_held_out(experiment, model)
     latent = model.layout.latent
     cost = count_cost(experiment, model)
     if args.json:
@@ -113,7 +113,7 @@ def check_config(args: Namespace) -> None:
         }
         found = {
             "config": str(args.config),
-            "data": {"kind": experiment.data.kind, "training_samples": len(train)},
+            "data": {"kind": experiment.data.kind, "training_samples": len(train), "held_out_samples": held_out},
             "modalities": modalities,
             "latent": list(latent.shape),
             "batch_size": experiment.training.batch_size,
@@ -122,7 +122,7 @@ def check_config(args: Namespace) -> None:
         }
         print(json.dumps(found, indent=1))
         return
-    print(f"{args.config}: {experiment.data.kind}, {_count(len(train), 'training sample')}")
+    print(f"{args.config}: {experiment.data.kind}, {_count(len(train), 'training sample')}, {held_out:,} held out")
     for name, modality in zip(model.names, map(model.modality, model.names), strict=True):
         code = modality.encoder.latent
         shape = " × ".join(map(str, modality.placeholder(1).shape[1:])) or "one value"

@@ -184,7 +184,7 @@ class Trainer:
             changed = require_resumable(experiment, run, registry)
         elif self.main:
             ckpt.remove_unmade(run)
-            ckpt.require_free(run)
+            ckpt.require_no_run(run)
         self.model = build_model(experiment)
         self._origin = None if resume or init_from is None else self._initialise(init_from)
         self.data = load_data(experiment, self.model, "train")
@@ -193,7 +193,7 @@ class Trainer:
         self.step = 0
         self._saved = -1
         self._require_even_shares()
-        held_out = check_held_out(experiment, self.model) if evaluated else []
+        held_out = check_held_out(experiment, self.model)[1] if evaluated else []
         warnings = [*held_out, *ignored_variables(self.config, os.environ)]
         messages = [f"warning: {said}" for said in warnings]
         if warning := terminal_warning(self.model.process):
@@ -227,7 +227,7 @@ class Trainer:
             run.mkdir(parents=True, exist_ok=True)
             with ckpt.alone_in(run):
                 if not resume:
-                    ckpt.require_free(run)  # another process may have been here since it was looked at first
+                    ckpt.require_no_run(run)  # another process may have been here since it was looked at first
                 self._write_configuration(registry)
 
     def _accelerator(self, device: str | None) -> Accelerator:

@@ -175,10 +175,15 @@ class MaskModality(Modality):
             odd = torch.unique(known)
             odd = odd[(odd < 0) | (odd >= self.classes)].tolist()
             ignored = "" if self.ignore is None else f" and {self.ignore}, which is ignored"
+            # Values that come right after the known ones are likely to be classes, too.
+            more = odd == list(range(self.classes, self.classes + len(odd)))
+            remedies = [f"if they are classes, set classes = {odd[-1] + 1}"] if more else []
+            if self.ignore is None:
+                remedies.append(f"void pixels are left out with ignore = {odd[-1]}")
+            remedies.append("where other values stand for classes, list them in values of the data set's mask field")
             raise ValueError(
                 f"mask of {self.classes} classes: expected values from 0 to {self.classes - 1}{ignored}, found "
-                f"{odd[:5]}. Void pixels are left out with ignore = {odd[-1]}; where other values stand for classes, "
-                "list them in values of the data set's mask field"
+                f"{odd[:5]}. Change the mask or, before a training, the configuration: {'; '.join(remedies)}"
             )
 
     def placeholder(self, batch: int) -> Tensor:

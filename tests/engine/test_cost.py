@@ -231,7 +231,8 @@ def test_config_check_tells_the_cost(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert printed["cost"]["parameters"] == sum(w.numel() for w in model.parameters())
     assert printed["latent"] == list(model.layout.latent.shape)
     assert printed["modalities"]["image"] == {"kind": "image", "shape": [1, 8, 8], "code": [1, 8, 8]}
-    assert printed["data"]["training_samples"] > 1000 and printed["warnings"] == []
+    assert printed["data"]["training_samples"] + printed["data"]["held_out_samples"] == 1797  # of the digits
+    assert printed["warnings"] == []
     large = told('backbone={kind="dit", size="XL", patch=2}')
     assert ": backbone 675 M, " in large["parameters"] and "GFLOP" in large["evaluation"] and "GiB" in large["memory"]
 

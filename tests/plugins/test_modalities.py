@@ -360,8 +360,15 @@ def test_mask_options_that_contradict_one_another_are_refused(values: dict[str, 
 
 def test_values_that_are_no_class_are_named_with_what_to_do() -> None:
     modality = MaskConfig(size=16, classes=3).build(LatentSpec(8, 8, 8), FEATURES)
-    with pytest.raises(ValueError, match=r"found \[255\]. Void pixels are left out with ignore = 255; .*values of"):
+    with pytest.raises(ValueError, match=r"found \[255\]\. .*configuration: void pixels .* ignore = 255; .*values of"):
         modality.check(masks(void=True))
+    with pytest.raises(
+        ValueError, match=r"found \[3, 4\]\. .*if they are classes, set classes = 5; void .*ignore = 4;"
+    ):
+        modality.check(torch.tensor([3, 4]).repeat(1, 16, 8))
+    modality = MaskConfig(size=16, classes=3, ignore=255).build(LatentSpec(8, 8, 8), FEATURES)
+    with pytest.raises(ValueError, match=r"found \[200\]\. .*the configuration: where other values stand for classes"):
+        modality.check(torch.full((1, 16, 16), 200))
 
 
 # --- shapes -----------------------------------------------------------------------------------------------------------

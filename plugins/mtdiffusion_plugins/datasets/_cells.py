@@ -46,6 +46,21 @@ def of_fields(instance: Any, attribute: Attribute[Any], value: Collection[str]) 
         )
 
 
+def require_fields(read: Iterable[str], fields: Collection[str]) -> None:
+    """Check that all that modalities read is among the fields that a configuration lists.
+
+    Raises:
+        UserError: if something is not; the message says what there is.
+    """
+    for name in read:
+        if name not in fields:
+            raise UserError(
+                f"a modality reads the field {name!r}, but data.fields has only {', '.join(fields)}"
+                f"{did_you_mean(name, fields) or '.'} Add it there, call the modality as its field is called, or say "
+                "by its key field (of some kinds source) which one it reads"
+            )
+
+
 def only(
     read: Collection[str], fields: Mapping[str, FieldConfig | str], columns: Mapping[str, str], optional: Iterable[str]
 ) -> dict[str, Any]:
@@ -54,7 +69,12 @@ def only(
     Args:
         read: names of these fields.
         fields: the key ``fields``, and so on.
+
+    Raises:
+        UserError: if one of them is none of the fields, where these are listed.
     """
+    if fields:
+        require_fields(read, fields)
     kept = {name: each for name, each in fields.items() if name in read}
     if not kept:
         return {}
@@ -99,7 +119,7 @@ class Cells:
         Raises:
             UserError: if a kind of fields is not there, or reads no cells.
         """
-        found = {name: resolved(each) for name, each in fields.items()}
+        found = {name: resolved(each, name) for name, each in fields.items()}
         for name, each in found.items():
             if each.folder_of is not None:
                 raise UserError(
@@ -169,11 +189,18 @@ class Cells:
         frames[name] = extent
 
 
-def resolved(each: FieldConfig | str) -> FieldConfig:
-    """The config of a field's kind, looked up by its name where it is one."""
+def resolved(each: FieldConfig | str, name: str) -> FieldConfig:
+    """The config of the kind of the field ``name``, looked up where it is a kind's name.
+
+    Raises:
+        UserError: if there is no such kind.
+    """
     if isinstance(each, FieldConfig):
         return each
-    cls = Registry.discover().config_class("field", each)
+    try:
+        cls = Registry.discover().config_class("field", each)
+    except UserError as error:
+        raise UserError(f"data.fields.{name}: {error}") from error
     assert issubclass(cls, FieldConfig)
     return cls()
 

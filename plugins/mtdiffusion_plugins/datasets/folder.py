@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mtdiffusion.interfaces import Dataset
 from mtdiffusion_plugins import tables
-from mtdiffusion_plugins.datasets._cells import by_kind, resolved
+from mtdiffusion_plugins.datasets._cells import by_kind, require_fields, resolved
 from mtdiffusion_plugins.datasets._decoded import Decoded, decode, stamp, stamped
 from mtdiffusion_plugins.sizes import Size, positive_size, sides
 from mtdiffusion_registry.configs import DatasetConfig, FieldConfig
@@ -187,6 +187,7 @@ class FolderConfig(DatasetConfig):
     test_fraction: float = field(default=0.1, validator=and_(ge(0), le(1)))
 
     def reading(self, fields: Collection[str]) -> FolderConfig:
+        require_fields(fields, self.fields)
         needed = set(fields)
         needed |= {
             each.folder_of
@@ -209,7 +210,7 @@ class FolderConfig(DatasetConfig):
         return self._read(root / there[2], "test", by_hash=False) if "train" in there and len(there) > 2 else None
 
     def _read(self, base: Path, split: str, by_hash: bool) -> FolderDataset:
-        fields = {name: resolved(each) for name, each in self.fields.items()}
+        fields = {name: resolved(each, name) for name, each in self.fields.items()}
         # A field that samples may lack may be missing from all that are held out; from training, it would be a slip.
         optional = self.allow_missing if split == "test" else ()
         sources = _sources(base, fields, optional)
@@ -350,7 +351,16 @@ def _tables(base: Path, name: str, each: FieldConfig) -> list[Path]:
 def _nowhere(base: Path, name: str, each: FieldConfig, metadata: tables.Table | None) -> str:
     forms = [f"{name}/*{suffix}" for suffix in each.suffixes] + [path.name for path in _tables(base, name, each)]
     beside = f" or a column {name!r} of {metadata.path.name}" if metadata is not None else ""
-    return f"no data for field {name!r} ({each.kind}) in {base}: expected {' or '.join(forms)}{beside}"
+    there = [path for path in base.iterdir() if not path.name.startswith(".")] if base.is_dir() else []
+    found = f", found {_list(f'{path.name}/' if path.is_dir() else path.name for path in there)}"
+    said = f"no data for field {name!r} ({each.kind}) in {base}: expected {' or '.join(forms)}{beside}{found}"
+    inner = (file for path in there if path.is_dir() for file in path.iterdir())
+    if each.spatial and any(file.suffix.lower() in each.suffixes for file in inner):
+        said += (
+            f". A field's files stand in a folder of its name: {base.name}/{name}/. If these folders are classes, "
+            'kind = "torchvision" with name = "image_folder" reads them as they are'
+        )
+    return said
 
 
 def _place_file_names(

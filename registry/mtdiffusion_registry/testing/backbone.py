@@ -168,7 +168,7 @@ def device(subject: BackboneSubject) -> None:
         try:
             h = deepcopy(backbone).to(where)(*(value.to(where) for value in inputs))
         except NotImplementedError as error:
-            raise NotApplicable(f"an operation has no {where} kernel: {str(error).splitlines()[0]}") from error
+            raise NotApplicable(f"an operation has no {where} kernel: {str(error).partition(': ')[0]}") from error
         except RuntimeError as error:
             raise contract_error(contract, str(error).partition("\n")[0], fix) from error
         found = {h.map.device.type, h.vector.device.type}

@@ -207,6 +207,20 @@ def test_a_missing_root_or_field(root):
     fails(root / "nowhere", ALL, "nowhere does not exist")
     fails(root, {"depth": "image"}, r"no data for field 'depth' \(image\).*expected depth/\*\.png or depth/\*\.jpg")
     fails(root, {"depth": "label"}, r"expected depth/\*\.txt .*or depth\.csv or depth\.tsv or depth\.json")
+    fails(root, {"depth": "image"}, r"found .*image/.*mask/.*of its name: \w+/depth/")
+
+
+def test_folders_of_classes_without_a_folder_of_the_field_are_told_what_reads_them(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        picture(0).save(tmp_path / name / "1.png")
+    fails(tmp_path, {"image": "image"}, r"found cat/, dog/\. .*name = \"image_folder\" reads them")
+
+
+def test_a_field_that_is_read_and_not_listed_is_named_with_those_that_are(root):
+    config = FolderConfig(root=root, fields={"image": "image", "masks": "mask"})
+    with pytest.raises(UserError, match=r"'mask', but data.fields has only image, masks; did you mean \"masks\"\?"):
+        config.reading(["image", "mask"])
 
 
 def test_nothing_matched_shows_both_sides(root):
@@ -334,7 +348,11 @@ def test_options_out_of_range_are_refused(options, match):
 
 
 def test_a_kind_of_field_that_is_not_installed_is_named(root, caplog):
-    fails(root, {"image": "picture"}, r"there is no field of kind \"picture\".*installed: caption, class_folder")
+    fails(
+        root,
+        {"image": "picture"},
+        r"data\.fields\.image: there is no field of kind \"picture\".*installed: caption, class_folder",
+    )
     config = FolderConfig(root=root, fields={"image": "image", "x": "picture"}, test_fraction=0)
     with caplog.at_level("INFO", "mtdiffusion"):
         assert config.reading(["image"]).build("train")[0].keys() == {"image"}  # who does not read it does not need it

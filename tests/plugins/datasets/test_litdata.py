@@ -175,7 +175,7 @@ def test_digits_are_packed_by_the_command_and_read_back_the_same(
         assert all(same(again[index], digits[index]) for index in range(0, len(digits), 7))
     config.write_text(CONFIG.replace('data.kind = "digits"', f'data = {{ kind = "litdata", root = "{out}" }}'))
     assert main(["config", "check", str(config)]) == 0
-    assert "litdata, 1,437 training samples" in capsys.readouterr().out
+    assert "litdata, 1,437 training samples, 360 held out" in capsys.readouterr().out
     assert main(["data", "pack", str(config), "--out", str(out)]) == 2  # it is there already
     assert "already exists" in capsys.readouterr().err
 

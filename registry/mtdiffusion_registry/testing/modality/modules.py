@@ -83,7 +83,7 @@ def device(subject: ModalitySubject) -> None:
                     for generator in (torch.Generator(), torch.Generator(where)):
                         outputs[f"sample by a generator on {generator.device}"] = decoder.sample(params, generator)
             except NotImplementedError as error:
-                raise NotApplicable(f"an operation has no {where} kernel: {str(error).splitlines()[0]}") from error
+                raise NotApplicable(f"an operation has no {where} kernel: {str(error).partition(': ')[0]}") from error
             except RuntimeError as error:
                 raise contract_error(
                     f"a modality that was moved to {where} computes there",
