@@ -198,7 +198,9 @@ class MaskModality(Modality):
     @property
     def legend(self) -> list[tuple[str, tuple[int, int, int]]]:
         void = [] if self.ignore is None else [("void", VOID_COLOUR)]
-        return [*zip(self.class_names, self.colours, strict=False), *void]
+        obvious = self.classes == 2 and not void  # black and white
+        names = self.class_names or (() if obvious else map(str, range(self.classes)))
+        return [*zip(names, self.colours, strict=False), *void]
 
     @property
     def input_spec(self) -> InputSpec:

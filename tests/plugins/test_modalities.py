@@ -318,6 +318,16 @@ def test_masks_are_drawn_with_a_legend_and_void_in_grey() -> None:
     assert len({colour_of_class(index) for index in range(200)}) == 200  # none is another's
 
 
+def test_classes_without_names_go_by_their_numbers_in_a_legend() -> None:
+    def legend(**values: int) -> list[str]:
+        modality = MaskConfig(size=16, **values).build(LatentSpec(12, 8, 8), FEATURES)
+        return [name for name, _ in modality.legend]
+
+    assert legend(classes=3) == ["0", "1", "2"]
+    assert legend(classes=2, ignore=255) == ["0", "1", "void"]
+    assert legend(classes=2) == []
+
+
 def test_masks_are_drawn_and_written_in_colours_of_ones_own(tmp_path: Path) -> None:
     config = MaskConfig(size=16, classes=3, names=("sky", "road", "car"), colours=("#87ceeb", "grey", "red"))
     modality = config.build(LatentSpec(8, 8, 8), FEATURES)
