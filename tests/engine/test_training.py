@@ -570,9 +570,12 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_does_not_wait_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_does_not_wait_for_the_device(optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that happens where the model is: the draws on the CPU, which are small, are made before."""
-    trainer = Trainer(toy("data.lacking=label"), tmp_path / "run", REGISTRY, device="cpu")
+    trainer = Trainer(
+        toy("data.lacking=label", f"training.optimizer={optimizer}"), tmp_path / "run", REGISTRY, device="cpu"
+    )
     drawn = [[trainer.chance.draw(step, start, 4) for start in (0, 4)] for step in range(3)]
     monkeypatch.setattr(trainer.chance, "draw", lambda step, start, _: drawn[step][start // 4])
     batches = iter(list(trainer.batches(3)))
