@@ -591,7 +591,7 @@ def test_nothing_is_left_half_written(
         (["--no-resize", "--observe", "image={small}"], "{small}: expected 8 × 8 pixels, found 5 × 4"),
         (
             ["--observe", "mask={picture}"],
-            "observed mask: mask of 2 classes: expected values from 0 to 1, found [255]. Void pixels",
+            "observed mask: mask of 2 classes: expected values from 0 to 1, found [255]. Change the mask",
         ),
         (["--observe", "mask={colour}"], "{colour}: a mask's pixels must be class indices"),
         (["--visible", "image={picture}"], "a map was given for 'image', but it is not among the observed"),
