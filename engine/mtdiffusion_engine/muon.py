@@ -49,10 +49,11 @@ def orthogonalised(x: Tensor) -> Tensor:
 
 
 def _factor(gram: Tensor) -> Tensor:
-    """What one repetition multiplies with, from x xᵀ; the two exchange."""
+    """What one repetition multiplies with, a + b x xᵀ + c (x xᵀ)²; it exchanges with x xᵀ."""
     a, b, c = COEFFICIENTS
-    one = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return torch.addmm(a * one + b * gram, gram, gram, alpha=c)
+    factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+    factor.diagonal().add_(a)
+    return factor
 
 
 class Muon(torch.optim.AdamW):
@@ -82,24 +83,27 @@ class Muon(torch.optim.AdamW):
             super().step()
         finally:
             self.param_groups.append(matrices)
+        skipped = self.found_inf.bool()
+        rate = matrices["lr"] * ~skipped
+        kept = 1 - rate * matrices["weight_decay"]
         for weight in matrices["params"]:
             if weight.grad is not None:
-                self._step(weight, matrices["lr"], matrices["weight_decay"])
+                weight.mul_(kept).sub_(self._direction(weight, weight.grad, skipped) * rate)
 
-    def _step(self, weight: nn.Parameter, rate: float, decay: float) -> None:
+    def _direction(self, weight: nn.Parameter, gradient: Tensor, skipped: Tensor) -> Tensor:
+        """Where a weight goes, of its own shape; its momentum is brought up to date, unless the step is left out."""
         state = self.state[weight]
         if not state:
             state |= {"step": torch.zeros(()), "momentum": torch.zeros_like(weight)}
         state["step"] += 1  # without which AdamW does not load a state
-        momentum, skipped = state["momentum"], self.found_inf.bool()
-        # Where the step is left out, the gradient may be anything, and nothing changes.
-        gradient = weight.grad.masked_fill(skipped, 0)  # type: ignore[union-attr]
-        momentum.lerp_(gradient, (1 - MOMENTUM) * (~skipped))
+        momentum = state["momentum"]
+        # Where the step is left out, the gradient may be anything; in its place the momentum leaves itself as it is.
+        gradient = torch.where(skipped, momentum, gradient)
+        momentum.lerp_(gradient, 1 - MOMENTUM)
         towards = gradient.lerp(momentum, MOMENTUM)
         whole = towards.full_tensor() if isinstance(towards, DTensor) else towards
         matrix = whole.flatten(1)
-        step = (orthogonalised(matrix) * (0.2 * max(matrix.shape) ** 0.5)).view_as(whole)
+        direction = (orthogonalised(matrix) * (0.2 * max(matrix.shape) ** 0.5)).view_as(whole)
         if isinstance(towards, DTensor):
-            step = distribute_tensor(step, towards.device_mesh, towards.placements, src_data_rank=None)
-        taken = rate * (~skipped)
-        weight.mul_(1 - taken * decay).sub_(step * taken)
+            return distribute_tensor(direction, towards.device_mesh, towards.placements, src_data_rank=None)
+        return direction
