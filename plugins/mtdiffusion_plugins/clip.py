@@ -201,10 +201,10 @@ class ClipConfig(ModalityConfig):
         source: the data set's field of images, or of texts, to embed with the model; None: the data set brings
             embeddings.
         tower: which of the model's two towers reads the source: "image", or "text" where it holds texts.
-        model: an open_clip architecture ("ViT-B-32"), or one that ships here: "builtin:digits", "builtin:shapes",
-            "builtin:scenes".
+        model: an open_clip architecture ("ViT-B-32"), a model on the Hub ("hf-hub:OWNER/NAME"), or one that ships here:
+            "builtin:digits", "builtin:shapes", "builtin:scenes".
         pretrained: an open_clip tag of weights ("laion2b_s34b_b79k").
-        checkpoint: a file of weights for the model instead.
+        checkpoint: a file of weights for the model instead; beside a tag, the file of that tag's weights.
         code_channels: channels of the latent its code fills; None: as many as D orthogonal directions need.
         loss_weight: λ of its part of L2.
         snr_clamp: λ_t = loss_weight · clamp(SNR_t, low, high); uniform in t by default.
