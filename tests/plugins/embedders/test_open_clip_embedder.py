@@ -1,11 +1,13 @@
 import hashlib
 import json
+import shutil
 
 import pytest
 import torch
 from attrs import evolve
 from safetensors.torch import load_file, save_file
 
+from mtdiffusion_engine.cli import main as cli
 from mtdiffusion_plugins.datasets._tensors import TensorDataset
 from mtdiffusion_plugins.datasets.digits import DigitsConfig
 from mtdiffusion_plugins.datasets.shapes import PLACES, ShapesConfig
@@ -228,6 +230,23 @@ def test_a_model_of_the_hub_comes_with_its_weights_and_preparation(tmp_path, mon
     from_files = load_embedder(str(description), checkpoint=str(weights))
     assert_prepared(from_files)
     torch.testing.assert_close(from_files.embed(pictures), embedder.embed(pictures))
+
+
+def test_a_run_finds_its_files_from_anywhere_and_takes_them_along(tiny_config, tmp_path, monkeypatch):
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    shutil.copytree(WEIGHTS, here / "own", ignore=lambda _, names: [n for n in names if not n.startswith("digits")])
+    elsewhere.mkdir()
+    own = '{ kind = "clip", dim = 32, source = "image", model = "own/digits_clip.json", '
+    own += 'checkpoint = "own/digits_clip.safetensors" }'
+    monkeypatch.chdir(here)
+    asked = ["--out", "run", "--device", "cpu", "--set", "training.steps=1", f"modalities.clip={own}"]
+    assert cli(["train", str(tiny_config), *asked]) == 0
+    assert cli(["export", "run", "--out", str(tmp_path / "exported"), "--device", "cpu"]) == 0
+    monkeypatch.chdir(elsewhere)
+    asked = ["-n", "2", "--device", "cpu", "--observe", "clip=text: the number three"]
+    assert cli(["sample", str(here / "run"), *asked, "--out", "samples"]) == 0
+    shutil.rmtree(here)
+    assert cli(["sample", str(tmp_path / "exported"), *asked, "--out", "again"]) == 0
 
 
 def test_weights_that_cannot_be_had_are_no_random_network(monkeypatch):
