@@ -44,6 +44,7 @@ from mtdiffusion_engine.judging import (
 )
 from mtdiffusion_engine.subsets import random_holes
 from mtdiffusion_registry import Evaluator, Query, Registry, UserError
+from mtdiffusion_registry.pace import SELDOM, Pace
 
 SCHEMA = 1
 
@@ -104,10 +105,14 @@ class Runner:
         (self.out / "cells").mkdir(parents=True, exist_ok=True)
         write_json(self.out / "profile.json", summary(self.profile, cells, self.out), sort_keys=False)
         states: dict[str, int] = {}
+        pace, made = Pace("all cells", len(self._left), self.say, every=0), 0
         for number, cell in enumerate(cells, 1):
             if cell in finished and self._unneeded(cell).is_file():
                 self._remove_run(cell)  # the process that finished the cell was killed before it had
             state = finished.get(cell) or self._finish(cell, f"[{number}/{len(cells)}] {cell.id}")
+            if cell not in finished:
+                made += 1
+                pace.tell(made)
             self._left.discard(cell)
             states[state] = states.get(state, 0) + 1
         return states
@@ -431,7 +436,7 @@ def measure(
     """Ask every query that the method answers; metrics by ``target|given/metric``, and figures of ``shown`` samples.
 
     With ``bound``, the variational bound too, of ``evaluation.bound_times`` terms, if the method has one. No metric is
-    infinite or NaN; ``note`` is told which are undefined, and so left out.
+    infinite or NaN; ``note`` is told which are undefined, and so left out, and how far the sampling is.
 
     Raises:
         UserError: if two evaluators, or an evaluator and a modality, give a metric of one name.
@@ -452,7 +457,8 @@ def measure(
             # The same holes whatever the method and the seed.
             holes = torch.Generator().manual_seed(derive_seed(0, number))
             visible = random_holes(torch.full((count,), query.hidden), size, holes, query.pattern)
-        generated = _ask(fitted, query, test, visible, config.batch_size, generator)
+        pace = Pace(f"sampling, question {number + 1} of {len(queries)}", count, note, every=SELDOM)
+        generated = _ask(fitted, query, test, visible, config.batch_size, generator, pace)
         if query.joint:
             metrics |= {f"joint/{name}": value for name, value in judge_joint(held.evaluators, generated).items()}
             metrics["joint/samples"] = count
@@ -492,12 +498,14 @@ def _ask(
     visible: Tensor | None,
     batch_size: int,
     generator: torch.Generator,
+    pace: Pace,
 ) -> dict[str, Tensor]:
     count = len(next(iter(test.values())))
     parts = []
     for rows in torch.split(torch.arange(count), batch_size):
         x = {name: values[rows] for name, values in test.items()}
         parts.append(fitted.generate(query, x, None if visible is None else visible[rows], generator))
+        pace.tell(int(rows[-1]) + 1)
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 

@@ -137,7 +137,7 @@ class Decoder(nn.Module, ABC):
     """D_i: a head that maps the shared features to the parameters of p(x_i | z_t, observed).
 
     Attributes:
-        dims: number of scalar dimensions of one x, for bits per dimension.
+        dims: number of scalar dimensions of one x, the most that it may have: the loss and the bound are per dimension.
     """
 
     dims: int = 1
@@ -150,9 +150,16 @@ class Decoder(nn.Module, ABC):
     def nll(self, params: Params, x: Tensor) -> Tensor:
         """Exact −log p(x | params) in nats, summed over the dimensions of x: ``[B]``."""
 
+    def dims_of(self, x: Tensor) -> Tensor:
+        """How many dimensions of each x ``[B, ...]`` count in its :meth:`nll`: int64 ``[B]``, from 0 to :attr:`dims`.
+
+        By default all of them. Override it where samples differ: pixels without a value, texts of several lengths.
+        """
+        return torch.full((len(x),), self.dims, device=x.device)
+
     def objective(self, params: Params, x: Tensor) -> Tensor:
-        """The training objective of L2, per dimension: ``[B]``. By default :meth:`nll` over :attr:`dims`."""
-        return self.nll(params, x) / self.dims
+        """The training objective of L2, per dimension: ``[B]``. By default :meth:`nll` over :meth:`dims_of`."""
+        return self.nll(params, x) / self.dims_of(x).clamp(min=1)
 
     @abstractmethod
     def expected_encoding(self, params: Params, encoder: Encoder) -> Tensor:

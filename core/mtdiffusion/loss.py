@@ -231,7 +231,7 @@ def composite_loss(
         if weights.l3 > 0:
             final = (t[:, i] == 1) & (counted[name] > 0)
             l3[name] = torch.where(final, process.steps * modality.decoder.nll(params, x[name]), 0)
-            total = total + weights.l3 * l3[name] / modality.decoder.dims
+            total = total + weights.l3 * l3[name] / modality.decoder.dims_of(x[name]).clamp(min=1)
     return LossTerms(total, l0, l1, l2, l3, counted)
 
 
@@ -276,12 +276,16 @@ def _snr_weighted(
 
 @frozen(eq=False)
 class Bound:
-    """The variational bound −log p(X) ≤ l0 + l1 + Σ_i l3_i, exact weights and likelihoods; nats, each ``[B]``."""
+    """The variational bound −log p(X) ≤ l0 + l1 + Σ_i l3_i, exact weights and likelihoods; nats, each ``[B]``.
+
+    Attributes:
+        dims: how many dimensions of each sample count, of all modalities together: ``[B]``.
+    """
 
     l0: Tensor
     l1: Tensor
     l3: dict[str, Tensor]
-    dims: int
+    dims: Tensor
 
     @property
     def nats(self) -> Tensor:
@@ -289,8 +293,8 @@ class Bound:
 
     @property
     def bits_per_dim(self) -> Tensor:
-        """Over the dimensions of all modalities together."""
-        return self.nats / (self.dims * math.log(2))
+        """Over the dimensions that count of all modalities together: ``[B]``."""
+        return self.nats / (self.dims.clamp(min=1) * math.log(2))
 
 
 @torch.no_grad()
@@ -337,5 +341,5 @@ def variational_bound(
         for i, name in enumerate(names):
             if bool(arrives[k, i]):
                 l3[name] = model.modality(name).decoder.nll(heads.params[name], x[name])
-    dims = sum(model.modality(name).decoder.dims for name in names)
+    dims = torch.stack([model.modality(name).decoder.dims_of(x[name]) for name in names]).sum(0)
     return Bound(prior_kl(process, codes), l1, {name: l3[name] for name in names}, dims)

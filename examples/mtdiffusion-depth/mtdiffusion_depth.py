@@ -79,10 +79,13 @@ class LaplaceDecoder(Decoder):
         jacobian = torch.where(x > 0, math.log(self.config.spread) + x.clamp(min=MILLIMETRE).log(), 0.0)
         return (self._pixelwise(params, x) + jacobian).flatten(1).sum(1)
 
+    def dims_of(self, x: Tensor) -> Tensor:
+        """The measured pixels."""
+        return (x > 0).flatten(1).sum(1)
+
     def objective(self, params: Params, x: Tensor) -> Tensor:
         """Mean over the measured pixels of -log p(u): a picture with few of them counts as much as any; 0 if none."""
-        measured = (x > 0).flatten(1).sum(1).clamp(min=1)
-        return self._pixelwise(params, x).flatten(1).sum(1) / measured
+        return self._pixelwise(params, x).flatten(1).sum(1) / self.dims_of(x).clamp(min=1)
 
     def expected_encoding(self, params: Params, encoder: Encoder) -> Tensor:
         assert isinstance(encoder, DepthEncoder)

@@ -140,10 +140,13 @@ class ClipModality(Modality):
     def _loaded(self) -> ImageEmbedder:
         """The model, loaded when it is first needed."""
         if self._embedder is None:
-            assert (
-                self.config.model is not None
-            )  # the config requires it with a source; parse asks before it comes here
-            self._embedder = load_embedder(self.config.model, self.config.pretrained, self.config.checkpoint)
+            # The config requires a model with a source; parse asks before it comes here.
+            model, file = (
+                str(each.expanduser()) if isinstance(each, Path) else each
+                for each in (self.config.model, self.config.checkpoint)
+            )
+            assert model is not None
+            self._embedder = load_embedder(model, self.config.pretrained, file)
             if self._embedder.dim != self.dim:
                 found, self._embedder = self._embedder.dim, None
                 raise UserError(f"clip.dim: expected {found}, the width of {self.config.model}; found {self.dim}")
@@ -192,6 +195,11 @@ def retrieval(similarity: Tensor) -> dict[str, float]:
     return {f"retrieval_at_{k}": ((min(k, len(similarity)) - nearer) / tied).clamp(0, 1).mean().item() for k in (1, 5)}
 
 
+def _place(model: str | Path | None) -> str | Path | None:
+    """A model's name, or the path of its configuration."""
+    return Path(model) if model is not None and str(model).endswith(".json") else model
+
+
 @frozen
 class ClipConfig(ModalityConfig):
     """A unit-norm embedding, float32 ``[B, dim]``.
@@ -201,10 +209,10 @@ class ClipConfig(ModalityConfig):
         source: the data set's field of images, or of texts, to embed with the model; None: the data set brings
             embeddings.
         tower: which of the model's two towers reads the source: "image", or "text" where it holds texts.
-        model: an open_clip architecture ("ViT-B-32"), or one that ships here: "builtin:digits", "builtin:shapes",
-            "builtin:scenes".
+        model: an open_clip architecture ("ViT-B-32"), a model on the Hub ("hf-hub:OWNER/NAME"), one that ships here:
+            "builtin:digits", "builtin:shapes", "builtin:scenes"; or the path of a model's JSON configuration.
         pretrained: an open_clip tag of weights ("laion2b_s34b_b79k").
-        checkpoint: a file of weights for the model instead.
+        checkpoint: a file of weights for the model instead; beside a tag, the file of that tag's weights.
         code_channels: channels of the latent its code fills; None: as many as D orthogonal directions need.
         loss_weight: λ of its part of L2.
         snr_clamp: λ_t = loss_weight · clamp(SNR_t, low, high); uniform in t by default.
@@ -215,9 +223,9 @@ class ClipConfig(ModalityConfig):
     dim: int = field(validator=ge(2))
     source: str | None = None
     tower: Literal["image", "text"] = field(default="image", validator=in_(("image", "text")))
-    model: str | None = None
+    model: str | Path | None = field(default=None, converter=_place)
     pretrained: str | None = None
-    checkpoint: str | None = None
+    checkpoint: Path | None = None
     code_channels: int | None = field(default=None, validator=optional(ge(1)))
     loss_weight: float = field(default=0.3, validator=gt(0.0))
     snr_clamp: tuple[float, float] = field(default=(1.0, 1.0), validator=low_before_high)

@@ -101,11 +101,14 @@ class CategoricalMaskDecoder(Decoder):
     def nll(self, params: Params, x: Tensor) -> Tensor:
         return self._cross_entropy(params, x, None).flatten(1).sum(1)
 
+    def dims_of(self, x: Tensor) -> Tensor:
+        return super().dims_of(x) if self.ignore is None else (x != self.ignore).flatten(1).sum(1)
+
     def objective(self, params: Params, x: Tensor) -> Tensor:
         loss = self._cross_entropy(params, x, self.weights)
         if self.ignore is None:
             return loss.flatten(1).mean(1)
-        return loss.flatten(1).sum(1) / (x != self.ignore).flatten(1).sum(1).clamp(min=1)
+        return loss.flatten(1).sum(1) / self.dims_of(x).clamp(min=1)
 
     def _cross_entropy(self, params: Params, x: Tensor, weights: Tensor | None) -> Tensor:
         """``[B, h, w]``, 0 where x is to be ignored."""

@@ -132,9 +132,9 @@ class TextDecoder(Decoder):
         each = F.cross_entropy(params["logits"].transpose(1, 2), x, reduction="none")  # [B, length]
         return torch.where(said(x), each, 0.0).sum(1)
 
-    def objective(self, params: Params, x: Tensor) -> Tensor:
-        """The nll over the positions that say something: the tokens and the end, not the padding after it."""
-        return self.nll(params, x) / said(x).sum(1)
+    def dims_of(self, x: Tensor) -> Tensor:
+        """The positions that say something: the tokens and the end, not the padding after it."""
+        return said(x).sum(1)
 
     def expected_encoding(self, params: Params, encoder: Encoder) -> Tensor:
         assert isinstance(encoder, TextEncoder)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 LOGGER = "mtdiffusion"
 """The logger of what is going on; the command line shows it, and a program may."""
+SELDOM = 60.0
+"""Seconds between lines about what takes hours."""
 _EVERY = 5.0  # seconds
 
 
@@ -18,10 +20,21 @@ class Pace:
         what: what is being done, such as "reading image".
         total: how many items there are.
         show: is told the lines; None: the logger of what is going on.
+        before: how many were done earlier, in no time of this work.
+        every: seconds between lines.
     """
 
-    def __init__(self, what: str, total: int, show: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        what: str,
+        total: int,
+        show: Callable[[str], None] | None = None,
+        *,
+        before: int = 0,
+        every: float = _EVERY,
+    ) -> None:
         self.what, self.total = what, total
+        self._before, self._every = before, every
         self._show = show or logging.getLogger(LOGGER).info
         self._started = self._told = time.monotonic()
 
@@ -33,9 +46,9 @@ class Pace:
     def tell(self, done: int) -> None:
         """Say how many are done and how long the rest will take, if nothing was said for a while."""
         now = time.monotonic()
-        if done < self.total and now - self._told > _EVERY:
+        if self._before < done < self.total and now - self._told > self._every:
             self._told = now
-            left = self.seconds / done * (self.total - done)
+            left = self.seconds / (done - self._before) * (self.total - done)
             self.log(f"{done:,} of {self.total:,}, {left // 60:.0f}:{left % 60:02.0f} left")
 
     def log(self, message: str) -> None:

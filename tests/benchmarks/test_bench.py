@@ -178,11 +178,14 @@ def test_the_smoke_profile_runs_every_task_and_method(tmp_path: Path, registry: 
 
 
 def test_cells_are_measured_once_and_a_diverged_one_has_no_numbers(
-    source: Path, tmp_path: Path, registry: Registry
+    source: Path, tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    runner, cells, _ = runner_of(source, out, registry)
+    monkeypatch.setattr("mtdiffusion_benchmarks.methods.joint.SELDOM", 0.0)
+    runner, cells, said = runner_of(source, out, registry)
     assert runner.run(cells) == {"ok": 5, "diverged": 1}
+    for told in ("digits__image+label__joint__0: training: 2 of 6, 0:", "all cells: 1 of 6, ", "all cells: 5 of 6, "):
+        assert any(line.startswith(told) and line.endswith(" left") for line in said), told
     found = results(out)
     joint = found["digits__image+label__joint__0"]
     assert {"label|image/accuracy", "image|label/judge_accuracy", "joint/fid_judge"} <= set(joint["metrics"])

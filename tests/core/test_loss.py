@@ -38,7 +38,7 @@ from mtdiffusion import (
 from mtdiffusion.clocks import stratified
 from mtdiffusion.loss import prior_kl, snr_weight, transition_kl
 from tests.core.gaussians import gaussian_model
-from tests.core.toys import data, picture_and_label
+from tests.core.toys import PictureDecoder, data, picture_and_label
 
 TINY = {"rtol": 1e-10, "atol": 1e-10}
 STEPS = 10
@@ -692,5 +692,30 @@ def test_the_bound_of_one_step_is_l0_and_l3() -> None:
 
 def test_bits_per_dimension_count_the_dimensions_of_all_modalities() -> None:
     bound = variational_bound(picture_and_label(steps=3), data(3), generator=torch.Generator().manual_seed(0))
-    assert bound.dims == 64 + 1
+    assert bound.dims.tolist() == [64 + 1] * 3
     torch.testing.assert_close(bound.bits_per_dim, bound.nats / 65 / math.log(2))
+
+
+class HalfBlank(PictureDecoder):
+    """A picture whose pixels count where they are not 9."""
+
+    def dims_of(self, x: Tensor) -> Tensor:
+        return (x != 9).flatten(1).sum(1)
+
+
+def test_samples_may_have_different_numbers_of_dimensions() -> None:
+    model, x = picture_and_label(steps=3), data(3)
+    decoder = model.modality("picture").decoder
+    decoder.__class__ = HalfBlank
+    x["picture"][0, :, :4] = 9  # half of it
+    x["picture"][1] = 9
+    bound = variational_bound(model, x, generator=torch.Generator().manual_seed(0))
+    assert bound.dims.tolist() == [32 + 1, 0 + 1, 64 + 1]
+    torch.testing.assert_close(bound.bits_per_dim, bound.nats / torch.tensor([33.0, 1.0, 65.0]) / math.log(2))
+    params = {"mean": torch.zeros_like(x["picture"])}
+    torch.testing.assert_close(
+        decoder.objective(params, x["picture"]), decoder.nll(params, x["picture"]) / torch.tensor([32.0, 1.0, 64.0])
+    )
+    terms = _loss(model, x, LossWeights(l2=0, l3=1))
+    per_dimension = terms.l3["picture"] / torch.tensor([32.0, 1.0, 64.0]) + terms.l3["label"]
+    torch.testing.assert_close(terms.total, per_dimension)

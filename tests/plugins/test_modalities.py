@@ -264,6 +264,7 @@ def test_void_pixels_count_in_no_loss_and_no_metric() -> None:
     assert all(found[name] == pytest.approx(below[name]) for name in below)
     assert sum(found[f"iou_{name}"] for name in VOID.names) / 3 == pytest.approx(found["miou"])
     nothing = torch.full_like(x, 255)
+    assert modality.decoder.dims_of(torch.cat([whole[:1], x[:1], nothing[:1]])).tolist() == [16 * 16, 11 * 16, 0]
     assert modality.decoder.objective(params, nothing).tolist() == [0] * 4
     assert all(math.isnan(value) for value in modality.predictive_metrics(params, nothing).values())
     assert generated.max() < 3  # void is never generated

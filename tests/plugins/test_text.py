@@ -89,6 +89,7 @@ def test_padding_counts_for_nothing() -> None:
     full = torch.tensor([[2, 1, 3]])
     assert not torch.equal(decoder.nll(params, full), decoder.nll(moved, full))
     torch.testing.assert_close(decoder.objective(params, full), decoder.nll(params, full) / 3)
+    assert decoder.dims_of(torch.cat([x, full])).tolist() == [2, 3]
 
 
 # Codes.

@@ -528,6 +528,16 @@ class HalfADimension(GaussianHead):
         self.dims = 0.5  # type: ignore[assignment]
 
 
+class CountsForTheBatch(GaussianHead):
+    def dims_of(self, x: Tensor) -> Tensor:
+        return torch.tensor(x.numel())
+
+
+class CountsTooMany(GaussianHead):
+    def dims_of(self, x: Tensor) -> Tensor:
+        return super().dims_of(x) + 1
+
+
 class MisspeltDirection(Picture):
     metric_directions: ClassVar[dict[str, str]] = {"mes": "lower"}  # type: ignore[misc]
 
@@ -563,6 +573,8 @@ PARTS: list[tuple[type, str]] = [
     (DrawsTooWide, "likelihood"),
     (ForgetsDims, "dims"),
     (HalfADimension, "dims"),
+    (CountsForTheBatch, "dims"),
+    (CountsTooMany, "dims"),
     (ObjectiveOverBatch, "objective"),
     (Detached, "gradients"),
     (ModeOutOfRange, "mode"),

@@ -57,8 +57,8 @@ shares = floats(0.0, 1.0)
 
 @st.composite
 def processes(draw: st.DrawFn) -> DiffusionProcess:
-    count, side = draw(st.integers(1, 4)), draw(st.integers(1, 3))
-    layout = OwnLayout({f"m{i}": draw(st.integers(1, 3)) for i in range(count)}, side, side)
+    count, height, width = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    layout = OwnLayout({f"m{i}": draw(st.integers(1, 3)) for i in range(count)}, height, width)
     steps, kind = draw(st.integers(2, 30)), draw(st.sampled_from(["compensated", "literal", "rectified_flow"]))
     return DiffusionProcess.build(Retention.from_curve("cosine", steps, count, kind), draw(schedules), layout)
 

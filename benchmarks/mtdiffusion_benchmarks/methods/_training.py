@@ -28,6 +28,7 @@ from mtdiffusion_engine.interrupt import deferred_interrupt
 from mtdiffusion_engine.optimisation import Average, learning_rate, optimizer_of
 from mtdiffusion_registry import MethodConfig, UserError
 from mtdiffusion_registry.config import dump_toml
+from mtdiffusion_registry.pace import SELDOM, Pace
 
 CHECKPOINT_EVERY = 200
 """Steps between checkpoints at most; fewer if ``training.checkpoint_every`` says so."""
@@ -130,6 +131,7 @@ def _train(problem: Problem, method: Mapping[str, Any], module: M, loss: Loss[M]
     augmentation = Augmentation.of(problem.experiment.augmentation, problem.train.modalities)  # as the trainer's
     batches = training_batches(problem.train, sampler, config.workers, augmentation)
     started = time.monotonic() - state.seconds
+    pace = Pace(f"{folder.name}: training", config.steps, problem.say, before=state.step, every=SELDOM)
     with _own_randomness(device), deferred_interrupt() as interrupted:
         while state.step < config.steps:
             for group in state.optimizer.param_groups:
@@ -142,6 +144,7 @@ def _train(problem: Problem, method: Mapping[str, Any], module: M, loss: Loss[M]
             state.step += 1
             state.ema.update(module)
             state.seconds = time.monotonic() - started
+            pace.tell(state.step)
             last = state.step == config.steps
             if last or state.step % config.log_every == 0:
                 values = {name: value.item() for name, value in terms.items()}

@@ -21,6 +21,7 @@ from mtdiffusion_engine.experiment import Experiment, build_model, require_same
 from mtdiffusion_engine.run import load_run
 from mtdiffusion_engine.trainer import Progress, Trainer
 from mtdiffusion_registry import MethodConfig, Query, UserError, hookimpl
+from mtdiffusion_registry.pace import SELDOM, Pace
 
 MTDIFFUSION_API = 1
 
@@ -135,8 +136,11 @@ def train(problem: Problem, experiment: Experiment, asked: Query | None = None) 
     told = read_json(curve_file)["points"] if resume and curve_file.is_file() else []
     curve = Curve([point for point in told if point["step"] <= trainer.step])
     before = curve.points[-1]["seconds"] if curve.points else 0.0
+    what, steps = f"{folder.name}: training", experiment.training.steps
+    pace = Pace(what, steps, problem.say, before=trainer.step, every=SELDOM)
 
     def note(progress: Progress) -> None:
+        pace.tell(progress.step)
         curve.add(progress.step, seconds=before + progress.seconds, **progress.means)
         write_json(curve_file, {"points": curve.points})
 

@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
 from mtdiffusion_registry.errors import UserError, did_you_mean
+from mtdiffusion_registry.hub import first_line
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 BUILTIN = {f"builtin:{data}": WEIGHTS / f"{data}_clip" for data in ("digits", "shapes", "scenes")}
 """The models that we ship: each a ``.json`` and a ``.safetensors`` file, made by :mod:`.train_clip`."""
+
+_HUB = "hf-hub:"
 
 Tokenizer = Callable[[list[str]], Tensor]
 
@@ -153,9 +156,11 @@ def load_embedder(model: str, pretrained: str | None = None, checkpoint: str | N
     """A frozen embedder; there is always just one source of weights, and never random ones.
 
     Args:
-        model: a name in BUILTIN, the name of an open_clip architecture, or the path of a model's JSON configuration.
+        model: a name in BUILTIN, the name of an open_clip architecture, ``hf-hub:OWNER/NAME``, or the path of a model's
+            JSON configuration.
         pretrained: the tag of open_clip's weights for that architecture, downloaded on first use.
-        checkpoint: a file of weights instead.
+        checkpoint: a file of weights instead; beside a tag it holds that tag's weights, and pictures are prepared as
+            for the tag.
 
     Raises:
         UserError: if the model, the tag or a file is not known, or if weights cannot be had or do not fit.
@@ -167,41 +172,57 @@ def load_embedder(model: str, pretrained: str | None = None, checkpoint: str | N
         return _from_files(stem.with_suffix(".json"), stem.with_suffix(".safetensors"))
     if model.startswith("builtin:"):
         raise UserError(f"no embedder {model!r}; there is {', '.join(BUILTIN)}")
-    if (pretrained is None) == (checkpoint is None):
-        found = "neither" if pretrained is None else "both"
-        raise UserError(f"embedder {model!r} needs its weights from either pretrained or checkpoint, found {found}")
+    if model.startswith(_HUB):
+        if pretrained or checkpoint:
+            raise UserError(f"{model} comes with its weights: leave out pretrained and checkpoint")
+        return _from_open_clip(model, None, None)
+    if pretrained is None and checkpoint is None:
+        raise UserError(f"embedder {model!r} needs its weights from pretrained or checkpoint, found neither")
     if checkpoint is not None and not Path(checkpoint).is_file():
         raise UserError(f"checkpoint {checkpoint} of embedder {model!r} does not exist")
     if checkpoint is not None and model.endswith(".json"):
+        if pretrained:
+            raise UserError(f"{model} says how pictures are prepared: leave out pretrained, found {pretrained!r}")
         return _from_files(Path(model), Path(checkpoint))
     return _from_open_clip(model, pretrained, checkpoint)
 
 
 def _from_open_clip(model: str, pretrained: str | None, checkpoint: str | None) -> ImageEmbedder:
     import open_clip
+    from open_clip.model import set_model_preprocess_cfg
+    from open_clip.transform import merge_preprocess_dict
 
-    if model not in open_clip.list_models():
+    if not model.startswith(_HUB) and model not in open_clip.list_models():
         near = did_you_mean(model, open_clip.list_models())
         raise UserError(f"open_clip has no model {model!r}{near} (open_clip.list_models() has them all)")
-    quick_gelu = False
+    tag: dict[str, Any] = {}
     if pretrained is not None:
         tags = open_clip.list_pretrained_tags_by_model(model)
         if pretrained not in tags:
             raise UserError(f"open_clip has no weights {pretrained!r} for {model}; it has: {', '.join(tags) or 'none'}")
-        # Only warned of by open_clip: with the wrong activation the embeddings are subtly bad.
-        quick_gelu = bool(open_clip.pretrained.get_pretrained_cfg(model, pretrained).get("quick_gelu", False))
+        tag = open_clip.pretrained.get_pretrained_cfg(model, pretrained)
+    # Only warned of by open_clip: with the wrong activation the embeddings are subtly bad.
+    quick_gelu = bool(tag.get("quick_gelu", False))
     try:
         with torch.random.fork_rng(devices=[]):
             network = open_clip.create_model(
-                model, pretrained=pretrained or checkpoint, require_pretrained=True, force_quick_gelu=quick_gelu
+                model, pretrained=checkpoint or pretrained, require_pretrained=True, force_quick_gelu=quick_gelu
             )
     except Exception as error:  # downloads and checkpoints fail in ways that no list covers
         if checkpoint is not None:
             raise UserError(f"cannot load {checkpoint} as {model}: {error}") from error
+        if model.startswith(_HUB):
+            raise UserError(
+                f"cannot get {model}: {first_line(error)}. Run this once where there is a network, or fetch it there "
+                f"(hf download {model.removeprefix(_HUB)} --local-dir FOLDER) and set model to the file "
+                "open_clip_config.json of the folder, checkpoint to open_clip_model.safetensors"
+            ) from error
         raise UserError(
             f"cannot get the weights {pretrained!r} of {model}: {error}. Run this once where there is a network, or "
-            "copy the weights here and give their file as checkpoint"
+            "copy the weights here and give their file as checkpoint, beside pretrained"
         ) from error
+    if checkpoint is not None:  # of which open_clip does not know how its pictures were prepared
+        set_model_preprocess_cfg(network, merge_preprocess_dict(network.visual.preprocess_cfg, tag))
     return ImageEmbedder(network, Preprocessing.of(network), lambda: _open_clip_tokenizer(model))
 
 

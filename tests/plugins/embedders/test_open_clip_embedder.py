@@ -1,11 +1,13 @@
 import hashlib
 import json
+import shutil
 
 import pytest
 import torch
 from attrs import evolve
 from safetensors.torch import load_file, save_file
 
+from mtdiffusion_engine.cli import main as cli
 from mtdiffusion_plugins.datasets._tensors import TensorDataset
 from mtdiffusion_plugins.datasets.digits import DigitsConfig
 from mtdiffusion_plugins.datasets.shapes import PLACES, ShapesConfig
@@ -142,9 +144,11 @@ def test_loading_leaves_the_global_random_numbers_alone():
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (("ViT-B-32", None, None), "either pretrained or checkpoint, found neither"),
+        (("ViT-B-32", None, None), "from pretrained or checkpoint, found neither"),
         (("ViT-B-32", "", None), "no weights '' for ViT-B-32"),
-        (("ViT-B-32", "openai", "x.pt"), "either pretrained or checkpoint, found both"),
+        (("ViT-B-32", "openai", "x.pt"), "checkpoint x.pt .* does not exist"),
+        ((str(CONFIG), "openai", str(CHECKPOINT)), "leave out pretrained, found 'openai'"),
+        (("hf-hub:nobody/nothing", "openai", None), "comes with its weights"),
         (("ViT-B-32", "opnai", None), "no weights 'opnai' for ViT-B-32; it has: openai"),
         (("ViT-B-33", "openai", None), "no model 'ViT-B-33'; did you mean"),
         (("ViT-B-32", None, "nowhere.pt"), "checkpoint nowhere.pt .* does not exist"),
@@ -158,6 +162,91 @@ def test_loading_leaves_the_global_random_numbers_alone():
 def test_what_cannot_be_loaded_is_said(arguments, match):
     with pytest.raises(UserError, match=match):
         load_embedder(*arguments)
+
+
+TINY = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 16, "head_width": 16},
+    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
+}
+"""An architecture with weights that are drawn, for what does not depend on what they learned."""
+PREPARED = {"mean": [0.1, 0.2, 0.3], "std": [0.6, 0.7, 0.8], "interpolation": "bilinear", "resize_mode": "squash"}
+
+
+def random_tiny(folder):
+    """The file of the weights of such a model."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = embedders.build_model({"model_cfg": TINY})
+    save_file(
+        {name: x.contiguous() for name, x in network.state_dict().items()}, folder / "open_clip_model.safetensors"
+    )
+    return folder / "open_clip_model.safetensors"
+
+
+def assert_prepared(embedder):
+    assert list(embedder.preprocess.mean) == PREPARED["mean"] and list(embedder.preprocess.std) == PREPARED["std"]
+    assert (embedder.preprocess.interpolation, embedder.preprocess.crop) == ("bilinear", False)
+
+
+def test_a_file_of_a_tags_weights_sees_pictures_as_the_tag_says(tmp_path, monkeypatch):
+    import open_clip
+
+    (tmp_path / "architecture").mkdir()
+    (tmp_path / "architecture/random-tiny.json").write_text(json.dumps(TINY))
+    weights = random_tiny(tmp_path)
+    open_clip.add_model_config(tmp_path / "architecture")
+    try:
+        monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "random-tiny", {"ours": {"url": "", **PREPARED}})
+        embedder = load_embedder("random-tiny", "ours", str(weights))
+        assert_prepared(embedder)
+        plain = load_embedder("random-tiny", None, str(weights))
+        pictures = torch.rand(4, 3, 40, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        assert (embedder.embed(pictures) * plain.embed(pictures)).sum(1).max() < 0.999
+    finally:
+        open_clip.factory._MODEL_CONFIGS.pop("random-tiny")
+
+
+def test_a_model_of_the_hub_comes_with_its_weights_and_preparation(tmp_path, monkeypatch):
+    """As the Hub's own cache has it once it was fetched."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"cannot get hf-hub:nobody/tiny: .*hf download nobody/tiny --local-dir FOLDER"):
+        load_embedder("hf-hub:nobody/tiny")
+    place = tmp_path / "models--nobody--tiny"
+    revision = "0" * 40
+    (place / "refs").mkdir(parents=True)
+    (place / "refs/main").write_text(revision)
+    (place / "snapshots" / revision).mkdir(parents=True)
+    description = place / "snapshots" / revision / "open_clip_config.json"
+    description.write_text(json.dumps({"model_cfg": TINY, "preprocess_cfg": PREPARED}))
+    weights = random_tiny(description.parent)
+    embedder = load_embedder("hf-hub:nobody/tiny")
+    assert_prepared(embedder)
+    assert embedder.embed_text(["a boat"]).shape == (1, 16)
+    pictures = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    from_files = load_embedder(str(description), checkpoint=str(weights))
+    assert_prepared(from_files)
+    torch.testing.assert_close(from_files.embed(pictures), embedder.embed(pictures))
+
+
+def test_a_run_finds_its_files_from_anywhere_and_takes_them_along(tiny_config, tmp_path, monkeypatch):
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    shutil.copytree(WEIGHTS, here / "own", ignore=lambda _, names: [n for n in names if not n.startswith("digits")])
+    elsewhere.mkdir()
+    own = '{ kind = "clip", dim = 32, source = "image", model = "own/digits_clip.json", '
+    own += 'checkpoint = "own/digits_clip.safetensors" }'
+    monkeypatch.chdir(here)
+    asked = ["--out", "run", "--device", "cpu", "--set", "training.steps=1", f"modalities.clip={own}"]
+    assert cli(["train", str(tiny_config), *asked]) == 0
+    assert cli(["export", "run", "--out", str(tmp_path / "exported"), "--device", "cpu"]) == 0
+    monkeypatch.chdir(elsewhere)
+    asked = ["-n", "2", "--device", "cpu", "--observe", "clip=text: the number three"]
+    assert cli(["sample", str(here / "run"), *asked, "--out", "samples"]) == 0
+    shutil.rmtree(here)
+    assert cli(["sample", str(tmp_path / "exported"), *asked, "--out", "again"]) == 0
 
 
 def test_weights_that_cannot_be_had_are_no_random_network(monkeypatch):

@@ -163,6 +163,12 @@ def dims(subject: ModalitySubject) -> None:
     classes = type(decoder).__mro__[: type(decoder).__mro__.index(Decoder)]
     stated = any("dims" in vars(owner) for owner in (decoder, *classes))
     require(stated or shape.numel() == 1, contract, f"1, since it is not set, for x of shape {tuple(shape)}", fix)
+    each = decoder.dims_of(subject.examples)
+    contract = "decoder.dims_of(x) is how many of its dimensions count in the nll of each x: int64 [B], from 0 to dims"
+    fits = each.shape == subject.examples.shape[:1] and each.dtype == torch.int64
+    fits = fits and bool(((each >= 0) & (each <= found)).all())
+    fix = "count over all axes of x but the first, and set self.dims to the most there can be"
+    require(fits, contract, f"{each.dtype} {each.tolist()} with dims {found}", fix)
 
 
 @check("nll")

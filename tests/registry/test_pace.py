@@ -1,0 +1,27 @@
+"""How far long work is: said now and then, with the time that is left."""
+
+from __future__ import annotations
+
+import time
+
+from mtdiffusion_registry.pace import Pace
+
+
+def test_what_was_done_before_counts_and_tells_nothing_of_the_pace() -> None:
+    said: list[str] = []
+    pace = Pace("training", 100, said.append, before=96, every=0)
+    time.sleep(0.6)
+    pace.tell(96)  # nothing is done yet
+    pace.tell(97)  # three to go, of 0.6 s each
+    pace.tell(100)  # there is nothing left to tell
+    (line,) = said
+    assert line.startswith("training: 97 of 100, 0:") and line.endswith(" left")
+    assert int(line.removesuffix(" left")[-2:]) >= 2
+
+
+def test_what_is_quick_says_nothing() -> None:
+    said: list[str] = []
+    pace = Pace("sampling", 3, said.append)
+    for done in range(1, 4):
+        pace.tell(done)
+    assert said == []
