@@ -83,7 +83,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     reading = actions.add_parser(
         "reading",
         help="how many samples a second data sets give, and how much memory",
-        description="Read the same small pictures from memory, a folder, tar shards and Parquet, in a random order, "
+        description="Read the same small pictures from a folder, tar shards, Parquet and litdata, in a random order, "
         "several times over.",
     )
     reading.add_argument("--out", type=Path, metavar="FILE.json", help="write what was measured here, too")

@@ -1,8 +1,8 @@
 """``mtdiffusion bench reading``: how many samples a second data sets give, and how much memory over several epochs.
 
-Pictures of 32 × 32 pixels as JPEG with a label: in memory, in a folder, in tar shards and, where the library
-``datasets`` is installed, in Parquet. Each is read by a process of its own, sample by sample, in another random order
-each epoch, as a training reads it.
+Pictures of 32 × 32 pixels as JPEG with a label: in a folder, in tar shards and, where the libraries ``datasets`` and
+``litdata`` are installed, in Parquet and in litdata's shards. Each is read by a process of its own, sample by sample,
+in another random order each epoch, as a training reads it.
 """
 
 from __future__ import annotations
@@ -32,11 +32,18 @@ SHARD = 1000
 """Samples of a shard."""
 _FIELDS = {"image": "image", "label": "label"}
 _DATA: dict[str, dict[str, Any]] = {
-    "in memory": {"kind": "folder", "root": "table", "size": 32},
-    "folder, decoded once": {"kind": "folder", "root": "table", "size": 32},
-    "webdataset": {"kind": "webdataset", "root": "shards", "size": 32, "test_fraction": 0},
-    "huggingface, of Parquet": {"kind": "huggingface", "path": "rows.parquet", "size": 32, "test_fraction": 0},
+    "folder, decoded once": {"kind": "folder", "root": "table", "size": 32, "fields": _FIELDS},
+    "webdataset": {"kind": "webdataset", "root": "shards", "size": 32, "test_fraction": 0, "fields": _FIELDS},
+    "huggingface, of Parquet": {
+        "kind": "huggingface",
+        "path": "rows.parquet",
+        "size": 32,
+        "test_fraction": 0,
+        "fields": _FIELDS,
+    },
+    "litdata, packed": {"kind": "litdata", "root": "packed"},
 }
+_LIBRARIES = {"huggingface, of Parquet": "datasets", "litdata, packed": "litdata"}
 
 
 def measure(count: int, epochs: int, say: Callable[[str], None]) -> dict[str, Any]:
@@ -52,12 +59,14 @@ def measure(count: int, epochs: int, say: Callable[[str], None]) -> dict[str, An
         write_pictures(folder, count)
         samples = sorted((folder / "table/train/image").iterdir())
         _write_shards(samples, folder / "shards")
-        library = find_spec("datasets")
-        parquet = library is not None and library.origin is not None  # which a mere folder of that name has not
-        if parquet:
+        absent = [what for what, library in _LIBRARIES.items() if not _there(library)]
+        if "huggingface, of Parquet" not in absent:
             _write_parquet(samples, folder / "rows.parquet")
+        if "litdata, packed" not in absent:
+            _run(folder, "-c", _PACK)
         for what in _DATA:
-            if what.startswith("huggingface") and not parquet:
+            if what in absent:
+                say(f"{what}: left out, since {_LIBRARIES[what]} is not installed")
                 continue
             row: dict[str, Any] = {"data": what, **_read(folder, what, epochs)}
             say(f"{what}: {max(row['rates']):,.0f} samples/s, {row['memory'][0]:.0f} to {row['memory'][-1]:.0f} MiB")
@@ -69,6 +78,26 @@ def measure(count: int, epochs: int, say: Callable[[str], None]) -> dict[str, An
         "hardware": hardware("cpu"),
         "version": version("mtdiffusion"),
     }
+
+
+def _there(library: str) -> bool:
+    """Whether a library is installed; a mere folder of its name has no origin."""
+    found = find_spec(library)
+    return found is not None and found.origin is not None
+
+
+_PACK = """
+from pathlib import Path
+from mtdiffusion_engine.packing import pack_data
+from mtdiffusion_benchmarks.reading import data_of
+pack_data(data_of("folder, decoded once"), type(data_of("litdata, packed")), Path("packed"))
+"""
+
+
+def data_of(what: str) -> Any:
+    """The configuration of a data set in the current folder."""
+    options = dict(_DATA[what])
+    return Registry.discover().config_class("dataset", options.pop("kind"))(**options)
 
 
 def _write_shards(pictures: list[Path], folder: Path) -> None:
@@ -93,23 +122,24 @@ def _write_parquet(pictures: list[Path], path: Path) -> None:
 
 def _read(folder: Path, what: str, epochs: int) -> dict[str, list[float]]:
     """What :func:`main` measures, in a process of its own."""
-    command = [sys.executable, "-m", __name__, what, str(epochs)]
+    found: dict[str, list[float]] = json.loads(_run(folder, "-m", __name__, what, str(epochs)).splitlines()[-1])
+    return found
+
+
+def _run(folder: Path, *arguments: str) -> str:
+    """What a process of Python prints, in a folder and with a cache there."""
     environment = {**os.environ, CACHE_VARIABLE: str(folder / "cache"), "HF_HOME": str(folder / "cache")}
+    command = [sys.executable, *arguments]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"reading {what} failed: {done.stderr[-500:]}")
-    found: dict[str, list[float]] = json.loads(done.stdout.splitlines()[-1])
-    return found
+        raise UserError(f"{' '.join(arguments)[:100]} failed: {done.stderr[-500:]}")
+    return done.stdout
 
 
 def main(what: str, epochs: int) -> None:
     """Read a data set of the current folder and print, as JSON, samples a second and MiB by epoch."""
     torch.set_num_threads(1)
-    options = {**_DATA[what], "fields": _FIELDS}
-    config: Any = Registry.discover().config_class("dataset", options.pop("kind"))(**options)
-    data = config.build("train")
-    if what == "in memory":
-        data = [data[index] for index in range(len(data))]
+    data = data_of(what).build("train")
     rates, memory = [], []
     for epoch in range(epochs):
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(epoch)).tolist()
@@ -129,13 +159,13 @@ def _memory() -> float:
 
 def table(measured: dict[str, Any]) -> str:
     """A row for each data set: the rate of its best epoch, and memory after the first and the last."""
-    first = max(measured["rows"][0]["rates"])
-    lines = ["| data | samples a second | of memory's | MiB after an epoch | MiB at the end |", "|---|---|---|---|---|"]
+    lines = [
+        f"| {measured['pictures']:,} pictures | samples a second | MiB after an epoch | after {measured['epochs']} |",
+        "|---|---|---|---|",
+    ]
     for row in measured["rows"]:
-        rate = max(row["rates"])
-        lines.append(
-            f"| {row['data']} | {rate:,.0f} | {rate / first:.1%} | {row['memory'][0]:.0f} | {row['memory'][-1]:.0f} |"
-        )
+        memory = row["memory"]
+        lines.append(f"| {row['data']} | {max(row['rates']):,.0f} | {memory[0]:.0f} | {memory[-1]:.0f} |")
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from mtdiffusion_benchmarks import perf, solvers, startup
+from mtdiffusion_benchmarks import perf, reading, solvers, startup
 from mtdiffusion_benchmarks.gpu import tables as gpu
 from mtdiffusion_benchmarks.report import variants
 from mtdiffusion_benchmarks.report.markdown import code, variants_table
@@ -168,6 +168,8 @@ def blocks(results: Path) -> dict[str, str]:
         made[f"solvers: {path.stem}"] = solvers.table(measured)
     for path in sorted(results.glob("*/data.json")):
         made["data"] = startup.table(json.loads(path.read_text(encoding="utf-8")))
+    for path in sorted(results.glob("*/reading.json")):
+        made["reading"] = reading.table(json.loads(path.read_text(encoding="utf-8")))
     for path in sorted(results.glob("*/table.md")):
         made[path.parent.name] = path.read_text(encoding="utf-8").strip()
     for path in sorted(results.glob("*/profile.json")):
