@@ -94,7 +94,8 @@ def page(result: Mapping[str, Any], topology: Mapping[str, Any]) -> str:
         *(f"- {what}" for what in result["not_tried"]),
         "",
         f"mtdiffusion {result['version']}, torch {hardware['torch']}, Python {hardware['python']}, hypothesis "
-        f"{result['hypothesis']}, {hardware['processor']}, {result['system']}; seed {result['seed']}.",
+        f"{result['hypothesis']}, {hardware['processor']}, {result['system']}; seed {result['seed']}. All trials took "
+        f"{sum(row['seconds'] for row in faults.values()) / 60:.0f} minutes.",
         "",
     ]
     return "\n".join(parts)
