@@ -300,16 +300,20 @@ def _parquet_cases(mark: Path) -> Iterator[tuple[str, Change, Sequence[str]]]:
         yield f"features that are {what}", table({"bytes": small, "path": "x.png"}, 1, told), ()
     yield "no rows", table({"bytes": small, "path": "x.png"}, 1, rows=0), ()
 
-    def packed(folder: Path) -> None:
-        import pyarrow
-        from pyarrow import parquet
+    def packed(dictionary: bool) -> Change:
+        def change(folder: Path) -> None:
+            import pyarrow
+            from pyarrow import parquet
 
-        schema = pyarrow.schema([("image", pyarrow.binary()), ("label", pyarrow.int64())])
-        rows = {"image": [bytes(2**26)] * 24, "label": [1] * 24}
-        how: dict[str, Any] = {"compression": "zstd", "use_dictionary": False}
-        parquet.write_table(pyarrow.table(rows, schema), folder / "samples-00000.parquet", **how)
+            schema = pyarrow.schema([("image", pyarrow.binary()), ("label", pyarrow.int64())])
+            rows = {"image": [bytes(2**26)] * 24, "label": [1] * 24}
+            how: dict[str, Any] = {"compression": "zstd", "use_dictionary": dictionary}
+            parquet.write_table(pyarrow.table(rows, schema), folder / "samples-00000.parquet", **how)
 
-    yield "24 pictures of 64 MiB of zeros, packed", packed, ()
+        return change
+
+    yield "24 pictures of 64 MiB of zeros, packed", packed(False), ()
+    yield "the same picture of 64 MiB 24 times, which stands there once", packed(True), ()
 
     def empty(folder: Path) -> None:
         (folder / "samples-00000.parquet").write_bytes(b"")

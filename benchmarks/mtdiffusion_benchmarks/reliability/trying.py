@@ -29,7 +29,6 @@ NOT_TRIED = (
     "a loss of power, after which what a disk had promised to keep may be gone",
     "processes on several machines, and more than two of them that hang or die",
     "a clock of the whole machine that goes backwards: it does for the command's Python, and of its files",
-    "Parquet files in which a large value is repeated by reference, which the library datasets writes out",
     "shards in an object store, and the page to play with",
     "CUDA",
 )

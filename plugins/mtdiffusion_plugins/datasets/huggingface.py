@@ -31,6 +31,7 @@ HELD_OUT = ("test", "validation", "val", "valid")
 """Names of the split that is held out, in order of preference."""
 OFFLINE = "HF_HUB_OFFLINE"
 _MOST = 2**30  # bytes of a group of rows
+_LARGE = 2**24  # bytes of a dictionary; writers give it up from a megabyte on
 _READERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
 
 
@@ -277,12 +278,43 @@ def _require_bounded(path: Path) -> None:
     if path.suffix.lower() != ".parquet" or not path.is_file():
         return
     with parquet.ParquetFile(path) as file:
-        groups = [file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups)]
-    if (most := max(groups, default=0)) > _MOST:
+        groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
+    if (most := max((group.total_byte_size for group in groups), default=0)) > _MOST:
         raise UserError(
             f"{path}: a group of its rows takes {most / 2**30:.1f} GiB unpacked, more than {_MOST / 2**30:.0f} GiB; "
             "write it anew with fewer rows a group (row_group_size)"
         )
+    for column in (group.column(place) for group in groups for place in range(group.num_columns)):
+        # A value that rows share stands there once, in a dictionary, and is written out for each of them.
+        size = _dictionary_bytes(path, column.dictionary_page_offset) if column.has_dictionary_page else 0
+        if size > _LARGE and size * column.num_values > _MOST:
+            raise UserError(
+                f"{path}: the values of {column.path_in_schema} share a dictionary of {size / 2**20:.0f} MiB, which "
+                f"may take more than {_MOST / 2**30:.0f} GiB for {column.num_values:,} values; write it anew without "
+                "one (use_dictionary=False)"
+            )
+
+
+def _dictionary_bytes(path: Path, offset: int) -> int:
+    """How large a dictionary's page is when it is unpacked, as its header says; 0 if that cannot be read.
+
+    A header begins with two fields of Thrift's compact protocol, the page's kind and that size: each a byte 0x15 and a
+    number in zigzag, seven bits a byte (Parquet's specification, ``PageHeader``).
+    """
+    with path.open("rb") as file:
+        file.seek(offset)
+        header = file.read(12)
+    numbers, place = [], 0
+    for _ in range(2):
+        if header[place : place + 1] != b"\x15":
+            return 0
+        end = next((i for i in range(place + 1, len(header)) if header[i] < 0x80), len(header))
+        if end == len(header):
+            return 0
+        zigzag = sum((header[i] & 0x7F) << 7 * (i - place - 1) for i in range(place + 1, end + 1))
+        numbers.append(zigzag >> 1)
+        place = end + 1
+    return numbers[1]
 
 
 def _advice(error: Exception, path: str | Path) -> str:

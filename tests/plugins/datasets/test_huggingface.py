@@ -240,6 +240,26 @@ def test_a_table_that_is_huge_when_it_is_unpacked_is_refused(
             HuggingFaceConfig(path=path, fields={"text": "caption"}).build("train")
 
 
+def test_a_large_value_that_rows_share_is_refused(library: Any, tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    path = tmp_path / "shared.parquet"
+    for size, count in ((2**25, 40), (2**10, 40)):
+        values = ["x" * size] * count
+        parquet.write_table(pyarrow.table({"text": values}), path, compression="zstd")
+        column = parquet.ParquetFile(path).metadata.row_group(0).column(0)
+        assert huggingface._dictionary_bytes(path, column.dictionary_page_offset) == size + 4  # and the length
+        config = HuggingFaceConfig(path=path, fields={"text": "caption"}, test_fraction=0)
+        if size == 2**25:
+            with pytest.raises(
+                UserError, match=r"shared\.parquet: the values of text share a dictionary of 32 MiB, which"
+            ):
+                config.build("train")
+        else:
+            assert len(config.build("train")) == count
+
+
 def test_only_what_is_read_is_asked_for(library: Any, tmp_path: Path) -> None:
     parquet(library, tmp_path / "one.parquet")
     config = HuggingFaceConfig(path=tmp_path / "one.parquet", fields=FIELDS, columns=COLUMNS, allow_missing=["label"])
