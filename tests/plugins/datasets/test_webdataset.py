@@ -5,9 +5,12 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import pickle
 import resource
 import shutil
+import subprocess
+import sys
 import tarfile
 import wave
 from pathlib import Path
@@ -205,6 +208,45 @@ def test_a_training_on_shards_is_that_on_the_folder_and_goes_on_exactly(
         weights.append(load_run(run, device="cpu").model.state_dict())
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.long
+def test_a_training_on_shards_goes_on_over_another_number_of_processes(
+    tiny_run: Path, tiny_config: Path, tmp_path: Path
+) -> None:
+    asked = ["sample", str(tiny_run), "-n", "40", "--device", "cpu", "--shards", "tar", "--shard-size", "8"]
+    assert main([*asked, "--out", str(tmp_path / "shards")]) == 0
+    data = f'data = {{ kind = "webdataset", root = "{tmp_path / "shards"}", size = 8, fields = {{ '
+    data += 'image = { kind = "image", channels = 1 }, mask = "mask", label = "label" } }'
+    config = tmp_path / "config.toml"
+    config.write_text(tiny_config.read_text().replace('data.kind = "digits"', data))
+
+    def asks(run: str, steps: int) -> list[str]:
+        changes = [
+            f"training.steps={steps}",
+            "training.batch_size=8",
+            "backbone.dropout=0",
+            "training.schedule=constant",
+        ]
+        return ["train", str(config), "--out", str(tmp_path / run), "--device", "cpu", "--resume", "--set", *changes]
+
+    assert main(asks("alone", 6)) == 0
+    start = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "mtdiffusion",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*start, *asks("across", 3)], check=True, capture_output=True, timeout=300, env=environment)
+    assert main(asks("across", 6)) == 0
+    # What weights compute: those that have no effect, such as biases before a norm, go where rounding drives them.
+    first, second = (load_run(tmp_path / run, device="cpu").sample(8)["image"] for run in ("alone", "across"))
+    torch.testing.assert_close(second, first, rtol=0, atol=1e-3)
 
 
 def test_the_index_is_kept_until_an_archive_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
