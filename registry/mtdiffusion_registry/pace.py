@@ -21,7 +21,7 @@ class Pace:
         total: how many items there are.
         show: is told the lines; None: the logger of what is going on.
         before: how many were done earlier, in no time of this work.
-        every: seconds between lines.
+        every: seconds between lines; None: a few.
     """
 
     def __init__(
@@ -31,10 +31,10 @@ class Pace:
         show: Callable[[str], None] | None = None,
         *,
         before: int = 0,
-        every: float = _EVERY,
+        every: float | None = None,
     ) -> None:
         self.what, self.total = what, total
-        self._before, self._every = before, every
+        self._before, self._every = before, _EVERY if every is None else every
         self._show = show or logging.getLogger(LOGGER).info
         self._started = self._told = time.monotonic()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_a_finished_folder_is_only_loaded(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_training_seconds_accumulate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 100000, 10))  # every look at the clock is ten seconds after the one before
-    monkeypatch.setattr(_training.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(_training, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     problem = digits(tmp_path / "run", *TINY)
     method = RegressionConfig("label", ("image",))
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
