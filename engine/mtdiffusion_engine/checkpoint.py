@@ -254,7 +254,7 @@ def load_weights(module: torch.nn.Module, path: Path) -> None:
     _require_finite({name: tensors[name] for name, _ in module.named_parameters()}, path)
     state = module.state_dict()
     try:
-        module.load_state_dict({key: _as_it_lies(x, state[key]) for key, x in tensors.items()})
+        module.load_state_dict({key: as_it_lies(x, state[key]) for key, x in tensors.items()})
     except RuntimeError as error:  # of a module that reads them in a way of its own
         detail = " ".join(str(error).split())[:400]
         raise UserError(f"{path}: these weights cannot be loaded ({detail})") from None
@@ -295,11 +295,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
             raise UserError(f"{path}: damaged (found {key!r}, expected PARAMETER.NAME of this model's); {_REMEDY}")
         parameter = parameters[int(index)]
         of_each_weight = value.shape == parameter.shape
-        state.setdefault(int(index), {})[name] = _as_it_lies(value, parameter) if of_each_weight else value
+        state.setdefault(int(index), {})[name] = as_it_lies(value, parameter) if of_each_weight else value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
-def _as_it_lies(tensor: Tensor, counterpart: Tensor) -> Tensor:
+def as_it_lies(tensor: Tensor, counterpart: Tensor) -> Tensor:
     """A whole tensor; where its counterpart is split over processes, split like that."""
     mesh = getattr(counterpart, "device_mesh", None)  # whether it is a DTensor; its import takes a second
     if mesh is None:

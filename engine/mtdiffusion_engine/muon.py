@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mtdiffusion import Decoder, Encoder
+from mtdiffusion_engine.checkpoint import as_it_lies
 
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -101,9 +101,7 @@ class Muon(torch.optim.AdamW):
         gradient = torch.where(skipped, momentum, gradient)
         momentum.lerp_(gradient, 1 - MOMENTUM)
         towards = gradient.lerp(momentum, MOMENTUM)
-        whole = towards.full_tensor() if isinstance(towards, DTensor) else towards
+        whole: Tensor = getattr(towards, "full_tensor", lambda: towards)()  # of a DTensor, whose import takes a second
         matrix = whole.flatten(1)
         direction = (orthogonalised(matrix) * (0.2 * max(matrix.shape) ** 0.5)).view_as(whole)
-        if isinstance(towards, DTensor):
-            return distribute_tensor(direction, towards.device_mesh, towards.placements, src_data_rank=None)
-        return direction
+        return as_it_lies(direction, towards)

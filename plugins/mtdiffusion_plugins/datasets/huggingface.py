@@ -9,7 +9,7 @@ from copy import copy
 from glob import glob
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, Literal
+from typing import Any, BinaryIO, ClassVar, Literal
 
 import attrs
 import numpy as np
@@ -284,26 +284,26 @@ def _require_bounded(path: Path) -> None:
             f"{path}: a group of its rows takes {most / 2**30:.1f} GiB unpacked, more than {_MOST / 2**30:.0f} GiB; "
             "write it anew with fewer rows a group (row_group_size)"
         )
-    for column in (group.column(place) for group in groups for place in range(group.num_columns)):
-        # A value that rows share stands there once, in a dictionary, and is written out for each of them.
-        size = _dictionary_bytes(path, column.dictionary_page_offset) if column.has_dictionary_page else 0
-        if size > _LARGE and size * column.num_values > _MOST:
-            raise UserError(
-                f"{path}: the values of {column.path_in_schema} share a dictionary of {size / 2**20:.0f} MiB, which "
-                f"may take more than {_MOST / 2**30:.0f} GiB for {column.num_values:,} values; write it anew without "
-                "one (use_dictionary=False)"
-            )
+    with path.open("rb") as file:
+        for column in (group.column(place) for group in groups for place in range(group.num_columns)):
+            # A value that rows share stands there once, in a dictionary, and is written out for each of them.
+            size = _dictionary_bytes(file, column.dictionary_page_offset) if column.has_dictionary_page else 0
+            if size > _LARGE and size * column.num_values > _MOST:
+                raise UserError(
+                    f"{path}: the values of {column.path_in_schema} share a dictionary of {size / 2**20:.0f} MiB, "
+                    f"which may take more than {_MOST / 2**30:.0f} GiB for {column.num_values:,} values; write it anew "
+                    "without one (use_dictionary=False)"
+                )
 
 
-def _dictionary_bytes(path: Path, offset: int) -> int:
+def _dictionary_bytes(file: BinaryIO, offset: int) -> int:
     """How large a dictionary's page is when it is unpacked, as its header says; 0 if that cannot be read.
 
     A header begins with two fields of Thrift's compact protocol, the page's kind and that size: each a byte 0x15 and a
     number in zigzag, seven bits a byte (Parquet's specification, ``PageHeader``).
     """
-    with path.open("rb") as file:
-        file.seek(offset)
-        header = file.read(12)
+    file.seek(offset)
+    header = file.read(12)
     numbers, place = [], 0
     for _ in range(2):
         if header[place : place + 1] != b"\x15":

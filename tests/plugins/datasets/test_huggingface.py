@@ -249,7 +249,8 @@ def test_a_large_value_that_rows_share_is_refused(library: Any, tmp_path: Path) 
         values = ["x" * size] * count
         parquet.write_table(pyarrow.table({"text": values}), path, compression="zstd")
         column = parquet.ParquetFile(path).metadata.row_group(0).column(0)
-        assert huggingface._dictionary_bytes(path, column.dictionary_page_offset) == size + 4  # and the length
+        with path.open("rb") as file:
+            assert huggingface._dictionary_bytes(file, column.dictionary_page_offset) == size + 4  # and the length
         config = HuggingFaceConfig(path=path, fields={"text": "caption"}, test_fraction=0)
         if size == 2**25:
             with pytest.raises(
