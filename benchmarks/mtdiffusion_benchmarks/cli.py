@@ -108,9 +108,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     solvers.add_argument(
         "--solver",
         nargs="+",
-        default=["ancestral", "dpmpp_2m", "dpmpp_2m=1", "ddim", "ddim=2"],
+        default=["ancestral", "dpmpp_2m", "dpmpp_2m=0", "ddim", "ddim=2"],
         metavar="SOLVER[=ETA]",
-        help="default: ancestral dpmpp_2m dpmpp_2m=1 ddim ddim=2",
+        help="default: ancestral dpmpp_2m dpmpp_2m=0 ddim ddim=2",
     )
     solvers.add_argument(
         "--steps", nargs="+", type=int, default=[8, 16, 32, 64], metavar="N", help="evaluations (default: 8 16 32 64)"

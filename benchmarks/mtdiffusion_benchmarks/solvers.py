@@ -52,13 +52,12 @@ def way(text: str, steps: int) -> Way:
     """
     name, given, eta = text.partition("=")
     try:
-        noise = float(eta) if given else 0.0
-        SamplerSettings(steps=steps, solver=name, eta=noise)  # type: ignore[arg-type]
+        chosen = SamplerSettings(steps=steps, solver=name, eta=float(eta) if given else None)  # type: ignore[arg-type]
     except ValueError as error:
         raise UserError(
-            f"--solver {text}: {error.args[0]}; expected a solver, or SOLVER=ETA, such as dpmpp_2m=1"
+            f"--solver {text}: {error.args[0]}; expected a solver, or SOLVER=ETA, such as ddim=2"
         ) from error
-    return Way(name, noise, steps)
+    return Way(name, chosen.noise, steps)
 
 
 @frozen(eq=False)

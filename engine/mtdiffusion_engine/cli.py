@@ -203,7 +203,9 @@ def _parser() -> argparse.ArgumentParser:
         help="guide on this part of the path alone, in shares of it, 1 its start and 0 its end: 0.2 0.8",
     )
     sample.add_argument(
-        "--eta", type=float, help="noise of a step of ddim or dpmpp_2m: 0 none, 1 as ancestral sampling, or more"
+        "--eta",
+        type=float,
+        help="noise of a step of ddim (default: 0) or dpmpp_2m (1): 0 none, 1 as ancestral sampling, or more",
     )
     sample.add_argument(
         "--draw",

@@ -201,7 +201,7 @@ class EvaluationConfig:
     conditionals: tuple[str, ...] | None = field(default=None, validator=optional(min_len(1)))
     joint_draws: int = field(default=3, validator=ge(1))
     batch_size: int = field(default=256, validator=ge(1))
-    steps: int = field(default=25, validator=ge(1))
+    steps: int = field(default=16, validator=ge(1))
     hidden_share: float = field(default=0.25, validator=_share)
     bound_times: int = field(default=20, validator=ge(0))
     seed: int = field(default=0, validator=ge(0))

@@ -122,12 +122,17 @@ class Run:
     def settings(self, **changes: object) -> SamplerSettings:
         """The run's sampler settings with some changed; None leaves one as it is.
 
+        Another solver has its own noise, unless ``eta`` is given too: the run's was chosen for the run's solver.
+
         Raises:
             UserError: for a value out of range.
         """
+        usual = self.experiment.sampling
         given = {name: value for name, value in changes.items() if value is not None}
+        if given.get("solver", usual.solver) != usual.solver:
+            given = {"eta": None, **given}
         try:
-            return evolve(self.experiment.sampling, **given)  # type: ignore[arg-type]
+            return evolve(usual, **given)  # type: ignore[arg-type]
         except (TypeError, ValueError) as error:
             raise UserError(f"sampling: {error.args[0]}") from error
 

@@ -22,15 +22,15 @@ def result(**figures: list[float]) -> dict[str, Any]:
     rows = []
     for name, values in figures.items():
         solver, _, steps = name.rpartition("_")
-        each = {"solver": solver, "eta": 0.0, "steps": int(steps)}
+        each = {"solver": solver, "eta": 1.0 if solver == "ancestral" else 0.0, "steps": int(steps)}
         rows += [{**each, "seed": seed, "metrics": {"joint/d": value}} for seed, value in enumerate(values)]
-    reference = {"solver": "ancestral", "eta": 0.0, "steps": 100}
+    reference = {"solver": "ancestral", "eta": 1.0, "steps": 100}
     return {"rows": rows, "reference": reference, "keys": ["joint/d"], "directions": {"joint/d": "lower"}}
 
 
 def test_the_cheapest_is_of_the_fewest_evaluations_that_are_as_good() -> None:
     found = result(ancestral_100=[9.0, 11.0], ddim_8=[10.6, 10.6], ddim_16=[10.4, 10.5], ancestral_16=[9.0, 9.0])
-    assert solvers.cheapest(found) == {"joint/d": Way("ancestral", 0.0, 16)}, "of equally many, the better"
+    assert solvers.cheapest(found) == {"joint/d": Way("ancestral", 1.0, 16)}, "of equally many, the better"
     assert solvers.verdict(found) == "joint/d: 16 evaluations of ancestral are as good as 100 of ancestral"
     lines = solvers.table(found).splitlines()
     assert lines[0] == "| solver | evaluations | `joint/d` ↓ |"
@@ -61,7 +61,7 @@ def test_the_figures_are_those_of_evaluate(tiny_run: Path) -> None:
     overrides = ["sampling.solver=dpmpp_2m", "sampling.eta=1.0", "evaluation.steps=3", "evaluation.samples=20"]
     overrides += [f"evaluation.conditionals=[{', '.join(repr(key.partition('/')[0]) for key in KEYS)}]"]
     expected = evaluate_run(load_run(tiny_run, overrides=overrides))
-    ways = [Way("ancestral", 0.0, 5), Way("dpmpp_2m", 1.0, 3)]
+    ways = [Way("ancestral", 1.0, 5), Way("dpmpp_2m", 1.0, 3)]
     found = solvers.Comparison(load_run(tiny_run), KEYS, ways, samples=20, seeds=1, say=lambda _: None).measure()
     assert [row["metrics"] for row in found["rows"] if row["solver"] == "dpmpp_2m"] == [
         {key: expected[key] for key in KEYS}
@@ -79,8 +79,8 @@ def test_a_second_call_goes_on_with_what_is_there(
     assert main([*command, "--steps", "2", "--seeds", "1"]) == 0
     first = read_json(out)["rows"]
     assert [(row["solver"], row["eta"], row["steps"]) for row in first] == [
-        ("ancestral", 0.0, 4),
-        ("ancestral", 0.0, 2),
+        ("ancestral", 1.0, 4),
+        ("ancestral", 1.0, 2),
         ("ddim", 2.0, 2),
     ]
     told = capsys.readouterr().out
@@ -120,6 +120,6 @@ def test_what_cannot_be_compared_is_refused(
 
 def test_a_way_is_read() -> None:
     assert solvers.way("dpmpp_2m=1", 8) == Way("dpmpp_2m", 1.0, 8)
-    assert solvers.way("ancestral", 8) == Way("ancestral", 0.0, 8)
+    assert solvers.way("ancestral", 8) == Way("ancestral", 1.0, 8)
     with pytest.raises(UserError):
         solvers.way("dpmpp_2m=-1", 8)

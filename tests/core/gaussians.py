@@ -327,7 +327,7 @@ class NoiseBasis:
         cls, monkeypatch: pytest.MonkeyPatch, model: MultimodalDiffusion, settings: SamplerSettings, more: int = 0
     ) -> NoiseBasis:
         """For one run of :func:`sample`, in place of all noise that it draws."""
-        noisy = settings.solver == "ancestral" or settings.eta > 0
+        noisy = settings.noise > 0
         basis = cls(1 + settings.steps * noisy, model.layout.latent.numel, more)
         for module in (mtdiffusion.model, mtdiffusion.sampler):
             monkeypatch.setattr(module, "standard_normal", basis)
@@ -364,6 +364,10 @@ def sampled_law(
     out = sample(model, basis.batch, observed=observed, settings=settings, path=path)
     assert basis.drawn == basis.draws
     return basis.law(torch.cat([out[name] for name in model.names if name not in given], 1))
+
+
+NOISE: dict[str, float | None] = {"ancestral": None, "ddim": 0.0, "dpmpp_2m": 0.0}
+"""η by which a solver is what its name says in the literature: the two that can do without noise do."""
 
 
 def sampling_errors(

@@ -33,7 +33,7 @@ def _float64(values: list[Any]) -> Tensor:
 
 @layouts
 @retentions
-@pytest.mark.parametrize(("solver", "eta"), [("ancestral", 0.0), ("ddim", 0.0), ("ddim", 0.5), ("dpmpp_2m", 0.0)])
+@pytest.mark.parametrize(("solver", "eta"), [("ancestral", 1.0), ("ddim", 0.0), ("ddim", 0.5), ("dpmpp_2m", 0.0)])
 def test_sampling_laws_are_what_they_were(
     monkeypatch: pytest.MonkeyPatch, layout: str, retention: str, solver: str, eta: float
 ) -> None:

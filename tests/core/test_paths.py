@@ -14,7 +14,7 @@ from torch import Tensor
 
 import mtdiffusion.model
 from mtdiffusion import MultimodalDiffusion, OffsetClocks, SamplerSettings, sample
-from tests.core.gaussians import JointGaussian, NoiseBasis, gaussian_model, sampled_law, sampling_errors
+from tests.core.gaussians import NOISE, JointGaussian, NoiseBasis, gaussian_model, sampled_law, sampling_errors
 
 PATHS: dict[str, dict[str, float]] = {
     "shared": {},
@@ -31,17 +31,20 @@ def gaussians() -> tuple[MultimodalDiffusion, JointGaussian]:
 @pytest.mark.parametrize(
     # Bounds of the covariance's relative error by how many are given (none, one, two), about an eighth above what was
     # measured. A longer path leaves fewer steps to each modality; with two given, all paths are one.
-    ("name", "solver", "bounds"),
+    ("name", "solver", "eta", "bounds"),
     [
-        ("shared", "ancestral", (0.048, 0.051, 0.059)),
-        ("offset", "ancestral", (0.078, 0.086, 0.059)),
-        ("sequential", "ancestral", (0.142, 0.106, 0.059)),
-        ("shared", "ddim", (0.031, 0.029, 0.029)),
-        ("offset", "ddim", (0.045, 0.045, 0.029)),
-        ("sequential", "ddim", (0.082, 0.057, 0.029)),
-        ("shared", "dpmpp_2m", (0.0023, 0.0014, 0.0007)),
-        ("offset", "dpmpp_2m", (0.0023, 0.0016, 0.0007)),
-        ("sequential", "dpmpp_2m", (0.0070, 0.0026, 0.0007)),
+        ("shared", "ancestral", 1.0, (0.048, 0.051, 0.059)),
+        ("offset", "ancestral", 1.0, (0.078, 0.086, 0.059)),
+        ("sequential", "ancestral", 1.0, (0.142, 0.106, 0.059)),
+        ("shared", "ddim", 0.0, (0.031, 0.029, 0.029)),
+        ("offset", "ddim", 0.0, (0.045, 0.045, 0.029)),
+        ("sequential", "ddim", 0.0, (0.082, 0.057, 0.029)),
+        ("shared", "dpmpp_2m", 0.0, (0.0023, 0.0014, 0.0007)),
+        ("offset", "dpmpp_2m", 0.0, (0.0023, 0.0016, 0.0007)),
+        ("sequential", "dpmpp_2m", 0.0, (0.0070, 0.0026, 0.0007)),
+        ("shared", "dpmpp_2m", 1.0, (0.0029, 0.0043, 0.0070)),
+        ("offset", "dpmpp_2m", 1.0, (0.0123, 0.0176, 0.0070)),
+        ("sequential", "dpmpp_2m", 1.0, (0.0495, 0.0197, 0.0070)),
     ],
 )
 def test_every_path_samples_the_joint_law_and_every_conditional(
@@ -49,9 +52,10 @@ def test_every_path_samples_the_joint_law_and_every_conditional(
     gaussians: tuple[MultimodalDiffusion, JointGaussian],
     name: str,
     solver: str,
+    eta: float,
     bounds: tuple[float, float, float],
 ) -> None:
-    settings = SamplerSettings(100, solver, path=PATHS[name])  # type: ignore[arg-type]
+    settings = SamplerSettings(100, solver, eta, path=PATHS[name])  # type: ignore[arg-type]
     for subset, (mean, covariance) in sampling_errors(monkeypatch, *gaussians, settings).items():
         assert mean < 2e-4
         assert covariance < bounds[len(subset)]
@@ -76,7 +80,7 @@ def test_a_path_may_wander(
     path = _wandering(model.process.steps, 300, 3)
     assert (path.diff(dim=0) == 0).any()
     assert (path[:-1] != path[:-1, :1]).any(1).float().mean() > 0.9
-    settings = SamplerSettings(1, solver)  # type: ignore[arg-type]
+    settings = SamplerSettings(1, solver, NOISE[solver])  # type: ignore[arg-type]
     for mean, covariance in sampling_errors(monkeypatch, model, joint, settings, [(), ("depth",)], path).values():
         assert mean < 2e-3
         assert covariance < bound
@@ -99,8 +103,8 @@ def test_a_path_given_whole_is_gone_along_step_by_step(monkeypatch: pytest.Monke
     """Every step of the model's finest path, where the settings cannot ask for more."""
     model, _ = gaussian_model("own", steps=20)
     finest = model.path(None, path)
-    by_settings = sampled_law(monkeypatch, model, SamplerSettings(len(finest) - 1, "dpmpp_2m", path=path), {})
-    given = sampled_law(monkeypatch, model, SamplerSettings(3, "dpmpp_2m"), {}, finest)
+    by_settings = sampled_law(monkeypatch, model, SamplerSettings(len(finest) - 1, "dpmpp_2m", 0.0, path=path), {})
+    given = sampled_law(monkeypatch, model, SamplerSettings(3, "dpmpp_2m", 0.0), {}, finest)
     for found, expected in zip(given, by_settings, strict=True):
         assert torch.equal(found, expected)
 
@@ -147,8 +151,8 @@ def test_replacement_is_right_where_what_is_given_comes_first(
     monkeypatch: pytest.MonkeyPatch, gaussians: tuple[MultimodalDiffusion, JointGaussian], solver: str
 ) -> None:
     """It is biased because early steps decide before z shows what is known; after a path of its own, z shows all."""
-    biased = SamplerSettings(60, solver, conditioning="replacement")  # type: ignore[arg-type]
-    first = SamplerSettings(60, solver, conditioning="replacement", path={"sound": 1.0})  # type: ignore[arg-type]
+    biased = SamplerSettings(60, solver, NOISE[solver], conditioning="replacement")  # type: ignore[arg-type]
+    first = SamplerSettings(60, solver, NOISE[solver], conditioning="replacement", path={"sound": 1.0})  # type: ignore[arg-type]
     ((mean, covariance),) = sampling_errors(monkeypatch, *gaussians, first, [("sound",)]).values()
     assert mean < 1e-3
     assert covariance < (0.1 if solver == "ddim" else 0.01)  # 30 of the steps are left
@@ -191,7 +195,13 @@ def _from_data(
 )
 @pytest.mark.parametrize(
     ("solver", "eta", "bound"),  # measured: 5.3, 6.1, 9.8 and 0.6 % at worst
-    [("ddim", 0.0, 0.06), ("ddim", 0.5, 0.07), ("ancestral", 0.0, 0.11), ("dpmpp_2m", 0.0, 0.0065)],
+    [
+        ("ddim", 0.0, 0.06),
+        ("ddim", 0.5, 0.07),
+        ("ancestral", 1.0, 0.11),
+        ("dpmpp_2m", 0.0, 0.0065),
+        ("dpmpp_2m", 1.0, 0.1),
+    ],
 )
 def test_from_data_with_noise_the_law_is_the_data_s(
     monkeypatch: pytest.MonkeyPatch,
@@ -215,7 +225,7 @@ def test_strength_goes_from_keeping_what_was_given_to_forgetting_it(
     monkeypatch: pytest.MonkeyPatch, gaussians: tuple[MultimodalDiffusion, JointGaussian], solver: str
 ) -> None:
     model, joint = gaussians
-    settings = SamplerSettings(20, solver)  # type: ignore[arg-type]
+    settings = SamplerSettings(20, solver, NOISE[solver])  # type: ignore[arg-type]
     kept = []
     for strength in (1e-6, 0.01, 0.3, 0.6, 0.9, 1.0):
         each = dict.fromkeys(joint.dims, strength)
@@ -289,7 +299,7 @@ def test_decisions_that_are_drawn_leave_the_law_as_it_is(gaussians: tuple[Multim
     path = path[(path[:, 0] % 50 == 0) & (path[:, 1] % 50 == 0) & ((path[:, 0] > 200) | (path[:, 0] == 0))]
     error = {}
     for draw in (False, True):
-        settings = SamplerSettings(solver="dpmpp_2m", draw=draw)
+        settings = SamplerSettings(solver="dpmpp_2m", eta=0.0, draw=draw)
         out = sample(model, 8000, settings=settings, path=path, generator=torch.Generator().manual_seed(0))
         found = torch.cat([out[name] for name in joint.dims], 1).T.cov()
         error[draw] = ((found - joint.covariance).norm() / joint.covariance.norm()).item()

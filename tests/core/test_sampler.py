@@ -40,6 +40,7 @@ from mtdiffusion.layout import noise_level
 from mtdiffusion.model import standard_normal
 from mtdiffusion.sampler import Step, ddim, dpmpp_2m
 from tests.core.gaussians import (
+    NOISE,
     JointGaussian,
     LinearEncoder,
     NoiseBasis,
@@ -86,21 +87,23 @@ def _errors(
 @layouts
 @pytest.mark.parametrize(
     # The mean is exact up to the signal left at t = T (1e-4 here). The covariance error is the discretisation's;
-    # measured on the shared layout, which is the harder one: 10.3, 23.2, 8.9, 20.8, 3.0 and 12.2 %.
-    ("solver", "steps", "covariance_error"),
+    # measured, of the two layouts the harder one: 10.3, 23.2, 8.9, 20.8, 3.0, 12.2, 1.9 and 5.7 %.
+    ("solver", "eta", "steps", "covariance_error"),
     [
-        ("ancestral", 50, 0.12),
-        ("ancestral", 20, 0.25),
-        ("ddim", 50, 0.10),
-        ("ddim", 20, 0.23),
-        ("dpmpp_2m", 50, 0.04),
-        ("dpmpp_2m", 20, 0.14),
+        ("ancestral", 1.0, 50, 0.12),
+        ("ancestral", 1.0, 20, 0.25),
+        ("ddim", 0.0, 50, 0.10),
+        ("ddim", 0.0, 20, 0.23),
+        ("dpmpp_2m", 0.0, 50, 0.04),
+        ("dpmpp_2m", 0.0, 20, 0.14),
+        ("dpmpp_2m", 1.0, 50, 0.022),
+        ("dpmpp_2m", 1.0, 20, 0.065),
     ],
 )
 def test_every_conditional_is_sampled(
-    monkeypatch: pytest.MonkeyPatch, layout: str, solver: str, steps: int, covariance_error: float
+    monkeypatch: pytest.MonkeyPatch, layout: str, solver: str, eta: float, steps: int, covariance_error: float
 ) -> None:
-    settings = SamplerSettings(steps, solver)  # type: ignore[arg-type]
+    settings = SamplerSettings(steps, solver, eta)  # type: ignore[arg-type]
     mean, covariance = _errors(monkeypatch, *_gaussians(layout), settings)
     assert mean < 1e-3
     assert covariance < covariance_error
@@ -110,7 +113,7 @@ def test_every_conditional_is_sampled(
 def test_many_steps_of_either_solver_reach_the_true_law(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
     model, joint = _gaussians(layout)
     for solver, bound in (("ddim", 0.015), ("dpmpp_2m", 0.0015)):  # measured 1.2 % and 0.1 % at worst
-        settings = SamplerSettings(400, solver)  # type: ignore[arg-type]
+        settings = SamplerSettings(400, solver, NOISE[solver])  # type: ignore[arg-type]
         mean, covariance = _errors(monkeypatch, model, joint, settings, [(), ("depth",)])
         assert mean < 1e-3
         assert covariance < bound
@@ -137,7 +140,7 @@ class _CurveEach(WeightSchedule):
 def test_every_conditional_is_sampled_for_other_schedules(
     monkeypatch: pytest.MonkeyPatch, solver: str, covariance_error: float, schedule: WeightSchedule, kind: str
 ) -> None:
-    settings = SamplerSettings(50, solver)  # type: ignore[arg-type]
+    settings = SamplerSettings(50, solver, NOISE[solver])  # type: ignore[arg-type]
     mean, covariance = _errors(monkeypatch, *_gaussians("own", kind, schedule), settings)
     assert mean < 0.01  # curves other than cosine leave up to 6e-3 of a standard deviation of signal at t = T
     assert covariance < covariance_error
@@ -146,7 +149,7 @@ def test_every_conditional_is_sampled_for_other_schedules(
 def test_ddim_is_of_first_order_and_dpmpp_2m_of_second(monkeypatch: pytest.MonkeyPatch) -> None:
     model, joint = _gaussians("own")
     errors = {
-        (solver, steps): _errors(monkeypatch, model, joint, SamplerSettings(steps, solver), [()])[1]  # type: ignore[arg-type]
+        (solver, steps): _errors(monkeypatch, model, joint, SamplerSettings(steps, solver, NOISE[solver]), [()])[1]  # type: ignore[arg-type]
         for solver in ("ddim", "dpmpp_2m")
         for steps in (50, 200)
     }
@@ -162,10 +165,10 @@ def test_replacement_is_biased_however_many_the_steps(
     """With perfect heads: early steps decide before z_t shows what is known (docs/mathematics.md, section 5)."""
     model, joint = _gaussians(layout)
     subsets = [("pose",), ("depth", "sound")]
-    right = SamplerSettings(60, solver)  # type: ignore[arg-type]
+    right = SamplerSettings(60, solver, NOISE[solver])  # type: ignore[arg-type]
     _, discretisation = _errors(monkeypatch, model, joint, right, subsets)
     for steps in (20, 60):
-        biased = SamplerSettings(steps, solver, conditioning="replacement")  # type: ignore[arg-type]
+        biased = SamplerSettings(steps, solver, NOISE[solver], conditioning="replacement")  # type: ignore[arg-type]
         mean, covariance = _errors(monkeypatch, model, joint, biased, subsets)
         assert mean > 0.2  # standard deviations; below 1e-3 where the network is shown what is observed
     assert covariance > 0.14  # measured 0.24, 0.48, 0.52 (own) and 0.18, 0.14, 0.14 (shared)
@@ -178,7 +181,7 @@ def test_retention_does_not_matter_without_noise_at_matched_snr(path: dict[str, 
     out = []
     for kind in ("compensated", "literal", "rectified_flow"):
         model, _ = gaussian_model(retention=Retention.from_curve("cosine", 1000, 3, kind))
-        settings = SamplerSettings(30, "dpmpp_2m", path=path)
+        settings = SamplerSettings(30, "dpmpp_2m", 0.0, path=path)
         out.append(sample(model, 20, settings=settings, generator=torch.Generator().manual_seed(0)))
     for name in out[0]:
         torch.testing.assert_close(out[1][name], out[0][name], rtol=0, atol=1e-5)
@@ -295,7 +298,7 @@ solvers = pytest.mark.parametrize(("solver", "steps"), [("ancestral", 200), ("dd
 @solvers
 def test_a_label_given_a_point_has_the_exact_posterior(mixture: MultimodalDiffusion, solver: str, steps: int) -> None:
     point = torch.tensor([[0.1, 0.3]], dtype=torch.float64)
-    settings = SamplerSettings(steps, solver)  # type: ignore[arg-type]
+    settings = SamplerSettings(steps, solver, NOISE[solver])  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(0)
     out = sample(mixture, MANY, observed={"point": point.expand(MANY, -1)}, settings=settings, generator=generator)
     truth = mixture.backbone.posterior_of_label(point)[0].exp()  # type: ignore[operator]
@@ -309,7 +312,7 @@ def test_a_label_given_a_point_has_the_exact_posterior(mixture: MultimodalDiffus
 def test_a_point_given_a_label_has_that_component_s_law(
     mixture: MultimodalDiffusion, solver: str, steps: int, label: int
 ) -> None:
-    settings = SamplerSettings(steps, solver)  # type: ignore[arg-type]
+    settings = SamplerSettings(steps, solver, NOISE[solver])  # type: ignore[arg-type]
     given = {"label": torch.full((MANY,), label)}
     out = sample(mixture, MANY, observed=given, settings=settings, generator=torch.Generator().manual_seed(label))
     assert torch.equal(out["label"], given["label"])
@@ -333,7 +336,7 @@ def test_a_point_given_a_label_has_that_component_s_law(
 def test_points_and_labels_sampled_together_belong_together(
     mixture: MultimodalDiffusion, solver: str, steps: int, path: dict[str, float]
 ) -> None:
-    settings = SamplerSettings(steps, solver, path=path)  # type: ignore[arg-type]
+    settings = SamplerSettings(steps, solver, NOISE[solver], path=path)  # type: ignore[arg-type]
     out = sample(mixture, MANY, settings=settings, generator=torch.Generator().manual_seed(0))
     share = torch.bincount(out["label"], minlength=CLASSES) / MANY
     torch.testing.assert_close(share.double(), _Mixture.prior, rtol=0, atol=0.04)
@@ -475,7 +478,7 @@ def test_jumps_too_long_for_an_epsilon_head_are_refused(layout: str) -> None:
     message = r"longest of 5 steps would multiply errors by .* more steps \(up to T = 400\)"
     for solver in ("ancestral", "ddim"):
         with pytest.raises(ValueError, match=message):
-            sample(model, 1, observed={"label": x["label"]}, settings=SamplerSettings(5, solver))  # type: ignore[arg-type]
+            sample(model, 1, observed={"label": x["label"]}, settings=SamplerSettings(5, solver, NOISE[solver]))  # type: ignore[arg-type]
     assert sample(model, 1, settings=SamplerSettings(5, "dpmpp_2m"))["picture"].isfinite().all()
 
 
@@ -643,7 +646,7 @@ def test_the_same_seed_gives_the_same_sample_and_another_seed_another(
     solver: str, draw: bool, epsilon_head: bool
 ) -> None:
     model = picture_and_label(epsilon_head=epsilon_head)
-    settings = SamplerSettings(5, solver, draw=draw, path={"label": 0.5})  # type: ignore[arg-type]
+    settings = SamplerSettings(5, solver, NOISE[solver], draw=draw, path={"label": 0.5})  # type: ignore[arg-type]
     first, again, other = (
         sample(model, 3, settings=settings, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
     )
@@ -668,7 +671,7 @@ def test_pixels_that_are_seen_are_kept_and_hidden_ones_do_not_matter(
     visible = torch.ones(4, 8, 8)
     visible[:, 2:7, 1:5] = 0  # not along the latent's 2×2 places
     hidden = (visible == 0)[:, None]
-    settings = SamplerSettings(5, solver, conditioning=conditioning)  # type: ignore[arg-type]
+    settings = SamplerSettings(5, solver, NOISE[solver], conditioning=conditioning)  # type: ignore[arg-type]
     out = [
         sample(
             model,
@@ -724,7 +727,7 @@ def test_places_that_are_seen_are_the_clean_code_at_every_step(
     visible[0, :4] = 0
     visible[1, :, 6:] = 0
     given = {"picture": x["picture"]}
-    settings = SamplerSettings(6, solver, path=path)  # type: ignore[arg-type]
+    settings = SamplerSettings(6, solver, NOISE[solver], path=path)  # type: ignore[arg-type]
     sample(model, 2, observed=given, visible={"picture": visible}, settings=settings, generator=generator)
     code = model.encode(x)["picture"]
     seen = torch.ones(2, 1, 4, 4, dtype=torch.bool)
@@ -763,7 +766,7 @@ def test_a_sample_does_not_depend_on_what_else_is_in_its_batch(
 
         for module in (mtdiffusion.model, mtdiffusion.sampler):
             monkeypatch.setattr(module, "standard_normal", noise)
-        settings = SamplerSettings(5, solver, guidance=1.5)  # type: ignore[arg-type]
+        settings = SamplerSettings(5, solver, NOISE[solver], guidance=1.5)  # type: ignore[arg-type]
         return sample(
             model,
             len(range(3)[rows]),
@@ -813,7 +816,7 @@ def test_a_step_is_one_call_of_the_network(solver: str, guidance: float, path: d
     model, x = picture_and_label(), data(2)
     calls: list[int] = []
     model.backbone.register_forward_hook(lambda _module, inputs, _out: calls.append(len(inputs[0])))
-    settings = SamplerSettings(7, solver, guidance=guidance, path=path)  # type: ignore[arg-type]
+    settings = SamplerSettings(7, solver, NOISE[solver], guidance=guidance, path=path)  # type: ignore[arg-type]
     sample(model, 2, observed={"label": x["label"]}, settings=settings)
     assert calls == [2 * int(guidance)] * 7
     calls.clear()
@@ -833,7 +836,7 @@ def test_each_step_tells_what_is_expected_and_may_end_the_sampling(solver: str) 
             raise StopIteration
 
     limit = 0
-    settings, observed = SamplerSettings(4, solver), {"label": x["label"]}  # type: ignore[arg-type]
+    settings, observed = SamplerSettings(4, solver, NOISE[solver]), {"label": x["label"]}  # type: ignore[arg-type]
     out = sample(model, 3, observed=observed, settings=settings, on_step=on_step)
     assert [step[:2] for step in told] == [(0, 4), (1, 4), (2, 4), (3, 4)]
     assert torch.equal(told[-1][2], out["picture"])
@@ -983,7 +986,7 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"eta": 0.5}, "eta: 0.5 is a setting of the solvers ddim and dpmpp_2m"),
+        ({"solver": "ancestral", "eta": 0.5}, "eta: 0.5 is a setting of the solvers ddim and dpmpp_2m"),
         ({"guidance": 2.0, "conditioning": "replacement"}, "guidance: 2.0 has nothing to guide by"),
     ],
 )

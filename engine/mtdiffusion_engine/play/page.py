@@ -320,8 +320,8 @@ def build_page(run: Run, folder: Path) -> gr.Blocks:
                 solver = gr.Dropdown(list(SOLVERS), value=sampling.solver, label="Solver", elem_id="solver")
                 eta = gr.Slider(
                     0,
-                    max(1.0, sampling.eta),
-                    sampling.eta,
+                    max(1.0, sampling.noise),
+                    sampling.noise,
                     step=0.05,
                     label="η: noise of a step",
                     visible=sampling.solver != "ancestral",
@@ -360,7 +360,7 @@ def build_page(run: Run, folder: Path) -> gr.Blocks:
             archive = gr.DownloadButton("Download all files", size="sm", elem_id="archive")
 
         solver.change(
-            lambda chosen: gr.update(visible=chosen != "ancestral"),
+            lambda chosen: gr.update(visible=chosen != "ancestral", value=run.settings(solver=chosen).noise),
             solver,
             eta,
             show_progress="hidden",
@@ -438,7 +438,7 @@ def read_request(
     if control["seed"] is None or control["seed"] < 0:
         raise UserError("Seed: expected a whole number from 0, found none")
     settings = {key: control[key] for key in ("steps", "solver", "guidance", "draw")}
-    settings["eta"] = control["eta"] if control["solver"] != "ancestral" else 0.0
+    settings["eta"] = control["eta"] if control["solver"] != "ancestral" else None
     if control["path"] == TOGETHER:
         settings["path"] = "shared"
     elif control["path"] == AS_SET:
