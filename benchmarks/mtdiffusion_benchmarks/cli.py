@@ -116,6 +116,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--steps", nargs="+", type=int, default=[8, 16, 32, 64], metavar="N", help="evaluations (default: 8 16 32 64)"
     )
     solvers.add_argument(
+        "--guidance",
+        nargs="+",
+        default=["1"],
+        metavar="G[@LOW-HIGH]",
+        help="guidance on what is given, on all of the path or a part of it; the reference has the first (default: 1, "
+        "which is none)",
+    )
+    solvers.add_argument(
         "--reference", type=int, default=250, metavar="N", help="of ancestral, to compare with (default: %(default)s)"
     )
     solvers.add_argument("--samples", type=int, default=500, metavar="N", help="default: %(default)s")
@@ -274,8 +282,11 @@ def _solvers(args: argparse.Namespace) -> None:
     for option, values in (counts | {"--seeds": [args.seeds]}).items():
         if least := [value for value in values if value < 1]:
             raise UserError(f"{option} {least[0]}: expected 1 or more")
-    ways = [solvers.way("ancestral", args.reference)]
-    ways += [solvers.way(text, steps) for text in args.solver for steps in sorted(args.steps)]
+    guidance = [solvers.guidance(text) for text in args.guidance]
+    ways = [solvers.way("ancestral", args.reference, guidance[0])]
+    ways += [
+        solvers.way(text, steps, guided) for text in args.solver for guided in guidance for steps in sorted(args.steps)
+    ]
 
     def keep(result: dict[str, Any]) -> None:
         if args.out is not None:

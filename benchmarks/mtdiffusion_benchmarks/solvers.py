@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, cast
 
-from attrs import evolve, field, frozen
+from attrs import asdict, astuple, evolve, field, fields, frozen
 
 from mtdiffusion import SamplerSettings
 from mtdiffusion_benchmarks.report.markdown import code
@@ -28,24 +28,68 @@ WITHIN = {"lower": 0.05, "higher": 0.02}
 
 @frozen
 class Way:
-    """A way to sample: a solver, its noise and the evaluations of the network that a sample takes."""
+    """A way to sample: a solver, its noise and its steps, and guidance on the part of the path from low to high."""
 
     solver: str
     eta: float
     steps: int
+    guidance: float = 1.0
+    low: float = 0.0
+    high: float = 1.0
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Way:
+        """Of a row of a result; one made before guidance was compared has none."""
+        return cls(**{each.name: row[each.name] for each in fields(cls) if each.name in row})
 
     @property
     def title(self) -> str:
-        """As documents name it: ``dpmpp_2m, eta 1``."""
-        return self.solver + (f", eta {self.eta:g}" if self.solver != "ancestral" else "")
+        """As documents name it: ``dpmpp_2m, eta 1, guidance 2 from 0.2 to 0.8``."""
+        parts = [self.solver] + ([f"eta {self.eta:g}"] if self.solver != "ancestral" else [])
+        if self.guidance != 1:
+            part = f" from {self.low:g} to {self.high:g}" if (self.low, self.high) != (0, 1) else ""
+            parts.append(f"guidance {self.guidance:g}{part}")
+        return ", ".join(parts)
+
+    @property
+    def evaluations(self) -> int:
+        """Of the network, of a sample; a step with guidance takes two, where something is given."""
+        guided = sum(self.low < k / self.steps <= self.high for k in range(1, self.steps + 1))
+        return self.steps + (guided if self.guidance != 1 else 0)
 
     def settings(self, base: SamplerSettings) -> SamplerSettings:
         """The run's own settings, sampled this way."""
-        return evolve(base, solver=cast(Any, self.solver), eta=self.eta, steps=self.steps)
+        return evolve(
+            base,
+            solver=cast(Any, self.solver),
+            eta=self.eta,
+            steps=self.steps,
+            guidance=self.guidance,
+            guidance_interval=(self.low, self.high),  # type: ignore[arg-type]  # its converter is generic
+        )
 
 
-def way(text: str, steps: int) -> Way:
-    """From ``SOLVER`` or ``SOLVER=ETA``.
+def guidance(text: str) -> tuple[float, float, float]:
+    """Guidance and the part of the path that has it, from ``G`` or ``G@LOW-HIGH``.
+
+    Raises:
+        UserError: if it is neither, or out of range.
+    """
+    value, given, part = text.partition("@")
+    try:
+        low, high = part.split("-") if given else ("0", "1")
+        found = float(value), float(low), float(high)
+        SamplerSettings(guidance=found[0], guidance_interval=found[1:])  # type: ignore[arg-type]
+    except ValueError as error:
+        raise UserError(
+            f"--guidance {text}: {error.args[0]}; expected a number, 1 for none, or one on a part of the path, such as "
+            "2@0.2-0.8"
+        ) from error
+    return found
+
+
+def way(text: str, steps: int, guided: tuple[float, float, float] = (1.0, 0.0, 1.0)) -> Way:
+    """From ``SOLVER`` or ``SOLVER=ETA``, with guidance.
 
     Raises:
         UserError: if it is neither, or the solver does not take that eta.
@@ -57,7 +101,7 @@ def way(text: str, steps: int) -> Way:
         raise UserError(
             f"--solver {text}: {error.args[0]}; expected a solver, or SOLVER=ETA, such as ddim=2"
         ) from error
-    return Way(name, chosen.noise, steps)
+    return Way(name, chosen.noise, steps, *guided)
 
 
 @frozen(eq=False)
@@ -112,19 +156,18 @@ class Comparison:
             "run": self.run.path.absolute().name,
             "fingerprint": mark,
             "samples": len(test),
-            "reference": {"solver": self.ways[0].solver, "eta": self.ways[0].eta, "steps": self.ways[0].steps},
+            "reference": asdict(self.ways[0]),
             "keys": list(self.keys),
             "directions": {key: directions[key.partition("/")[2]] for key in self.keys},
             "rows": rows,
             "hardware": hardware(str(model.device)),
             "version": version("mtdiffusion"),
         }
-        done = {(row["solver"], row["eta"], row["steps"], row["seed"]): row["metrics"] for row in rows}
+        done = {(Way.of(row), row["seed"]): row["metrics"] for row in rows}
         for each in self.ways:
             settings = each.settings(self.run.experiment.sampling)
             for seed in range(self.seeds):
-                place = (each.solver, each.eta, each.steps, seed)
-                if place in done and all(key in done[place] for key in self.keys):
+                if all(key in done.get((each, seed), {}) for key in self.keys):
                     continue
                 found = evaluate(
                     model,
@@ -143,10 +186,10 @@ class Comparison:
                     raise UserError(
                         f"--metric {missing[0]}: this run has no such figure{did_you_mean(missing[0], sorted(found))}"
                     )
-                rows[:] = [row for row in rows if (row["solver"], row["eta"], row["steps"], row["seed"]) != place]
-                rows.append(dict(zip(("solver", "eta", "steps", "seed"), place, strict=True), metrics=metrics))
+                rows[:] = [row for row in rows if (Way.of(row), row["seed"]) != (each, seed)]
+                rows.append({**asdict(each), "seed": seed, "metrics": metrics})
                 told = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())
-                self.say(f"{each.title}, {each.steps} evaluations, seed {seed}: {told}")
+                self.say(f"{each.title}, {each.evaluations} evaluations, seed {seed}: {told}")
                 keep(result)
         return result
 
@@ -155,7 +198,7 @@ def _means(result: Mapping[str, Any]) -> dict[Way, dict[str, tuple[float, float]
     """Mean and half the range over seeds of each figure, by way."""
     found: dict[Way, list[Mapping[str, float]]] = {}
     for row in result["rows"]:
-        found.setdefault(Way(row["solver"], row["eta"], row["steps"]), []).append(row["metrics"])
+        found.setdefault(Way.of(row), []).append(row["metrics"])
     return {
         each: {
             key: (statistics.mean(values), (max(values) - min(values)) / 2)
@@ -174,15 +217,17 @@ def good_enough(value: float, reference: float, direction: str) -> bool:
 
 def cheapest(result: Mapping[str, Any]) -> dict[str, Way | None]:
     """By figure, the way of fewest evaluations that is as good as the reference; None if there is none below it."""
-    means, reference = _means(result), Way(**result["reference"])
+    means, reference = _means(result), Way.of(result["reference"])
     found: dict[str, Way | None] = {}
     for key in result["keys"]:
         aim = means[reference][key][0]
         direction = result["directions"][key]
         fits = [
-            (each.steps, -values[key][0] if direction == "higher" else values[key][0], each)
+            (each.evaluations, -values[key][0] if direction == "higher" else values[key][0], each)
             for each, values in means.items()
-            if each.steps < reference.steps and key in values and good_enough(values[key][0], aim, direction)
+            if each.evaluations < reference.evaluations
+            and key in values
+            and good_enough(values[key][0], aim, direction)
         ]
         found[key] = min(fits, key=lambda fit: fit[:2])[2] if fits else None
     return found
@@ -191,12 +236,12 @@ def cheapest(result: Mapping[str, Any]) -> dict[str, Way | None]:
 def table(result: Mapping[str, Any]) -> str:
     """A row a way, a column a figure, with half the range over seeds if there are several; in bold what is as good as
     the reference, which comes first."""
-    means, reference = _means(result), Way(**result["reference"])
+    means, reference = _means(result), Way.of(result["reference"])
     several = len({row["seed"] for row in result["rows"]}) > 1
     arrows = {"higher": "↑", "lower": "↓"}
     heads = [f"{code(key)} {arrows[result['directions'][key]]}" for key in result["keys"]]
     lines = ["| solver | evaluations | " + " | ".join(heads) + " |", "|---|---|" + "---|" * len(heads)]
-    order = sorted(means, key=lambda each: (each != reference, each.solver, each.eta, each.steps))
+    order = sorted(means, key=lambda each: (each != reference, astuple(evolve(each, steps=0)), each.steps))
     for each in order:
         cells = []
         for key in result["keys"]:
@@ -207,18 +252,18 @@ def table(result: Mapping[str, Any]) -> str:
             text = f"{value:.3g} ± {spread:.2g}" if several else f"{value:.3g}"
             good = good_enough(value, means[reference][key][0], result["directions"][key])
             cells.append(f"**{text}**" if good and each != reference else text)
-        lines.append(f"| {each.title} | {each.steps} | " + " | ".join(cells) + " |")
+        lines.append(f"| {each.title} | {each.evaluations} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def verdict(result: Mapping[str, Any]) -> str:
     """A sentence a figure: how few evaluations are enough, and by which solver."""
-    reference = Way(**result["reference"])
-    long = f"{reference.steps} of {reference.title}"
+    reference = Way.of(result["reference"])
+    long = f"{reference.evaluations} of {reference.title}"
     lines = []
     for key, best in cheapest(result).items():
         if best is None:
             lines.append(f"{key}: nothing that was tried is as good as {long}")
         else:
-            lines.append(f"{key}: {best.steps} evaluations of {best.title} are as good as {long}")
+            lines.append(f"{key}: {best.evaluations} evaluations of {best.title} are as good as {long}")
     return "\n".join(lines)

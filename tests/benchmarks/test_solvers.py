@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from mtdiffusion import sample
 from mtdiffusion_benchmarks import solvers
 from mtdiffusion_benchmarks.solvers import Way
 from mtdiffusion_engine import load_run
@@ -104,6 +106,9 @@ def test_a_second_call_goes_on_with_what_is_there(
         (["--solver", "euler"], "--solver euler: 'solver' must be in ('ancestral', 'ddim', 'dpmpp_2m')"),
         (["--solver", "ancestral=2"], "--solver ancestral=2: eta: 2.0 is a setting of the solvers ddim and dpmpp_2m"),
         (["--solver", "ddim=much"], "--solver ddim=much: could not convert"),
+        (["--guidance", "2@0.8"], "--guidance 2@0.8: not enough values to unpack"),
+        (["--guidance", "2@0.8-0.2"], "--guidance 2@0.8-0.2: 'guidance_interval': expected two shares of the path"),
+        (["--guidance", "-1"], "--guidance -1: 'guidance' must be >= 0"),
         (["--steps", "0"], "--steps 0: expected 1 or more"),
         (["--seeds", "0"], "--seeds 0: expected 1 or more"),
     ],
@@ -118,7 +123,35 @@ def test_what_cannot_be_compared_is_refused(
     assert message in capsys.readouterr().err
 
 
+def test_what_guidance_costs_is_counted(tiny_run: Path) -> None:
+    """By the evaluations that the sampler makes of its network, half of each batch of them where there is guidance."""
+    run = load_run(tiny_run)
+    asked: list[int] = []
+    run.model.backbone.register_forward_pre_hook(lambda _, inputs: asked.append(len(inputs[0])))
+    for text in ("1", "3", "3@0.2-0.8", "3@0.29-1", "3@0-0.5"):
+        for steps in (5, 8):
+            way = solvers.way("ddim", steps, solvers.guidance(text))
+            asked.clear()
+            sample(run.model, 2, observed={"label": torch.tensor([0, 1])}, settings=way.settings(run.settings()))
+            assert way.evaluations == sum(asked) / 2, (text, steps)
+
+
+def test_guidance_is_compared(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "solvers.json"
+    command = ["bench", "solvers", str(tiny_run), "--metric", "image|label/mse", "--samples", "8", "--seeds", "1"]
+    command += ["--solver", "dpmpp_2m", "--steps", "4", "--reference", "8", "--guidance", "2", "2@0.25-0.75"]
+    assert main([*command, "--device", "cpu", "--out", str(out)]) == 0
+    lines = capsys.readouterr().out
+    assert "| ancestral, guidance 2 | 16 |" in lines
+    assert "| dpmpp_2m, eta 1, guidance 2 | 8 |" in lines
+    assert "| dpmpp_2m, eta 1, guidance 2 from 0.25 to 0.75 | 6 |" in lines
+    found = [row["metrics"] for row in read_json(out)["rows"]]
+    assert len({tuple(metrics.values()) for metrics in found}) == 3
+
+
 def test_a_way_is_read() -> None:
+    assert solvers.way("dpmpp_2m", 8) == Way("dpmpp_2m", 1.0, 8)
+    assert solvers.way("ddim", 8, solvers.guidance("2@0.2-0.8")) == Way("ddim", 0.0, 8, 2.0, 0.2, 0.8)
     assert solvers.way("dpmpp_2m=1", 8) == Way("dpmpp_2m", 1.0, 8)
     assert solvers.way("ancestral", 8) == Way("ancestral", 1.0, 8)
     with pytest.raises(UserError):
