@@ -27,6 +27,7 @@ ROWS: Mapping[str, str] = {
     "label → image: Fréchet distance in the judge's features": "image|label/fid_judge",
     "mask → image: the same": "image|mask/fid_judge",
     "caption → image: the same": "image|text/fid_judge",
+    "mask → image: Fréchet distance in the segmenter's features": "image|mask/fid_segmenter",
     "CLIP embedding → image: the judge reads the true label": "image|clip/judge_accuracy",
     "image with holes → image: the class is kept": "image|image:part/judge_accuracy",
     "image → label: accuracy": "label|image/accuracy",
@@ -39,10 +40,13 @@ ROWS: Mapping[str, str] = {
     "image, mask and label together: judge and label agree": "joint/judge_agreement",
     "joint images: Fréchet distance in the judge's features": "joint/fid_judge",
     "the same, with the training images' share of each class, as the judge reads them": "joint/fid_judge_balanced",
+    "image and mask together: the segmenter finds the mask, mean IoU": "joint/segmenter_agreement",
+    "joint images: Fréchet distance in the segmenter's features": "joint/fid_segmenter",
     "real held-out images: the judge's accuracy": "real/judge_accuracy",
     "real held-out images: Fréchet distance to the training images": "real/fid_judge",
     "the same, with the training images' share of each class": "real/fid_judge_balanced",
     "the same, their classes drawn at random as joint samples' are": "real/fid_judge_iid",
+    "real held-out images: Fréchet distance in the segmenter's features": "real/fid_segmenter",
 }
 FEW = (
     "image|label/judge_accuracy",
@@ -156,7 +160,7 @@ def blocks(results: Path) -> dict[str, str]:
         for path in sorted(results.glob("*/metrics.json"))
     }
     made = {f"{name}: few": metrics_table({name: run}, FEW) for name, run in runs.items()}
-    for family in ("digits", "scenes"):
+    for family in ("digits", "scenes", "camvid", "cifar10"):
         if several := {name: run for name, run in runs.items() if name.startswith(family)}:
             made[family] = metrics_table(several)
     for path in sorted(results.glob("*/perf.json")):
