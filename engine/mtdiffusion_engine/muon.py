@@ -64,10 +64,10 @@ class Muon(torch.optim.AdamW):
     each computes the whole step and takes its part of it.
 
     Attributes:
-        found_inf: set before a step: 1 if it is to be left out, else 0, on the device, as of a fused optimizer.
+        found_inf: may be set before a step, as of a fused optimizer: 1 if it is to be left out, else 0, on the device.
     """
 
-    found_inf: Tensor
+    found_inf: Tensor | None = None
 
     def __init__(
         self, matrices: list[nn.Parameter], others: list[nn.Parameter], lr: float, weight_decay: float, beta2: float
@@ -83,7 +83,8 @@ class Muon(torch.optim.AdamW):
             super().step()
         finally:
             self.param_groups.append(matrices)
-        skipped = self.found_inf.bool()
+        device = matrices["params"][0].device
+        skipped = torch.zeros((), device=device).bool() if self.found_inf is None else self.found_inf.bool()
         rate = matrices["lr"] * ~skipped
         kept = 1 - rate * matrices["weight_decay"]
         for weight in matrices["params"]:

@@ -41,10 +41,14 @@ def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_training, "_gradient", killed)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.kind)
-def test_resumed_equals_uninterrupted(method: MethodConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = method.fit(digits(tmp_path / "whole", *TINY))
-    problem = digits(tmp_path / "interrupted", *TINY)
+def test_resumed_equals_uninterrupted(
+    method: MethodConfig, optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = (*TINY, f"training.optimizer={optimizer}")
+    whole = method.fit(digits(tmp_path / "whole", *options))
+    problem = digits(tmp_path / "interrupted", *options)
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         interrupt_at(6, patch)
         method.fit(problem)

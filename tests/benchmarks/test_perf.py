@@ -34,13 +34,21 @@ def test_the_loop_written_by_hand_predicts_what_the_framework_predicts(path: Pat
 
 
 def test_further_modalities_are_instances_of_one_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the work of their heads is that of as many convolutions, forward and twice as much back."""
     monkeypatch.chdir(ROOT)
-    experiment = structure_experiment(perf.of_modalities("mask", 3), Registry.discover(), "masks")
-    assert list(experiment.modalities) == ["image", "mask0", "mask1", "mask2"]
-    model = build_model(experiment)
-    data = load_data(experiment, model, "test")
-    counts = perf.flops(model, data.batch(range(2)))
-    assert 0 < counts["encoders and heads"] < counts["total"]
+    own, total = [], []
+    for count in (0, 1, 3):
+        experiment = structure_experiment(perf.of_modalities("mask", count), Registry.discover(), "masks")
+        assert list(experiment.modalities) == ["image", *(f"mask{i}" for i in range(count))]
+        model = build_model(experiment)
+        counts = perf.flops(model, load_data(experiment, model, "test").batch(range(2)))
+        own.append(counts["encoders and heads"])
+        total.append(counts["total"])
+    conv = model.modality("mask0").decoder.logits.conv  # type: ignore[union-attr]
+    places = model.layout.latent.height * model.layout.latent.width
+    assert own[1] - own[0] == 2 * 3 * 2 * places * conv.weight.numel()
+    assert own[2] - own[0] == 3 * (own[1] - own[0])
+    assert total[2] - total[0] > own[2] - own[0], "what is shown of them to the backbone has its price, too"
 
 
 def test_a_ratio_is_of_the_times_of_one_round() -> None:

@@ -80,6 +80,14 @@ def test_a_step_has_the_length_of_adamws() -> None:
     assert optimizer.state[layer.weight].keys() == {"step", "momentum"} and "exp_avg" in optimizer.state[layer.bias]
 
 
+def test_a_step_that_nobody_asked_to_leave_out_is_taken() -> None:
+    """As a fused optimizer of torch does, in a loop that does not set ``found_inf``."""
+    (told, asked), (plain, untold) = quadratic(), quadratic()
+    step_if_finite(asked, torch.tensor(1.0))
+    untold.step()
+    assert torch.equal(told.weight, plain.weight) and torch.equal(told.bias, plain.bias)
+
+
 def test_a_step_that_is_left_out_changes_nothing() -> None:
     layer, optimizer = quadratic()
     step_if_finite(optimizer, torch.tensor(1.0))
