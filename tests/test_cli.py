@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from mtdiffusion.sampler import SOLVERS as CORE_SOLVERS
 from mtdiffusion_engine import checkpoint as ckpt
 from mtdiffusion_engine import load_run
-from mtdiffusion_engine.cli import SOLVERS, main
+from mtdiffusion_engine.cli import SHELLS, SOLVERS, main
 from mtdiffusion_engine.monitor import Monitor
 from mtdiffusion_engine.trainer import Progress
 from tests.engine.tiny import CONFIG
@@ -872,20 +872,42 @@ def test_a_fault_of_ours_is_not_dressed_up_as_one_of_the_user(
     assert "Traceback" in result.err
 
 
-def test_a_shell_completes_commands_options_and_files(cli: Cli, tmp_path: Path) -> None:
+BASH = """
+source {script}
+COMP_WORDS=({line}x)
+COMP_WORDS[-1]=${{COMP_WORDS[-1]%x}}
+COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
+_shtab_mtdiffusion
+printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+FISH = "source {script}; complete -C '{line}'"
+
+
+@pytest.mark.parametrize(("shell", "code"), [("bash", BASH), ("fish", FISH)])
+def test_a_shell_completes_commands_options_and_files(shell: str, code: str, cli: Cli, tmp_path: Path) -> None:
     script = tmp_path / "completion"
-    script.write_text(cli("completion", "bash").out)
+    script.write_text(cli("completion", shell).out)
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
     (tmp_path / "runs-here").mkdir()
 
-    def completed(*words: str) -> set[str]:
-        asked = f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _shtab_mtdiffusion"
-        code = f"source {script}; {asked}; printf '%s\\n' \"${{COMPREPLY[@]}}\""
-        done = subprocess.run(["bash", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-        return set(done.stdout.split())
+    def completed(line: str) -> set[str]:
+        asked = [shell, "-c", code.format(script=script, line=line)]
+        done = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, check=True)
+        return {each.partition("\t")[0].rstrip("/") for each in done.stdout.splitlines()}  # fish says what each is
 
-    assert completed("mtdiffusion", "ev") == {"evaluate"}
-    assert completed("mtdiffusion", "sample", "--st") == {"--steps", "--strength"}
-    assert "runs-here" in " ".join(completed("mtdiffusion", "evaluate", "runs"))
+    assert completed("mtdiffusion ev") == {"evaluate"}
+    assert completed("mtdiffusion sample --st") == {"--steps", "--strength"}
+    assert completed("mtdiffusion bench so") == {"solvers"}
+    assert completed("mtdiffusion evaluate runs") == {"runs-here"}
+    assert completed("mtdiffusion completion fi") == {"fish"}
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_there_is_a_completion_for_each_shell(shell: str, cli: Cli) -> None:
+    result = cli("completion", shell)
+    assert result.code == 0
+    assert {"evaluate", "solvers", "strength"} <= set(re.findall(r"\w+", result.out))
 
 
 @pytest.fixture

@@ -48,6 +48,7 @@ ASSUMED = {
     "disk": "bytes a second that a checkpoint is written with (default: 2e9)",
 }
 """What `plan` assumes."""
+SHELLS = ("bash", "zsh", "fish", "tcsh")
 LIKES = ("vector", "spatial", "sequence", "file")
 SLOW_IMPORT = 1.0
 """Seconds from which the import of a plugin is called slow: who lists or trains waits for it."""
@@ -400,7 +401,7 @@ def _parser() -> argparse.ArgumentParser:
     checking.set_defaults(handler=_check_plugin)
 
     completion = command("completion", "print a script that completes commands and options in a shell")
-    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"), metavar="SHELL", help="bash, zsh or tcsh")
+    completion.add_argument("shell", choices=SHELLS, metavar="SHELL", help=", ".join(SHELLS))
     completion.set_defaults(handler=_complete)
 
     listing.set_defaults(broken_commands=_add_commands(commands))  # last: none may take the name of one of ours
