@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +27,7 @@ from safetensors.torch import load_file
 from mtdiffusion.sampler import SOLVERS as CORE_SOLVERS
 from mtdiffusion_engine import checkpoint as ckpt
 from mtdiffusion_engine import load_run
-from mtdiffusion_engine.cli import SOLVERS, main
+from mtdiffusion_engine.cli import SHELLS, SOLVERS, main
 from mtdiffusion_engine.monitor import Monitor
 from mtdiffusion_engine.trainer import Progress
 from tests.engine.tiny import CONFIG
@@ -750,11 +753,34 @@ def test_an_evaluation_that_is_stopped_keeps_what_it_has_and_goes_on_with_the_re
 
 
 def test_evaluate_and_gallery_say_how_far_they_are(cli: Cli, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mtdiffusion_registry.pace._EVERY", -1.0)
+    monkeypatch.setattr("mtdiffusion_registry.pace.EVERY", -1.0)
     said = cli("evaluate", copy, "--device", "cpu", "--set", "evaluation.batch_size=3").err
     for what in ("given image", "joint samples, draw 1", "the bound"):
         assert re.search(rf"^evaluating: {what}: 6 of 8, 0:\d\d left$", said, re.M), said
     assert re.search(r"^drawing the gallery: 5 of 6, ", cli("gallery", copy, "--device", "cpu").err, re.M)
+
+
+def test_a_log_has_each_line_once(cli: Cli, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Off a terminal, though a library sets up the root logger, as open_clip does when it makes a model."""
+
+    def print_it(record: logging.LogRecord) -> None:
+        print(record.getMessage(), file=sys.stderr)
+
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", print_it)
+    logging.getLogger().addHandler(handler)
+    try:
+        quick = cli("evaluate", copy, "--device", "cpu").err.splitlines()
+        monkeypatch.setattr("mtdiffusion_registry.pace.EVERY", -1.0)
+        slow = cli("gallery", copy, "--device", "cpu").err.splitlines()
+    finally:
+        logging.getLogger().removeHandler(handler)
+    news = [line for line in quick if " left" not in line and ": done in" not in line]  # of what takes long
+    assert "evaluating: given image" in news and "evaluating: the bound" in news
+    assert not [line for line in news for other in news if line.startswith(f"{other}: ")]
+    assert len(set(news)) == len(news)
+    counts = Counter(re.sub(r", \d+:\d\d left", "", line) for line in slow)
+    assert counts["drawing the gallery: 5 of 6"] == 1 and max(counts.values()) == 1, counts
 
 
 def test_gallery_shows_what_is_asked_for(cli: Cli, copy: Path, tmp_path: Path) -> None:
@@ -846,25 +872,133 @@ def test_a_fault_of_ours_is_not_dressed_up_as_one_of_the_user(
     assert "Traceback" in result.err
 
 
-def test_a_shell_completes_commands_options_and_files(cli: Cli, tmp_path: Path) -> None:
+BASH = """
+source {script}
+COMP_WORDS=({line}x)
+COMP_WORDS[-1]=${{COMP_WORDS[-1]%x}}
+COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
+_shtab_mtdiffusion
+printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+FISH = "source {script}; complete -C '{line}'"
+
+
+@pytest.mark.parametrize(("shell", "code"), [("bash", BASH), ("fish", FISH)])
+def test_a_shell_completes_commands_options_and_files(shell: str, code: str, cli: Cli, tmp_path: Path) -> None:
     script = tmp_path / "completion"
-    script.write_text(cli("completion", "bash").out)
+    script.write_text(cli("completion", shell).out)
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
     (tmp_path / "runs-here").mkdir()
 
-    def completed(*words: str) -> set[str]:
-        asked = f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _shtab_mtdiffusion"
-        code = f"source {script}; {asked}; printf '%s\\n' \"${{COMPREPLY[@]}}\""
-        done = subprocess.run(["bash", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-        return set(done.stdout.split())
+    def completed(line: str) -> set[str]:
+        asked = [shell, "-c", code.format(script=script, line=line)]
+        done = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, check=True)
+        return {each.partition("\t")[0].rstrip("/") for each in done.stdout.splitlines()}  # fish says what each is
 
-    assert completed("mtdiffusion", "ev") == {"evaluate"}
-    assert completed("mtdiffusion", "sample", "--st") == {"--steps", "--strength"}
-    assert "runs-here" in " ".join(completed("mtdiffusion", "evaluate", "runs"))
+    assert completed("mtdiffusion ev") == {"evaluate"}
+    assert completed("mtdiffusion sample --st") == {"--steps", "--strength"}
+    assert completed("mtdiffusion bench so") == {"solvers"}
+    assert completed("mtdiffusion evaluate runs") == {"runs-here"}
+    assert completed("mtdiffusion completion fi") == {"fish"}
 
 
-def test_results_and_plugins_are_printed_for_machines_too(cli: Cli, copy: Path) -> None:
-    result = cli("evaluate", copy, "--json", "--device", "cpu", "--only", "label|image", "--samples", 4)
-    assert json.loads(result.out) == json.loads((copy / "metrics.json").read_text())
+@pytest.mark.parametrize("shell", SHELLS)
+def test_there_is_a_completion_for_each_shell(shell: str, cli: Cli) -> None:
+    result = cli("completion", shell)
+    assert result.code == 0
+    assert {"evaluate", "solvers", "strength"} <= set(re.findall(r"\w+", result.out))
+
+
+@pytest.fixture
+def document(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Runs a command with --json beside libraries that print; the one document of its standard output."""
+    from mtdiffusion_engine import commands
+
+    load, read = commands.load_run, commands.load_experiment
+
+    def loud(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            print("a library prints")
+            os.write(1, b"one in C, too\n")
+            return function(*arguments, **options)
+
+        return run
+
+    monkeypatch.setattr(commands, "load_run", loud(load))
+    monkeypatch.setattr(commands, "load_experiment", loud(read))
+
+    def of(*arguments: object) -> Any:
+        result = cli(*arguments, "--json")
+        assert result.code == 0, result
+        assert "a library prints\n" in result.err and "one in C, too\n" in result.err
+        return json.loads(result.out, parse_constant=pytest.fail)
+
+    return of
+
+
+def test_train_says_for_machines_what_came_of_it(
+    document: Callable[..., Any], tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    reports: list[Progress] = []
+    tell = Monitor.progress
+    monkeypatch.setattr(Monitor, "progress", lambda self, report: (reports.append(report), tell(self, report)))
+    found = document("train", tiny_config, "--out", run, "--device", "cpu")
+    assert found == {
+        "run": str(run),
+        "checkpoint": str(ckpt.list_checkpoints(run)[-1]),
+        "steps": 10,
+        "losses": reports[-1].means,
+        "held_out": reports[-1].held_out,
+    }
+    assert {"loss", "l2/image"} <= found["losses"].keys() == found["held_out"].keys()
+    again = document("train", "--resume", "--out", run, "--device", "cpu")  # nothing is left to train
+    assert again == {**found, "losses": None, "held_out": None}
+
+
+def test_sample_says_for_machines_what_it_wrote(document: Callable[..., Any], tiny_run: Path, tmp_path: Path) -> None:
+    for out, options, written in (
+        (tmp_path / "files", (), ["image/0000.png", "image/0001.png", "label.csv", "request.json", "samples.png"]),
+        (tmp_path / "shards", ("--shards", "tar"), ["request.json", "samples-00000.tar", "samples.png"]),
+    ):
+        asked = ("--observe", "label=3", "--generate", "image", "-n", 2, "--device", "cpu")
+        found = document("sample", tiny_run, "--out", out, *asked, *options)
+        assert (found["out"], found["n"]) == (str(out), 2)
+        assert found["paths"] == [str(out / name) for name in written]
+        assert found["request"] == json.loads((out / "request.json").read_text())
+        assert found["request"]["observed"] == {"label": "3"}
+
+
+def test_gallery_says_for_machines_where_it_is(document: Callable[..., Any], copy: Path) -> None:
+    (copy / "gallery.html").write_text("something else, which is older")
+    os.utime(copy / "gallery.html", (0, 0))
+    found = document("gallery", copy, "--device", "cpu", "--columns", 2, "--blocks", "joint")
+    assert found == {"gallery": str(copy / "gallery.png"), "page": None}
+    assert (copy / "gallery.png").is_file()
+
+
+def test_other_results_are_printed_for_machines_too(
+    cli: Cli, document: Callable[..., Any], copy: Path, tiny_config: Path, tmp_path: Path
+) -> None:
+    found = document("evaluate", copy, "--device", "cpu", "--only", "label|image", "--samples", 4)
+    assert found == json.loads((copy / "metrics.json").read_text()) and found["label|image/samples"] == 4
+    out = tmp_path / "exported"
+    found = document("export", copy, "--out", out, "--device", "cpu")
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    assert found == {"out": str(out), "card": str(out / "README.md"), "bytes": size}
+    assert document("config", "check", tiny_config)["data"]["kind"] == "digits"
+
     listed = json.loads(cli("plugins", "list", "--json").out)
     (image,) = [each for each in listed if (each["group"], each["kind"]) == ("modality", "image")]
     assert (image["distribution"], image["status"]) == ("mtdiffusion", "ok")
+    result = cli("plugins", "check", "weight_schedule.constant", "--json")
+    checked = json.loads(result.out)
+    (one,) = checked["checked"]
+    assert checked["plugin"] == "weight_schedule.constant" and result.code == one["failed"] == 0
+    assert one["ok"] == sum(each["status"] == "ok" for each in one["checks"]) > 0
+
+
+def test_what_fails_leaves_the_standard_output_empty(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
+    result = cli("sample", tiny_run, "--out", tmp_path / "out", "--observe", "label=99", "--json")
+    assert "--observe label=99" in result.error and result.out == ""

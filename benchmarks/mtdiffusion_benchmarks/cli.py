@@ -7,6 +7,29 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mtdiffusion_engine.printing import json_document, with_json
+
+_MEASURED = "what was measured, as --out has it"
+
+
+class _Refused(argparse.Action):
+    """An option that other actions have and that has no sense here: it says why, and what to do."""
+
+    def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]  # argparse's own
+        parser.error(f"{parser.prog.partition(' ')[2]}: {option_string}: {self.const}")
+
+
+def _refuse_set(action: argparse.ArgumentParser, why: str) -> None:
+    action.add_argument("--set", action=_Refused, nargs="*", const=why, help=argparse.SUPPRESS)
+
+
+def _machine(action: argparse.ArgumentParser, what: str) -> None:
+    action.add_argument(
+        "--json",
+        action="store_true",
+        help=f"print one JSON object alone, for other programs: {what}; all else goes to the standard error",
+    )
+
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the subcommand; its ``handler`` is what runs it."""
@@ -23,22 +46,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "profile", metavar="PROFILE|FILE.toml", help="a profile that ships (see `bench list`), or a file"
     )
     start.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the results; may hold some")
-    start.add_argument(
-        "--only",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="PATTERN",
-        help="cells SETTING/TASK/METHOD/SEED, with * for any, such as 'digits/*/joint/0'",
-    )
-    start.add_argument(
-        "--set",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change the configuration of every cell, as the profile's own set does",
-    )
     start.add_argument("--keep-runs", action="store_true", help="keep the checkpoints of finished cells")
     start.add_argument(
         "--keep-changed",
@@ -48,9 +55,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     start.add_argument(
         "--device", default="cpu", help="cpu, cuda, a certain GPU such as cuda:1, or mps (default: %(default)s)"
     )
+    _machine(start, "the status of each cell")
 
     report = actions.add_parser("report", help="write report.html and report.md from the results")
     report.add_argument("out", type=Path, metavar="DIR", help="folder of the results")
+    _machine(report, "the paths of both")
+    _refuse_set(
+        report,
+        "a report is of results as they were made; make others with `mtdiffusion bench run PROFILE --out DIR --set "
+        "KEY=VALUE`",
+    )
 
     perf = actions.add_parser(
         "perf",
@@ -71,6 +85,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     perf.add_argument(
         "--only", nargs="+", default=[], metavar="PATTERN", help="groups by title, with * for any, such as 'peers*'"
     )
+    _machine(perf, _MEASURED)
+    _refuse_set(
+        perf,
+        "what it times are configurations of the repository beside the same thing written by hand, which would not "
+        "follow; time a training of your own by `mtdiffusion train`, which says its steps a second",
+    )
 
     data = actions.add_parser(
         "data",
@@ -79,6 +99,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     data.add_argument("--out", type=Path, metavar="FILE.json", help="write what was measured here, too")
     data.add_argument("--pictures", type=int, default=50000, metavar="N", help="default: %(default)s")
+    _machine(data, _MEASURED)
+    _refuse_set(data, "it trains one step of a configuration of its own, on pictures that it makes")
 
     reading = actions.add_parser(
         "reading",
@@ -89,6 +111,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     reading.add_argument("--out", type=Path, metavar="FILE.json", help="write what was measured here, too")
     reading.add_argument("--pictures", type=int, default=20000, metavar="N", help="default: %(default)s")
     reading.add_argument("--epochs", type=int, default=5, metavar="N", help="default: %(default)s")
+    _machine(reading, _MEASURED)
+    _refuse_set(reading, "it reads no configuration: it times data sets of pictures that it makes")
 
     solvers = actions.add_parser(
         "solvers",
@@ -133,6 +157,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     solvers.add_argument("--out", type=Path, metavar="FILE.json", help="write it here, too; go on with what is there")
     solvers.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: cuda if there is one)")
+    _machine(solvers, _MEASURED)
 
     reliability = actions.add_parser(
         "reliability",
@@ -154,6 +179,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     reliability.add_argument(
         "--docs", action="store_true", help="try nothing: make docs/reliability.md of the committed results"
     )
+    _machine(reliability, "what was found, as --out has it")
+    _refuse_set(reliability, "it tries faults on a configuration of its own, for which it knows what is to come out")
 
     topology = actions.add_parser(
         "topology",
@@ -165,72 +192,130 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     topology.add_argument(
         "--processes", type=int, nargs="+", default=[2, 4], choices=(2, 4), help="beside one (default: 2 4)"
     )
+    _machine(topology, "what was found, as --out has it")
+    _refuse_set(topology, "it trains a configuration of its own, which has what depends on the number of processes")
 
     listing = actions.add_parser("list", help="list profiles, or a profile's cells")
     listing.add_argument("profile", nargs="?", metavar="PROFILE|FILE.toml")
-    listing.add_argument("--out", type=Path, metavar="DIR", help="say which cells are done there")
+    listing.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="say of each cell what is there: its status, or `other` for a result of another configuration",
+    )
+    for cells in (start, listing):
+        cells.add_argument(
+            "--only",
+            action="extend",
+            nargs="+",
+            default=[],
+            metavar="PATTERN",
+            help="cells SETTING/TASK/METHOD/SEED, with * for any, such as 'digits/*/joint/0'",
+        )
+        cells.add_argument(
+            "--set",
+            action="extend",
+            nargs="+",
+            default=[],
+            metavar="KEY=VALUE",
+            help="change the configuration of every cell, as the profile's own set does",
+        )
+    _machine(listing, "the profiles, or the cells and the status of each")
 
 
 def run(args: argparse.Namespace) -> None:
     """What ``mtdiffusion bench ACTION`` does."""
-    from mtdiffusion_registry import UserError
-
-    if args.action == "report":
-        from mtdiffusion_benchmarks.report import build_report
-
-        if not (args.out / "cells").is_dir():
-            raise UserError(f"{args.out}: no results here (no folder cells); make some with `mtdiffusion bench run`")
-        for path in build_report(args.out):
-            print(path)
-        return
-    direct = {
+    actions = {
+        "run": _run,
+        "report": _report,
         "perf": _perf,
         "data": _data,
         "reading": _reading,
         "solvers": _solvers,
         "reliability": _reliability,
         "topology": _topology,
+        "list": _list,
     }
-    if args.action in direct:
-        direct[args.action](args)
-        return
-    from mtdiffusion_benchmarks.profile import load_profile, plan, shipped, with_changes
-    from mtdiffusion_registry import Registry
+    actions[args.action](args)
 
-    registry = Registry.discover()
-    if args.action == "list":
-        if args.profile is None:
-            for name in shipped():
-                profile, path = load_profile(name, registry)
-                print(f"{name:10} {len(plan(profile)):4} cells  {profile.title}  ({path})")
-            return
-        profile, _ = load_profile(args.profile, registry)
-        for cell in plan(profile):
-            print(cell.id if args.out is None else f"{_state(args.out / 'cells' / f'{cell.stem}.json'):9} {cell.id}")
-        return
+
+@with_json
+def _run(args: argparse.Namespace) -> dict[str, Any]:
+    from mtdiffusion_benchmarks.profile import load_profile, plan, with_changes
     from mtdiffusion_benchmarks.runner import Runner
     from mtdiffusion_engine.environment import choose_device
+    from mtdiffusion_registry import Registry
 
     device = choose_device(args.device)  # says so before anything is read if it is not there
+    registry = Registry.discover()
     profile, path = load_profile(args.profile, registry)
     cells = plan(profile, tuple(args.only))
-    profile = with_changes(profile, args.set, cells)
     runner = Runner(
-        profile,
+        with_changes(profile, args.set, cells),
         path.parent,
         args.out,
         registry,
         device=str(device),
         keep_runs=args.keep_runs,
         keep_changed=args.keep_changed,
-        say=lambda text: print(text, flush=True),
+        say=partial(print, flush=True),
     )
     states = runner.run(cells)
-    print(f"{len(cells)} cells: " + ", ".join(f"{count} {state}" for state, count in sorted(states.items())))
-    print(f"now: mtdiffusion bench report {args.out}")
+    if not args.json:
+        print(f"{len(cells)} cells: " + ", ".join(f"{count} {state}" for state, count in sorted(states.items())))
+        print(f"now: mtdiffusion bench report {args.out}")
+    return {"out": str(args.out), "states": states, "cells": runner.statuses}
 
 
-def _perf(args: argparse.Namespace) -> None:
+@with_json
+def _report(args: argparse.Namespace) -> dict[str, Any]:
+    from mtdiffusion_benchmarks.report import build_report
+    from mtdiffusion_registry import UserError
+
+    if not (args.out / "cells").is_dir():
+        raise UserError(f"{args.out}: no results here (no folder cells); make some with `mtdiffusion bench run`")
+    page, document = build_report(args.out)
+    if not args.json:
+        print(page, document, sep="\n")
+    return {"html": str(page), "markdown": str(document)}
+
+
+@with_json
+def _list(args: argparse.Namespace) -> dict[str, Any]:
+    from mtdiffusion_benchmarks.profile import cell_experiment, load_profile, plan, shipped, with_changes
+    from mtdiffusion_registry import Registry, UserError
+
+    registry = Registry.discover()
+    if args.profile is None:
+        for option, given in (("--set", args.set), ("--only", args.only), ("--out", args.out)):
+            if given:
+                raise UserError(f"bench list: {option} is about a profile's cells; say which: bench list PROFILE")
+        profiles = []
+        for name in shipped():
+            profile, path = load_profile(name, registry)
+            profiles.append({"name": name, "cells": len(plan(profile)), "title": profile.title, "path": str(path)})
+            if not args.json:
+                print("{name:10} {cells:4} cells  {title}  ({path})".format(**profiles[-1]))
+        return {"profiles": profiles}
+    profile, path = load_profile(args.profile, registry)
+    cells = plan(profile, tuple(args.only))
+    profile = with_changes(profile, args.set, cells)
+    for cell in cells if args.set else ():
+        cell_experiment(profile, cell, path.parent, registry)  # refuses what a cell's configuration does not have
+    states: dict[str, str | None] = dict.fromkeys(cell.id for cell in cells)
+    if args.out is not None:
+        from mtdiffusion_benchmarks.runner import Runner
+
+        runner = Runner(profile, path.parent, args.out, registry)
+        states = {cell.id: runner.state(cell) for cell in cells}
+    if not args.json:
+        for name, state in states.items():
+            print(name if state is None else f"{state:9} {name}")
+    return {"profile": args.profile, "path": str(path), "cells": states}
+
+
+@with_json
+def _perf(args: argparse.Namespace) -> dict[str, Any]:
     from mtdiffusion_benchmarks import perf
     from mtdiffusion_engine.checkpoint import read_json, write_json
     from mtdiffusion_registry import Registry, UserError
@@ -249,30 +334,39 @@ def _perf(args: argparse.Namespace) -> None:
         args.rounds, args.threads, Registry.discover(), say, args.only, memory=memory, before=before, keep=keep
     )
     keep(result)
-    print(perf.table(result), perf.flops_table(result), sep="\n\n")
+    if not args.json:
+        print(perf.table(result), perf.flops_table(result), sep="\n\n")
+    return result
 
 
-def _data(args: argparse.Namespace) -> None:
+@with_json
+def _data(args: argparse.Namespace) -> dict[str, Any]:
     from mtdiffusion_benchmarks import startup
     from mtdiffusion_engine.checkpoint import write_json
 
     result = startup.measure(args.pictures, say=lambda text: print(text, flush=True))
-    print(startup.table(result))
     if args.out is not None:
         write_json(args.out, result, sort_keys=False)
+    if not args.json:
+        print(startup.table(result))
+    return result
 
 
-def _reading(args: argparse.Namespace) -> None:
+@with_json
+def _reading(args: argparse.Namespace) -> dict[str, Any]:
     from mtdiffusion_benchmarks import reading
     from mtdiffusion_engine.checkpoint import write_json
 
     result = reading.measure(args.pictures, args.epochs, say=lambda text: print(text, flush=True))
-    print(reading.table(result))
     if args.out is not None:
         write_json(args.out, result, sort_keys=False)
+    if not args.json:
+        print(reading.table(result))
+    return result
 
 
-def _solvers(args: argparse.Namespace) -> None:
+@with_json
+def _solvers(args: argparse.Namespace) -> dict[str, Any]:
     from mtdiffusion_benchmarks import solvers
     from mtdiffusion_engine import load_run
     from mtdiffusion_engine.checkpoint import read_json, write_json
@@ -298,10 +392,13 @@ def _solvers(args: argparse.Namespace) -> None:
     before = read_json(args.out) if args.out is not None and args.out.is_file() else None
     result = comparison.measure(before, keep)
     keep(result)
-    print(solvers.table(result), solvers.verdict(result), sep="\n\n")
+    if not args.json:
+        print(solvers.table(result), solvers.verdict(result), sep="\n\n")
+    return result
 
 
-def _reliability(args: argparse.Namespace) -> None:
+@with_json
+def _reliability(args: argparse.Namespace) -> dict[str, Any]:
     from importlib.util import find_spec
 
     from mtdiffusion_benchmarks.reliability import page, topology
@@ -312,8 +409,9 @@ def _reliability(args: argparse.Namespace) -> None:
         if not page.PAGE.parent.is_dir():
             raise UserError(f"{page.PAGE.parent}: no such folder; run this from a clone of the repository")
         page.PAGE.write_text(page.page(read_json(page.RESULT), read_json(topology.RESULT)), encoding="utf-8")
-        print(page.PAGE)
-        return
+        if not args.json:
+            print(page.PAGE)
+        return {"page": str(page.PAGE)}
     if args.trials < 1:
         raise UserError(f"--trials {args.trials}: expected 1 or more")
     if find_spec("hypothesis") is None:
@@ -328,7 +426,10 @@ def _reliability(args: argparse.Namespace) -> None:
     say = partial(print, flush=True)
     result = trying.measure(args.trials, args.seed, args.only, before, keep, say)
     rows = [row for name, row in result["faults"].items() if name in trying.chosen(args.only)]
-    print(f"{sum(row['tried'] for row in rows):,} trials, something was lost in {sum(row['lost'] for row in rows):,}")
+    if not args.json:
+        tried, lost = (sum(row[what] for row in rows) for what in ("tried", "lost"))
+        print(f"{tried:,} trials, something was lost in {lost:,}")
+    return result
 
 
 def _topology(args: argparse.Namespace) -> None:
@@ -336,24 +437,13 @@ def _topology(args: argparse.Namespace) -> None:
     from mtdiffusion_engine.checkpoint import write_json
     from mtdiffusion_registry import UserError
 
-    result = topology.measure(sorted({1, *args.processes}), partial(print, flush=True))
-    if args.out is not None:
-        write_json(args.out, result, sort_keys=False)
-    most = max(row[what] for row in result["rows"] for what in (*topology.FILES, topology.LOGGED))
-    print(
-        f"{len(result['rows'])} trainings compared in {result['seconds']:.0f} s; the greatest difference is {most:.1e}"
-    )
+    with json_document(args.json) as put:
+        result = topology.measure(sorted({1, *args.processes}), partial(print, flush=True))
+        if args.out is not None:
+            write_json(args.out, result, sort_keys=False)
+        most = max(row[what] for row in result["rows"] for what in (*topology.FILES, topology.LOGGED))
+        compared = f"{len(result['rows'])} trainings compared in {result['seconds']:.0f} s"
+        print(f"{compared}; the greatest difference is {most:.1e}")
+        put(result)
     if not most < topology.WANTED:
         raise UserError(f"topology: wanted less than {topology.WANTED:.0e}")
-
-
-def _state(path: Path) -> str:
-    from mtdiffusion_engine.checkpoint import read_json
-    from mtdiffusion_registry import UserError
-
-    if not path.is_file():
-        return "to do"
-    try:
-        return str(read_json(path)["status"])
-    except UserError:
-        return "damaged"

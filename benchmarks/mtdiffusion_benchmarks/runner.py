@@ -11,8 +11,9 @@ import hashlib
 import platform
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,9 @@ class Runner:
         keep_changed: keep finished cells whose plugins are of another version or code by now, too; otherwise they are
             made again.
 
+    Attributes:
+        statuses: by the ids of the cells that were run: "ok", "diverged", "failed" or "elsewhere".
+
     Raises:
         UserError: if the folder holds results of another profile.
     """
@@ -86,6 +90,7 @@ class Runner:
     ) -> None:
         self.profile, self.source, self.out, self.registry = profile, source, out, registry
         self.device, self.keep_runs, self.keep_changed, self.say = device, keep_runs, keep_changed, say
+        self.statuses: dict[str, str] = {}
         self._held: dict[str, Held] = {}
         self._cells: tuple[Cell, ...] = ()
         self._left: set[Cell] = set()
@@ -104,7 +109,7 @@ class Runner:
         self._left = {cell for cell in cells if cell not in finished}
         (self.out / "cells").mkdir(parents=True, exist_ok=True)
         write_json(self.out / "profile.json", summary(self.profile, cells, self.out), sort_keys=False)
-        states: dict[str, int] = {}
+        self.statuses = {}
         pace, made = Pace("all cells", len(self._left), self.say, every=0), 0
         for number, cell in enumerate(cells, 1):
             if cell in finished and self._unneeded(cell).is_file():
@@ -114,8 +119,25 @@ class Runner:
                 made += 1
                 pace.tell(made)
             self._left.discard(cell)
-            states[state] = states.get(state, 0) + 1
-        return states
+            self.statuses[cell.id] = state
+        return dict(Counter(self.statuses.values()))
+
+    def state(self, cell: Cell) -> str:
+        """What there is of a cell: "ok", "diverged", "failed", "to do", "damaged", or "other" where the result is of
+        another configuration. What failed is run again, whatever its configuration was; and where a plugin of the cell
+        is not installed, nobody can tell of which configuration a result is."""
+        path = self._path(cell)
+        if not path.is_file():
+            return "to do"
+        try:
+            result = read_json(path)
+        except UserError:
+            return "damaged"
+        status = str(result.get("status"))
+        if status != "failed":
+            with suppress(UserError):
+                return status if result.get("fingerprint") == fingerprint(self._describe(cell)) else "other"
+        return status
 
     def _finish(self, cell: Cell, told: str) -> str:
         """Run a cell that was not done when we looked; its status, or "elsewhere" if another process runs it."""

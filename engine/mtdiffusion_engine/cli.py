@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtdiffusion_engine.interrupt import STATUS, Terminated, held, terminable
+from mtdiffusion_engine.printing import json_document, log_of_command, with_json
 from mtdiffusion_registry.installed import EntryPoint, blame, entry_points, version
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ ASSUMED = {
     "disk": "bytes a second that a checkpoint is written with (default: 2e9)",
 }
 """What `plan` assumes."""
+SHELLS = ("bash", "zsh", "fish", "tcsh")
 LIKES = ("vector", "spatial", "sequence", "file")
 SLOW_IMPORT = 1.0
 """Seconds from which the import of a plugin is called slow: who lists or trains waits for it."""
@@ -126,6 +128,13 @@ def _parser() -> argparse.ArgumentParser:
             "--device", help="cpu, cuda, a certain GPU such as cuda:1, or mps (default: cuda if there is one)"
         )
 
+    def machine(command: argparse.ArgumentParser, what: str) -> None:
+        command.add_argument(
+            "--json",
+            action="store_true",
+            help=f"print one JSON object alone, for other programs: {what}; all else goes to the standard error",
+        )
+
     def setting(command: argparse.ArgumentParser, description: str) -> None:
         command.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help=description)
 
@@ -135,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="TOML file (to resume: the run's own)")
     train.add_argument("--out", required=True, type=Path, metavar="RUN", help="the run's folder; must not exist yet")
     setting(train, "change the configuration")
+    machine(train, "the run's folder, its checkpoint, steps, the last losses, those of held-out samples")
     train.add_argument(
         "--resume",
         action="store_true",
@@ -218,6 +228,7 @@ def _parser() -> argparse.ArgumentParser:
         help="compile the network first, which takes up to some minutes, for faster batches after that",
     )
     sample.add_argument("--seed", type=_natural, default=0)
+    machine(sample, "the folder, how many samples, the files' paths, the request")
     setting(sample, of_a_run)
     on_device(sample)
 
@@ -246,7 +257,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--steps", type=_positive, help="solver steps of the conditionals")
     evaluate.add_argument("--seed", type=_natural)
-    evaluate.add_argument("--json", action="store_true", help="print what metrics.json holds instead of a table")
+    machine(evaluate, "what metrics.json holds")
     setting(evaluate, of_a_run)
     on_device(evaluate)
 
@@ -262,6 +273,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="BLOCK",
         help="what to draw: joint, NAME (it alone is given), NAME:part (it has holes); default: all; after RUN",
     )
+    machine(gallery, "the paths of the picture and of the page with sounds, if there are any")
     setting(gallery, of_a_run)
     on_device(gallery)
 
@@ -272,6 +284,8 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("run", type=Path, metavar="RUN")
     push.add_argument("name", metavar="OWNER/NAME", help="on the Hub; made if it is not there")
     push.add_argument("--private", action="store_true", help="make it private, if it is made")
+    machine(export, "the folder, its size and its model card")
+    machine(push, "the name and the page's address")
     for publish in (export, push):
         publish.add_argument(
             "--license", metavar="ID", help="of the weights, as the Hub names it: apache-2.0, mit, ..."
@@ -295,7 +309,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     look.add_argument("config", type=Path, metavar="CONFIG", help="TOML file")
-    look.add_argument("--json", action="store_true", help="print one object instead of lines, for other programs")
+    machine(look, "samples, modalities, the cost, warnings")
     setting(look, "change the configuration")
     look.set_defaults(handler=_check_config)
 
@@ -305,7 +319,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--device", choices=GPUS, help="the GPU; without it say --flops, --memory and --bandwidth")
     for name, what in {**FIGURES, **ASSUMED}.items():
         plan.add_argument(f"--{name}", type=_positive if name == "machine" else float, metavar="X", help=what)
-    plan.add_argument("--json", action="store_true", help="print a JSON object, with more in it, instead of a table")
+    machine(plan, "what the table says, and more")
     setting(plan, "change the configuration")
 
     process = command("process", "look at a configuration's noise")
@@ -337,13 +351,14 @@ def _parser() -> argparse.ArgumentParser:
     packing.add_argument("config", type=Path, metavar="CONFIG", help="TOML file")
     packing.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write; must not exist yet")
     packing.add_argument("--as", dest="packer", default="litdata", metavar="KIND", help="default: %(default)s")
+    machine(packing, "the folder, samples by split, the size, the table that reads it")
     setting(packing, "change the configuration")
     packing.set_defaults(handler=_pack_data)
 
     plugins = command("plugins", "what is installed")
     actions = plugins.add_subparsers(dest="action", metavar="ACTION", required=True)
     listing = actions.add_parser("list", help="list plugins; imports none", description="List plugins; imports none.")
-    listing.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
+    listing.add_argument("--json", action="store_true", help="print one JSON list of objects instead of a table")
     listing.add_argument("--verbose", action="store_true", help="show modules, and import each plugin to time it")
     listing.set_defaults(handler=_list_plugins)
     new = actions.add_parser(
@@ -384,10 +399,11 @@ def _parser() -> argparse.ArgumentParser:
         help="set a key of the plugin's configuration; with --data, of CONFIG",
     )
     checking.add_argument("--latent", type=_positive, metavar="SIDE", help="of the largest latent (default: 8)")
+    machine(checking, "what was checked, and of each check its status and why")
     checking.set_defaults(handler=_check_plugin)
 
     completion = command("completion", "print a script that completes commands and options in a shell")
-    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"), metavar="SHELL", help="bash, zsh or tcsh")
+    completion.add_argument("shell", choices=SHELLS, metavar="SHELL", help=", ".join(SHELLS))
     completion.set_defaults(handler=_complete)
 
     listing.set_defaults(broken_commands=_add_commands(commands))  # last: none may take the name of one of ours
@@ -454,7 +470,6 @@ def _check_config(args: argparse.Namespace) -> None:
     with held():
         from mtdiffusion_engine import commands
 
-    commands.show_log()
     commands.check_config(args)
 
 
@@ -469,7 +484,6 @@ def _pack_data(args: argparse.Namespace) -> None:
     with held():
         from mtdiffusion_engine import commands
 
-    commands.show_log()
     commands.pack_data(args)
 
 
@@ -491,9 +505,8 @@ def _complete_files(parser: argparse.ArgumentParser, files: object) -> None:
             action.complete = files  # type: ignore[attr-defined]  # where shtab looks for it
 
 
-def _list_plugins(args: argparse.Namespace) -> None:
-    import json
-
+@with_json
+def _list_plugins(args: argparse.Namespace) -> list[dict[str, str]] | None:
     from mtdiffusion_registry import Registry
 
     registry = Registry.discover()
@@ -522,13 +535,13 @@ def _list_plugins(args: argparse.Namespace) -> None:
         notes.append(f"command {point.name} of {point.owner}: broken: {point.problem}")
     if args.json:
         names, *rows = rows
-        print(json.dumps([dict(zip(map(str.lower, names), row, strict=True)) for row in rows], indent=1))
-        return
+        return [dict(zip(map(str.lower, names), row, strict=True)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     for note in notes:
         print(note)
+    return None
 
 
 def _timed_import(registry: Registry, info: PluginInfo) -> tuple[float, str]:
@@ -567,18 +580,23 @@ def _check_plugin(args: argparse.Namespace) -> int:
     if len(found) > 1:
         raise UserError(f'"{args.name}" is the kind of {len(found)} plugins; say which: {", ".join(found)}')
 
-    failed = 0
-    for title, contract in _contracts(args, found[0]):
-        counts = {"ok": 0, "failed": 0, "skipped": 0}
-        for outcome in contract.outcomes():
-            # An evaluator that refuses the kit's made-up data may be right; of data that it is to judge, it fails.
-            refused = args.data is not None and outcome.check.id == "build" and outcome.status == "skipped"
-            status = "failed" if refused else outcome.status
-            counts[status] += 1
-            said = " ".join(outcome.reason.split()) or outcome.check.contract
-            print(f"{status:<8} {outcome.check.id:<18} {said}", flush=True)
-        print(f"{title}: {', '.join(f'{count} {status}' for status, count in counts.items())}")
-        failed += counts["failed"]
+    failed, made = 0, []
+    with json_document(args.json) as put:  # the lines are then of the work that goes on
+        for title, contract in _contracts(args, found[0]):
+            counts = {"ok": 0, "failed": 0, "skipped": 0}
+            checks = []
+            for outcome in contract.outcomes():
+                # An evaluator that refuses the kit's made-up data may be right; of data that it is to judge, it fails.
+                refused = args.data is not None and outcome.check.id == "build" and outcome.status == "skipped"
+                status = "failed" if refused else outcome.status
+                counts[status] += 1
+                reason = " ".join(outcome.reason.split())
+                print(f"{status:<8} {outcome.check.id:<18} {reason or outcome.check.contract}", flush=True)
+                checks.append({"check": outcome.check.id, "status": status, "reason": reason or None})
+            print(f"{title}: {', '.join(f'{count} {status}' for status, count in counts.items())}")
+            made.append({"title": title, **counts, "checks": checks})
+            failed += counts["failed"]
+        put({"plugin": found[0], "checked": made})
     return 1 if failed else 0
 
 
@@ -594,11 +612,9 @@ def _contracts(args: argparse.Namespace, plugin: str) -> Iterator[tuple[str, Con
         return
     if args.latent is not None:
         raise UserError("--latent: with --data the configuration says it; set latent.height and latent.width there")
-    from mtdiffusion_engine import commands
     from mtdiffusion_engine.conforming import contracts
     from mtdiffusion_engine.experiment import load_experiment
 
-    commands.show_log()
     experiment = load_experiment(args.data, args.set, Registry.discover())
     yield from ((f"{plugin} ({where})", contract) for where, contract in contracts(plugin, experiment))
 
@@ -616,7 +632,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # torch would import the devices that other distributions add, and fails if the metadata of any are damaged; ours
     # are the CPU and CUDA.
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
-    with terminable():
+    with terminable(), log_of_command():
         return _main(argv)
 
 
@@ -663,7 +679,6 @@ def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         with held():
             from mtdiffusion_engine import commands
 
-        commands.show_log()
         getattr(commands, args.command)(args)
     return 0
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import os
 import shlex
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,17 +25,18 @@ from mtdiffusion_engine.data import load_data
 from mtdiffusion_engine.experiment import Experiment, TrainingConfig, build_model, load_experiment, require_resumable
 from mtdiffusion_engine.given import parsed
 from mtdiffusion_engine.hanging import HangWatch
-from mtdiffusion_engine.hub import GALLERY, METRICS
+from mtdiffusion_engine.hub import CARD, GALLERY, METRICS
 from mtdiffusion_engine.interrupt import held
 from mtdiffusion_engine.monitor import Monitor
 from mtdiffusion_engine.pictures import visibility_of
+from mtdiffusion_engine.printing import log_shown, say, screen, with_json
 from mtdiffusion_engine.process_plot import draw_process
 from mtdiffusion_engine.run import Run, load_run
 from mtdiffusion_engine.shards import require_arrow
 from mtdiffusion_engine.team import Team
 from mtdiffusion_engine.trainer import Trainer
 from mtdiffusion_registry import DatasetConfig, Registry, UserError
-from mtdiffusion_registry.pace import LOGGER, Pace
+from mtdiffusion_registry.pace import Pace
 from mtdiffusion_registry.partial import partial_of
 
 if TYPE_CHECKING:
@@ -51,47 +49,8 @@ MANY = 10_000
 """Samples above which files are many, and what is lost when it stops is much."""
 
 
-def _console() -> Console:
-    """Where progress and messages go; results go to the standard output."""
-    return Console(stderr=True, highlight=False)
-
-
-def _say(message: str) -> None:
-    _console().print(message, markup=False, soft_wrap=True)
-
-
-class _Log(logging.Handler):
-    """Shows what the libraries below tell of long work."""
-
-    def __init__(self, show: Callable[[str], None] = _say) -> None:
-        super().__init__()
-        self._show = show
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._show(record.getMessage())
-
-
-def show_log() -> None:
-    """Show what long work below tells of itself; of several processes, the first one's."""
-    logger = logging.getLogger(LOGGER)
-    if not logger.handlers and os.environ.get("RANK", "0") == "0":
-        logger.addHandler(_Log())
-        logger.setLevel(logging.INFO)
-
-
-@contextmanager
-def _log_to(show: Callable[[str], None]) -> Iterator[None]:
-    """What long work below tells of itself goes there instead."""
-    logger = logging.getLogger(LOGGER)
-    before = list(logger.handlers)
-    logger.handlers[:] = [_Log(show)]
-    try:
-        yield
-    finally:
-        logger.handlers[:] = before
-
-
-def check_config(args: Namespace) -> None:
+@with_json
+def check_config(args: Namespace) -> dict[str, Any] | None:
     """Build everything that a configuration describes, look through its data and say what its model costs."""
     registry = Registry.discover()
     with held():
@@ -111,7 +70,7 @@ def check_config(args: Namespace) -> None:
             }
             for name in model.names
         }
-        found = {
+        return {
             "config": str(args.config),
             "data": {"kind": experiment.data.kind, "training_samples": len(train), "held_out_samples": held_out},
             "modalities": modalities,
@@ -120,8 +79,6 @@ def check_config(args: Namespace) -> None:
             "cost": {**asdict(cost), "parameters": cost.parameters, "memory": cost.memory},
             "warnings": warnings,
         }
-        print(json.dumps(found, indent=1))
-        return
     print(f"{args.config}: {experiment.data.kind}, {_count(len(train), 'training sample')}, {held_out:,} held out")
     for name, modality in zip(model.names, map(model.modality, model.names), strict=True):
         code = modality.encoder.latent
@@ -133,9 +90,11 @@ def check_config(args: Namespace) -> None:
     for warning in warnings:
         print(f"warning: {warning}")
     print(f"ready: mtdiffusion train {args.config} --out runs/{args.config.stem}")
+    return None
 
 
-def plan(args: Namespace) -> None:
+@with_json
+def plan(args: Namespace) -> dict[str, Any] | None:
     """Say what a configuration's training takes on some number of GPUs."""
     from mtdiffusion_engine import plan as planning
 
@@ -147,10 +106,10 @@ def plan(args: Namespace) -> None:
         experiment = load_experiment(args.config, args.set, registry)
     made = planning.plan_training(experiment, args.gpus, device, assumptions)
     if args.json:
-        print(json.dumps(made.as_json(), indent=1))
-        return
+        return made.as_json()
     for line in planning.describe_plan(made):
         print(line)
+    return None
 
 
 def plot_process(args: Namespace) -> None:
@@ -171,7 +130,8 @@ def plot_process(args: Namespace) -> None:
     print(f"drawn: {args.out}")
 
 
-def pack_data(args: Namespace) -> None:
+@with_json
+def pack_data(args: Namespace) -> dict[str, Any]:
     """Write a configuration's data set into a new folder, in the form of another kind, and say how it is read."""
     ckpt.require_free(args.out)
     registry = Registry.discover()
@@ -182,12 +142,16 @@ def pack_data(args: Namespace) -> None:
     with _new_folder(args.out) as folder:
         counts = packing.pack_data(experiment.data, packer, folder)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    said = ", ".join(f"{_count(count, 'sample')} ({split})" for split, count in counts.items())
-    print(f"packed: {said}; {size / 2**20:,.1f} MiB in {args.out}. To read it:\n")
-    print(tomli_w.dumps({"data": {"kind": packer.kind, "root": str(args.out.absolute())}}), end="")
+    data = {"kind": packer.kind, "root": str(args.out.absolute())}
+    if not args.json:
+        said = ", ".join(f"{_count(count, 'sample')} ({split})" for split, count in counts.items())
+        print(f"packed: {said}; {size / 2**20:,.1f} MiB in {args.out}. To read it:\n")
+        print(tomli_w.dumps({"data": data}), end="")
+    return {"out": str(args.out), "samples": counts, "bytes": size, "data": data}
 
 
-def train(args: Namespace) -> None:
+@with_json
+def train(args: Namespace) -> dict[str, Any] | None:
     """Train a configuration into a run folder, or resume the run there: with --resume, whichever is possible."""
     if args.config is None and not args.resume:
         raise UserError("train: which configuration? Give CONFIG (only --resume can do without)")
@@ -201,7 +165,10 @@ def train(args: Namespace) -> None:
     config = args.out / "config.toml" if args.config is None else args.config
     with held():  # it imports plugins
         experiment = load_experiment(config, args.set, registry)
-    _train(experiment, args.out, registry, args.resume and begun, args.device, args.init_from)
+    trained = _train(experiment, args.out, registry, args.resume and begun, args.device, args.init_from)
+    if trained is not None and not args.json:
+        print(f"trained: {args.out}")
+    return trained
 
 
 def _train(
@@ -211,33 +178,36 @@ def _train(
     resume: bool,
     device: str | None,
     init_from: Path | None = None,
-) -> None:
+) -> dict[str, Any] | None:
+    """Train; of several processes, the first one says what came of it."""
     if resume and ckpt.is_exported(out):
         raise UserError(
             f"{out}: an exported run, which has no more than its averaged weights and cannot be resumed. Start a new "
             f"run from it: {shlex.join(['mtdiffusion', 'train', 'CONFIG', '--out', 'NEW', '--init-from', str(out)])}"
         )
-    console = _console()
-
-    def say(message: str) -> None:
-        console.print(message, markup=False, soft_wrap=True)
-
     trainer = Trainer(experiment, out, registry, resume=resume, init_from=init_from, device=device, on_message=say)
     if not trainer.main:
         trainer.train()
         trainer.accelerator.end_training()
-        return
+        return None
     try:
         for line in _introduction(trainer, resume):
             say(line)
         with held():
-            monitor = Monitor(trainer, console)
+            monitor = Monitor(trainer, screen())
         with monitor:
             trainer.train(monitor.progress, monitor.samples)
     except KeyboardInterrupt as interrupt:
         raise type(interrupt)(_parting(trainer)) from None
     trainer.accelerator.end_training()  # a process that left while another still listens would end it, too
-    print(f"trained: {out}")
+    last = monitor.last
+    return {
+        "run": str(out),
+        "checkpoint": str(ckpt.list_checkpoints(out)[-1]),
+        "steps": trainer.step,
+        "losses": None if last is None else last.means,
+        "held_out": None if last is None else last.held_out,
+    }
 
 
 def _introduction(trainer: Trainer, resume: bool) -> Iterator[str]:
@@ -278,7 +248,8 @@ def _parting(trainer: Trainer) -> str:
     return f"stopped; the checkpoint of step {ckpt.step_of(checkpoints[-1])} is saved. Continue with: {again}"
 
 
-def sample(args: Namespace) -> None:
+@with_json
+def sample(args: Namespace) -> dict[str, Any] | None:
     """Sample from a run, given any subset, into a new folder, or into shards of which some may be there."""
     if args.shards is None:
         if args.shard_size:
@@ -292,7 +263,7 @@ def sample(args: Namespace) -> None:
         request = _request(args)
         if args.shards is None:
             if args.n > MANY:
-                _say(
+                say(
                     f"{args.n:,} samples are written as files, all or nothing. --shards tar writes fewer files, and "
                     "the same command goes on where it was stopped"
                 )
@@ -300,14 +271,20 @@ def sample(args: Namespace) -> None:
                 sampling.write_folder(request, folder, tell)
         else:
             _sample_shards(request, args.out, args.shards, args.shard_size or sampling.SHARD_SIZE, rank, world)
-    if rank == 0:
-        pages = 1 if args.shards else -(-args.n // sampling.SHOWN)
-        glance = f"at a glance: {args.out / sampling.sheet_name(0, pages)}"
-        if pages > 1:
-            glance += f" to {sampling.sheet_name(pages - 1, pages)}"
-        elif args.n > sampling.SHOWN:
-            glance = f"the first {glance}"
-        print(f"{args.n:,} samples of {', '.join(request.names)}: {args.out} ({glance})")
+    if rank:
+        return None
+    if args.json:
+        paths = sorted(str(path) for path in args.out.rglob("[!.]*") if path.is_file())
+        record = ckpt.read_json(args.out / sampling.REQUEST)
+        return {"out": str(args.out), "n": args.n, "paths": paths, "request": record}
+    pages = 1 if args.shards else -(-args.n // sampling.SHOWN)
+    glance = f"at a glance: {args.out / sampling.sheet_name(0, pages)}"
+    if pages > 1:
+        glance += f" to {sampling.sheet_name(pages - 1, pages)}"
+    elif args.n > sampling.SHOWN:
+        glance = f"the first {glance}"
+    print(f"{args.n:,} samples of {', '.join(request.names)}: {args.out} ({glance})")
+    return None
 
 
 def _request(args: Namespace) -> sampling.Request:
@@ -344,7 +321,7 @@ def _sample_shards(request: sampling.Request, out: Path, form: str, size: int, r
         count = sum(min(size, request.n - shard * size) for shard in missing)
         shards = -(-request.n // size)
         if rank == 0 and (there := shards - len(sampling.missing_shards(out, request.n, size, form=form))):
-            _say(f"{there} of {_count(shards, 'shard')} are there" + "; the others are drawn" * (there < shards))
+            say(f"{there} of {_count(shards, 'shard')} are there" + "; the others are drawn" * (there < shards))
         what = "sampling" if world == 1 else f"sampling, process {rank + 1} of {world}"
         try:
             with _progress(what, count, rank == 0) as tell:
@@ -358,12 +335,11 @@ def _sample_shards(request: sampling.Request, out: Path, form: str, size: int, r
 @contextmanager
 def _progress(what: str, total: int, shown: bool = True) -> Iterator[Callable[[int], object]]:
     """Tells how far work of a known amount is: a bar on a terminal, lines elsewhere."""
-    console = _console()
-    if not console.is_terminal:
+    if not screen().is_terminal:
         yield Pace(what, total).tell
         return
     columns = (TextColumn(what), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not shown) as bar:
+    with Progress(*columns, console=screen(), disable=not shown) as bar:
         task = bar.add_task("", total=total)
         yield lambda done: bar.update(task, completed=done)
 
@@ -379,7 +355,7 @@ def play(args: Namespace) -> None:
         raise UserError("play: the page needs gradio: pip install 'mtdiffusion[play]'") from None
     run = load_run(args.run, device=args.device, overrides=args.set)
     if args.host not in ("127.0.0.1", "localhost", "::1"):
-        _say(f"warning: --host {args.host}: whoever reaches this machine over the network can use the page")
+        say(f"warning: --host {args.host}: whoever reaches this machine over the network can use the page")
     serve(run, args.host, args.port, lambda address: print(f"{args.run}: {address} (Ctrl-C ends it)", flush=True))
 
 
@@ -429,7 +405,8 @@ def _new_folder(out: Path) -> Iterator[Path]:
         partial.replace(out)
 
 
-def evaluate(args: Namespace) -> None:
+@with_json
+def evaluate(args: Namespace) -> dict[str, Any] | None:
     """Measure a run on its held-out data; writes metrics.json and prints a table."""
     changes = {name: getattr(args, name) for name in ("samples", "steps", "seed") if getattr(args, name) is not None}
     if args.only:
@@ -444,12 +421,11 @@ def evaluate(args: Namespace) -> None:
             run = evolve(run, experiment=evolve(run.experiment, evaluation=evaluation))
             metrics = _evaluate(run, Team(rank, world, watch))
     if rank:
-        return
-    if args.json:
-        print(json.dumps(metrics, indent=1))
-        return
-    print_metrics(metrics)
-    print(f"metrics: {args.run / METRICS}")
+        return None
+    if not args.json:
+        print_metrics(metrics)
+        print(f"metrics: {args.run / METRICS}")
+    return metrics
 
 
 def _evaluate(run: Run, team: Team | None = None) -> dict[str, Any]:
@@ -457,20 +433,17 @@ def _evaluate(run: Run, team: Team | None = None) -> dict[str, Any]:
     from mtdiffusion_engine.evaluation import evaluate_run
     from mtdiffusion_engine.measures import Kept
 
-    console, kept = _console(), Kept(run.path / PARTIAL)
-    with console.status("evaluating") as status:  # which shows on a terminal only
+    kept = Kept(run.path / PARTIAL)
+    with screen().status("evaluating") as status:  # which shows on a terminal only
 
-        def say(what: str) -> None:
+        def tell(what: str) -> None:
             status.update(f"evaluating: {escape(what)}")
-            if not console.is_terminal:
-                console.print(f"evaluating: {what}", markup=False, soft_wrap=True)
-
-        def note(what: str) -> None:
-            console.print(what, markup=False, soft_wrap=True)
+            if not screen().is_terminal:
+                say(f"evaluating: {what}")
 
         try:
-            with _log_to(say):
-                metrics = dict(evaluate_run(run, say, note, kept, team))
+            with log_shown(tell):
+                metrics = dict(evaluate_run(run, tell, say, kept, team))
         except KeyboardInterrupt as interrupt:
             raise type(interrupt)(_kept(kept) if team is None or team.first else "") from None
     if team is not None and not team.first:
@@ -503,18 +476,26 @@ def print_metrics(metrics: Mapping[str, Any]) -> None:
     Console(highlight=False).print(table)
 
 
-def gallery(args: Namespace) -> None:
+@with_json
+def gallery(args: Namespace) -> dict[str, Any] | None:
     """Draw the gallery of a run."""
+    found = None
     with sampling.processes() as (rank, world):
         sampling.meet(rank, world, TrainingConfig().timeout)  # the run's own is not read by those that wait
         # A few samples in one picture: the first process draws it, and the others wait.
         if rank == 0:
             run = load_run(args.run, device=args.device, overrides=args.set)
             picture = _gallery(run, args.out or run.path / GALLERY, args.seed, args.columns, args.show, args.blocks)
-            print(f"gallery: {picture}")
-            if (page := picture.with_suffix(".html")).is_file():
-                print(f"to hear it: {page}")
+            page = picture.with_suffix(".html")
+            # One that is older is of something else.
+            heard = page.is_file() and page.stat().st_mtime_ns >= picture.stat().st_mtime_ns
+            found = {"gallery": str(picture), "page": str(page) if heard else None}
+            if not args.json:
+                print(f"gallery: {picture}")
+                if heard:
+                    print(f"to hear it: {page}")
         Team(rank, world).told(None)
+    return found
 
 
 def _gallery(
@@ -527,26 +508,30 @@ def _gallery(
 ) -> Path:
     from mtdiffusion_engine.gallery import draw_gallery
 
-    def note(text: str) -> None:
-        _console().print(text, markup=False, soft_wrap=True)
-
-    return draw_gallery(run, out, seed, columns, note, show, blocks)
+    return draw_gallery(run, out, seed, columns, say, show, blocks)
 
 
-def export(args: Namespace) -> None:
+@with_json
+def export(args: Namespace) -> dict[str, Any]:
     """Write a run into a new folder that serves without the training's."""
     ckpt.require_free(args.out)
     run = load_run(args.run, device=args.device, overrides=args.set)
     with _new_folder(args.out) as folder:
         run.save_pretrained(folder, license=args.license)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    print(f"exported: {args.out} ({size / 2**20:,.1f} MiB; read {args.out / 'README.md'} before you publish it)")
+    if not args.json:
+        print(f"exported: {args.out} ({size / 2**20:,.1f} MiB; read {args.out / CARD} before you publish it)")
+    return {"out": str(args.out), "card": str(args.out / CARD), "bytes": size}
 
 
-def push(args: Namespace) -> None:
+@with_json
+def push(args: Namespace) -> dict[str, Any]:
     """Export a run to the Hugging Face Hub."""
     run = load_run(args.run, device=args.device, overrides=args.set)
-    print(f"pushed: {run.push_to_hub(args.name, license=args.license, private=args.private)}")
+    page = run.push_to_hub(args.name, license=args.license, private=args.private)
+    if not args.json:
+        print(f"pushed: {page}")
+    return {"name": args.name, "page": page}
 
 
 def demo(args: Namespace) -> None:
@@ -561,6 +546,7 @@ def demo(args: Namespace) -> None:
     changed = require_resumable(experiment, out, registry) if begun else {}
     if changed or steps < experiment.training.steps:
         _train(experiment, out, registry, begun, args.device)
+        print(f"trained: {out}")
     run = load_run(out, device=args.device)
     metrics, picture = out / METRICS, out / GALLERY
     if run.outdates(metrics):

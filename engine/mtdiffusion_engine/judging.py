@@ -16,7 +16,7 @@ from torch import Tensor
 from mtdiffusion import Modality, Params
 from mtdiffusion_engine.data import ModalityData
 from mtdiffusion_engine.samples import Samples, Wish, draw_samples
-from mtdiffusion_registry import Evaluator, EvaluatorConfig, UserError
+from mtdiffusion_registry import Evaluator, EvaluatorConfig, UserError, pace
 from mtdiffusion_registry.errors import did_you_mean
 
 Metrics = dict[str, float | int]
@@ -204,13 +204,15 @@ def _listed(names: Sequence[str]) -> str:
 
 @contextmanager
 def timed(progress: Tell, what: str) -> Iterator[None]:
-    """Tells what begins and, when it is done, how long it took; nothing if it has no name."""
+    """Tells what begins and, of what was not quick (:data:`mtdiffusion_registry.pace.EVERY`), how long it took when it
+    is done; nothing if it has no name."""
     started = time.monotonic()
     if what:
         progress(what)
     yield
-    if what:
-        progress(f"{what}: {time.monotonic() - started:.1f} s")
+    seconds = time.monotonic() - started
+    if what and seconds > pace.EVERY:
+        progress(f"{what}: done in {seconds:.1f} s")
 
 
 # What they say of samples

@@ -33,6 +33,9 @@ class Monitor:
         every: seconds between lines.
         grid: samples in a grid.
         heard: how many of them are heard, of each modality that writes sounds.
+
+    Attributes:
+        last: the trainer's last report; None before the first.
     """
 
     def __init__(self, trainer: Trainer, console: Console, every: float = 10.0, grid: int = 16, heard: int = 4) -> None:
@@ -44,6 +47,7 @@ class Monitor:
         self._grid, self._heard = grid, heard
         self._start = trainer.step
         self._last_line = time.monotonic()
+        self.last: Progress | None = None
         # What an interrupted run logged after its last checkpoint happens again: drop it.
         self._open = partial(tensorboard.SummaryWriter, trainer.run / "tensorboard", purge_step=trainer.step + 1)
         self._bar = Bar(
@@ -75,6 +79,7 @@ class Monitor:
 
     def progress(self, progress: Progress) -> None:
         """Show and log one report of the trainer."""
+        self.last = progress
         rate = (progress.step - self._start) / max(progress.seconds, 1e-9)
         scalars = {
             **progress.means,

@@ -10,7 +10,8 @@ LOGGER = "mtdiffusion"
 """The logger of what is going on; the command line shows it, and a program may."""
 SELDOM = 60.0
 """Seconds between lines about what takes hours."""
-_EVERY = 5.0  # seconds
+EVERY = 5.0
+"""Seconds between lines about what takes less; what is done sooner says nothing."""
 
 
 class Pace:
@@ -34,7 +35,7 @@ class Pace:
         every: float | None = None,
     ) -> None:
         self.what, self.total = what, total
-        self._before, self._every = before, _EVERY if every is None else every
+        self._before, self._every = before, EVERY if every is None else every
         self._show = show or logging.getLogger(LOGGER).info
         self._started = self._told = time.monotonic()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import itertools
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -523,3 +524,61 @@ def test_the_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "no such profile" in capsys.readouterr().err
     assert cli.main(["bench", "report", str(source)]) == 2
     assert "no results here" in capsys.readouterr().err
+
+
+def test_the_command_line_for_other_programs(source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    profile, out = str(source / "profile.toml"), tmp_path / "out"
+
+    def document(*arguments: object) -> dict:
+        capfd.readouterr()
+        assert cli.main(["bench", *map(str, arguments), "--json"]) == 0
+        return json.loads(capfd.readouterr().out, parse_constant=pytest.fail)
+
+    profiles = document("list")["profiles"]
+    assert [each["name"] for each in profiles] == list(shipped())
+    masked = "digits/masked/joint/0"
+    made = document("run", profile, "--out", out, "--only", masked)
+    assert made == {"out": str(out), "states": {"ok": 1}, "cells": {masked: "ok"}}
+    assert document("report", out) == {"html": str(out / "report.html"), "markdown": str(out / "report.md")}
+    assert set(document("list", profile)["cells"].values()) == {None}
+    states = document("list", profile, "--out", out)["cells"]
+    assert states.pop(masked) == "ok" and set(states.values()) == {"to do"}
+    # As `bench run` does, with the same changes: what is there is of another configuration then.
+    assert document("list", profile, "--out", out, "--only", masked, "--set", "training.steps=4")["cells"] == {
+        masked: "other"
+    }
+    # Where a plugin is gone, a result is still listed.
+    (source / "config.toml").write_text(CONFIG.replace('kind = "digits"', 'kind = "gone"'))
+    assert document("list", profile, "--out", out, "--only", masked)["cells"] == {masked: "ok"}
+    cell = out / "cells" / "digits__masked__joint__0.json"
+    cell.write_text(cell.read_text()[:-20])
+    assert document("list", profile, "--out", out, "--only", masked)["cells"] == {masked: "damaged"}
+
+
+@pytest.mark.parametrize("action", ["report .", "perf", "data", "reading", "reliability", "topology"])
+def test_changes_are_refused_by_name_where_no_configuration_is_read(
+    action: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["bench", *action.split(), "--set", "training.steps=4"])
+    name = action.split()[0]
+    assert re.search(rf"error: bench {name}: --set: (it|what|a report) .{{20}}", capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "training.steps=4"], "bench list: --set is about a profile's cells"),
+        (["PROFILE", "--set", "training.stesp=4"], 'unknown key "stesp"; did you mean "steps"?'),
+        (["PROFILE", "--set", "training.seed=4"], 'every cell sets "training.seed" itself'),
+        (["PROFILE", "--only", "nothing"], "--only nothing: matches no cell"),
+    ],
+)
+def test_a_listing_refuses_what_a_run_would(
+    options: list[str], message: str, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [str(source / "profile.toml") if option == "PROFILE" else option for option in options]
+    assert cli.main(["bench", "list", *options]) == 2
+    assert message in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,9 @@ def test_a_second_call_goes_on_with_what_is_there(
     asked: list[object] = []
     evaluate = solvers.evaluate
     monkeypatch.setattr(solvers, "evaluate", lambda *args, **kw: asked.append(kw["seed"]) or evaluate(*args, **kw))
-    assert main([*command, "--steps", "2", "3", "--seeds", "2"]) == 0
+    assert main([*command, "--steps", "2", "3", "--seeds", "2", "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == read_json(out) and said.err  # the progress
     assert asked == [1, 1, 0, 1, 1, 0, 1], "a seed more of three ways, and two of each new one"
     assert [row for row in read_json(out)["rows"] if row in first] == first
 

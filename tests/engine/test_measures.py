@@ -194,7 +194,7 @@ def test_what_is_undefined_is_kept_as_that(tmp_path: Path) -> None:
 
 
 def test_each_measure_and_a_judge_s_training_say_how_far_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pace, "_EVERY", -1.0)
+    monkeypatch.setattr(pace, "EVERY", -1.0)
     told: list[str] = []
     logger = pace.logging.getLogger(pace.LOGGER)
     monkeypatch.setattr(logger, "info", told.append)
