@@ -250,5 +250,11 @@ assert states == {{"ok": 5}}, states
 """
     run(site, sys.executable, "-c", code, cwd=tmp_path)
     joint = tmp_path / "out/cells/speech__image+label+speech__joint__0.json"
-    metrics = expanded(json.loads(joint.read_text(encoding="utf-8")))["metrics"]
+    made = expanded(json.loads(joint.read_text(encoding="utf-8")))
+    metrics = made["metrics"]
     assert {"speech|image/listener_accuracy", "joint/listener_agreement", "real/listener_accuracy"} <= set(metrics)
+    for figure in made["figures"]:
+        heard = {name for name, sounds in zip(figure["columns"], figure.get("sounds", []), strict=False) if sounds}
+        assert heard == {name for name in figure["columns"] if name.endswith("speech")}
+    mtdiffusion(site, "bench", "report", "out", cwd=tmp_path)
+    assert "<audio " in (tmp_path / "out/report.html").read_text(encoding="utf-8")

@@ -528,7 +528,7 @@ def export(args: Namespace) -> dict[str, Any]:
 def push(args: Namespace) -> dict[str, Any]:
     """Export a run to the Hugging Face Hub."""
     run = load_run(args.run, device=args.device, overrides=args.set)
-    page = run.push_to_hub(args.name, license=args.license, private=args.private)
+    page = run.push_to_hub(args.name, license=args.license, private=args.private or None)
     if not args.json:
         print(f"pushed: {page}")
     return {"name": args.name, "page": page}

@@ -108,43 +108,71 @@ def export_run(run: TrainedRun, folder: Path, *, name: str | None = None, licens
 
 
 def push_run(
-    run: TrainedRun, name: str, *, license: str | None = None, private: bool = False, token: str | None = None
+    run: TrainedRun,
+    repo_id: str,
+    *,
+    license: str | None = None,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    branch: str | None = None,
+    create_pr: bool | None = None,
 ) -> str:
-    """Export a run and upload it to the Hugging Face Hub.
+    """Export a run and upload it to the Hugging Face Hub. Of a run that was there before, neither metrics nor files that
+    its model read stay.
 
     Args:
-        name: ``OWNER/NAME`` of a model there; made if it is not there.
+        repo_id: ``OWNER/NAME`` of a model there; made if it is not there.
         license: as of :func:`export_run`.
-        private: whether it is made private, if it is made.
+        commit_message: None: what made it, the run's name and its checkpoint.
+        private: whether it is made private, if it is made; None: as its owner's settings say.
         token: of the account; None: of whoever is logged in.
+        branch: where to, made if it is not there; None: the main branch.
+        create_pr: propose it as a pull request to the main branch.
 
     Returns:
-        The page's address.
+        The address of the model's page, or of the pull request.
 
     Raises:
-        UserError: if the Hub refuses it or cannot be reached.
+        UserError: if the Hub refuses it or cannot be reached, or for both a branch and a pull request.
     """
     from huggingface_hub import HfApi
 
-    if not HUB_NAME.fullmatch(name):
-        raise UserError(f"push: expected OWNER/NAME, found {name!r}")
+    if not HUB_NAME.fullmatch(repo_id):
+        raise UserError(f"push: expected OWNER/NAME, found {repo_id!r}")
+    if branch is not None and create_pr:
+        raise UserError(f"push: a pull request is to the main branch, found branch = {branch!r}; leave out one of them")
     api = HfApi(token=token)
+    said = f"mtdiffusion {version('mtdiffusion')}: {run.path.absolute().name}, {run.checkpoint.name}"
     with TemporaryDirectory() as scratch:
-        folder = export_run(run, Path(scratch, "run"), name=name, license=license)
+        folder = export_run(run, Path(scratch, "run"), name=repo_id, license=license)
         try:
-            page = api.create_repo(name, private=private, exist_ok=True)
-            said = f"mtdiffusion {version('mtdiffusion')}: {run.path.absolute().name}, {run.checkpoint.name}"
-            api.upload_folder(repo_id=name, folder_path=folder, commit_message=said)
+            page = api.create_repo(repo_id, private=private, exist_ok=True)
+            if branch is not None:
+                api.create_branch(repo_id, branch=branch, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message or said,
+                revision=branch,
+                create_pr=create_pr,
+                delete_patterns=[METRICS, f"{FILES}/*"],
+            )
         except Exception as error:  # of the network or the Hub: each has exceptions of its own
             raise UserError(
-                f"push: {name} could not be uploaded ({first_line(error)}); log in with `hf auth login`, as one who "
+                f"push: {repo_id} could not be uploaded ({first_line(error)}); log in with `hf auth login`, as one who "
                 "may write there, or export the run and upload the folder later: mtdiffusion export"
             ) from error
-    return str(page)
+    return str(commit.pr_url or page)
 
 
-def fetch(name: str | Path, revision: str | None = None) -> Path:
+def fetch(name: str | Path, *, revision: str | None = None, **download: Any) -> Path:
     """The folder of a run by its name on the Hub, which is downloaded unless it is here, or by its folder.
+
+    Args:
+        revision: branch, tag or commit on the Hub; None: its main branch.
+        download: ``force_download``, ``token``, ``cache_dir``, ``local_files_only``, as huggingface_hub's
+            ``snapshot_download`` takes them.
 
     Raises:
         UserError: if it is neither, or cannot be downloaded.
@@ -158,7 +186,7 @@ def fetch(name: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(name), revision=revision))
+        return Path(snapshot_download(str(name), revision=revision, **download))
     except Exception as error:  # of the network, the Hub or the disk: each has exceptions of its own
         raise UserError(
             f"{name}: there is no such folder, and it could not be downloaded from the Hugging Face Hub "

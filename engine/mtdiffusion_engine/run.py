@@ -46,11 +46,19 @@ class Run:
     model: MultimodalDiffusion = field(repr=False)
     checkpoint: Path
 
+    # What follows takes what huggingface_hub's ModelHubMixin has, by the same names. Run is no subclass of it: it would
+    # delete a config.json in a folder that is not free before we refuse it, make a model on the Hub before there is
+    # something to upload, and raise the Hub's own exceptions.
+
     @classmethod
     def from_pretrained(
         cls,
-        name: str | Path,
+        pretrained_model_name_or_path: str | Path,
         *,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
         revision: str | None = None,
         device: str | None = None,
         registry: Registry | None = None,
@@ -59,7 +67,11 @@ class Run:
         """A run by its name on the Hugging Face Hub, or by its folder, which needs no network.
 
         Args:
-            name: ``OWNER/NAME``, or a folder: an exported run's, or that of a training.
+            pretrained_model_name_or_path: ``OWNER/NAME``, or a folder: an exported run's, or that of a training.
+            force_download: download it even if it is here.
+            token: of an account that may read it; None: of whoever is logged in; False: none.
+            cache_dir: where downloads are kept; None: where huggingface_hub keeps them.
+            local_files_only: take what is here, and download nothing.
             revision: branch, tag or commit on the Hub; None: its main branch.
             device, registry, overrides: as of :func:`load_run`.
 
@@ -67,29 +79,53 @@ class Run:
             UserError: if it cannot be fetched, and as :func:`load_run`; a plugin that is missing is named, with what to
                 install.
         """
-        folder = hub.fetch(name, revision)
+        folder = hub.fetch(
+            pretrained_model_name_or_path,
+            revision=revision,
+            force_download=force_download,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
         return load_run(folder, device=device, registry=registry, overrides=overrides)
 
-    def save_pretrained(self, folder: str | Path, *, license: str | None = None) -> Path:
+    def save_pretrained(self, save_directory: str | Path, *, license: str | None = None) -> Path:
         """Export the run into an empty folder; see :func:`mtdiffusion_engine.hub.export_run`.
 
         Raises:
             UserError: if there is something in the folder.
         """
-        return hub.export_run(self, Path(folder), license=license)
+        return hub.export_run(self, Path(save_directory), license=license)
 
     def push_to_hub(
-        self, name: str, *, license: str | None = None, private: bool = False, token: str | None = None
+        self,
+        repo_id: str,
+        *,
+        license: str | None = None,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        branch: str | None = None,
+        create_pr: bool | None = None,
     ) -> str:
         """Export the run to the Hugging Face Hub; see :func:`mtdiffusion_engine.hub.push_run`.
 
         Returns:
-            The page's address.
+            The address of the model's page, or of the pull request.
 
         Raises:
             UserError: if the Hub refuses it or cannot be reached.
         """
-        return hub.push_run(self, name, license=license, private=private, token=token)
+        return hub.push_run(
+            self,
+            repo_id,
+            license=license,
+            commit_message=commit_message,
+            private=private,
+            token=token,
+            branch=branch,
+            create_pr=create_pr,
+        )
 
     def outdates(self, path: Path) -> bool:
         """Whether something (metrics, a gallery) is not there, or was made before the run was trained or configured as

@@ -53,6 +53,13 @@ def wave_of(modality: Modality, x: Tensor, folder: Path) -> tuple[Tensor, int] |
         return torch.from_numpy(values.mean(1) / 32768).float(), file.getframerate()
 
 
+def sound_of(modality: Modality, x: Tensor, folder: Path) -> tuple[str, bytes]:
+    """One x of a modality that is heard (:func:`is_heard`): the media type and the bytes of the file that the modality
+    writes of it (into this folder)."""
+    path = modality.write(x, folder, "one")
+    return mimetypes.guess_type(path.name)[0] or "audio/wav", path.read_bytes()
+
+
 def page_with_players(title: str, blocks: Sequence[Block], model: MultimodalDiffusion, folder: Path) -> str | None:
     """A page (HTML, in one piece) of the blocks, a player below each picture of a sound; None if nothing is heard.
 
@@ -82,10 +89,9 @@ def _cells(row: Row, modality: Modality | None, folder: Path) -> Iterator[str]:
             yield "<td></td>"
             continue
         player = ""
-        if modality is not None and row.values is not None:
-            path = modality.write(row.values[place], folder, "one")
-            kind = mimetypes.guess_type(path.name)[0] or "audio/wav"
-            player = f'<audio controls preload="none" src="{_in_place(path.read_bytes(), kind)}"></audio>'
+        if modality is not None and row.values is not None and row.visible is None:  # a part has no sound of its own
+            kind, content = sound_of(modality, row.values[place], folder)
+            player = f'<audio controls preload="none" src="{_in_place(content, kind)}"></audio>'
         yield f"<td>{_image(picture)}{player}</td>"
 
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import base64
 import io
+import wave
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from tests.engine.test_sounds import write_as_sound
 from tests.plugins.test_metrics import build
 from torch import Tensor
 from torch.nn import functional as F
 
 from mtdiffusion import FeatureSpec, LatentSpec, Modality
-from mtdiffusion_benchmarks.figures import NEIGHBOURS, SCENE, SIDE, figures_of
+from mtdiffusion_benchmarks.figures import HEARD, NEIGHBOURS, SCENE, SIDE, figures_of
 from mtdiffusion_plugins.clip import ClipConfig
-from mtdiffusion_plugins.image import ImageConfig
+from mtdiffusion_plugins.image import ImageConfig, ImageModality
 from mtdiffusion_plugins.label import LabelConfig
 from mtdiffusion_plugins.mask import MaskConfig
 from mtdiffusion_registry import Query
@@ -97,3 +100,35 @@ def test_scenes_keep_their_shape_masks_their_colours_and_holes_are_hatched() -> 
     half = SCENE // 2
     assert (seen[:, :half] == true[:, :half]).all()
     assert not np.isin(seen[:, half:], [0, 255]).any() and len(np.unique(seen[:, half:])) == 2
+
+
+def test_what_is_written_as_sound_is_heard_of_the_first_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageModality, "write", write_as_sound)
+    modalities = parts()
+    count = HEARD + 2
+    images = torch.linspace(-1, 1, count).view(-1, 1, 1, 1).expand(-1, 1, 4, 4)
+    test: dict[str, Tensor] = {"image": images, "label": torch.arange(count) % 5}
+
+    def levels(sounds: list[dict[str, str]]) -> list[float]:
+        """Each is of one level throughout, which the whole of it has."""
+        found = []
+        for sound in sounds:
+            assert sound["type"].startswith("audio/")
+            with wave.open(io.BytesIO(base64.b64decode(sound["data"]))) as file:
+                (level,) = set(np.frombuffer(file.readframes(file.getnframes()), "<i2").tolist())
+                found.append(level / 32767)
+        return found
+
+    (figure,) = figures_of(Query(("label",), ("image",)), {"image": -images}, test, None, modalities, shown=count)
+    sounds = dict(zip(figure["columns"], figure["sounds"], strict=True))
+    assert sounds["given label"] == []
+    first = images[:HEARD, 0, 0, 0]
+    assert np.allclose(levels(sounds["true image"]), first, atol=1e-4)
+    assert np.allclose(levels(sounds["generated image"]), -first, atol=1e-4)
+    # As it is given, with a hole, it has no sound: the whole would be heard.
+    query = Query((), ("image",), hidden=0.5)
+    (figure,) = figures_of(query, {"image": images}, test, torch.ones(count, 4, 4), modalities, shown=2)
+    heard = {name: len(row) for name, row in zip(figure["columns"], figure["sounds"], strict=True)}
+    assert heard == {"given image": 0, "true image": 2, "generated image": 2}
+    (figure,) = figures_of(Query(), {"label": torch.arange(3)}, test, None, modalities, shown=2)
+    assert "sounds" not in figure

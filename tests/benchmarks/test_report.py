@@ -621,6 +621,12 @@ def test_a_damaged_cell_is_an_error_that_names_its_file(tmp_path: Path, content:
     assert not (folder / "report.html").exists()
 
 
+def sounding(kind: str, data: str) -> Tables:
+    """A change of a cell: a figure that is heard."""
+    sounds = [[{"type": kind, "data": data}]]
+    return {"figures": [{"name": "x", "title": "x", "png": picture(1, 0), "columns": ["x"], "sounds": sounds}]}
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -629,6 +635,8 @@ def test_a_damaged_cell_is_an_error_that_names_its_file(tmp_path: Path, content:
         ({"directions": {"accuracy": "up"}}, "directions['accuracy']"),
         ({"directions": {"accuracy": "lower"}}, "better lower, other cells higher"),
         ({"figures": [{"name": "x", "title": "x", "png": "AAAA"}]}, "figure 'x': expected a PNG"),
+        (sounding("text/html", "AAAA"), "invalid value @ file.figures[0].sounds[0][0]"),
+        (sounding("audio/wav", '"onload="'), "invalid value @ file.figures[0].sounds[0][0]"),
         ({"figures": [{"name": "x", "title": "x", "png": "<svg>"}]}, "figure 'x': expected a PNG"),
         ({}, "remove one of them"),
     ],
@@ -685,6 +693,19 @@ def test_no_distance_goes_without_its_features(page: str, document: str) -> None
         text = re.sub(r"<style>.*?</style>|base64,[^\"]*", "", made, flags=re.S)
         assert not re.search(r"\b(FID|LPIPS)\b", text)
         assert "in the features of “judge”" in text
+
+
+def test_what_is_heard_has_players_below_its_figure(tmp_path: Path) -> None:
+    profile, cells = small()
+    figure = next(each for each in cells if each["figures"])["figures"][0]
+    sounds = [{"type": "audio/wav", "data": data} for data in ("UklG", "RklV")]
+    figure["sounds"] = [[], sounds, *[[]] * (len(figure["columns"]) - 2)]
+    page, _ = build_report(write(tmp_path / "x", profile, cells))
+    text = page.read_text(encoding="utf-8")
+    players = [attributes for tag, attributes in Reader(text).tags if tag == "audio"]
+    assert {a["src"] for a in players} == {"data:audio/wav;base64,UklG", "data:audio/wav;base64,RklV"}
+    assert {a["aria-label"] for a in players} == {f"{figure['columns'][1]}, sample {n}" for n in (1, 2)}
+    assert all("controls" in a and a["preload"] == "none" for a in players)
 
 
 def test_figures_are_in_the_page_enlarged_by_whole_pixels(page: str) -> None:

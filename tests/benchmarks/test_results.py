@@ -79,6 +79,33 @@ def test_only_what_stands_between_the_markers_is_replaced() -> None:
 BENCHMARKS = sorted(path.parent for path in (ROOT / "benchmarks/results").glob("*/profile.json"))
 
 
+def test_a_sound_is_stored_once_however_often_it_is_heard(tmp_path: Path) -> None:
+    profile, (cell, *_) = small()
+    png = cell["figures"][0]["png"]
+    said, sung = ({"type": "audio/wav", "data": data} for data in ("c2FpZA==", "c3VuZw=="))
+    heard = [[[said, sung], [], [said]], [[said]]]
+    cell["figures"] = [
+        {"name": "x", "title": "x", "columns": list("abc"), "png": png, "sounds": each} for each in heard
+    ]
+    cell["figures"].append({"name": "y", "title": "y", "png": png})
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "profile.json").write_text(json.dumps(profile))
+    path = tmp_path / "cells" / "cell.json"
+    write_cell(path, cell)
+    text = path.read_text()
+    assert text.count(said["data"]) == text.count(sung["data"]) == 1
+    assert expanded(json.loads(text))["figures"] == cell["figures"]
+    first, second, silent = read_results(tmp_path).cells[0].figures
+    assert [(name, [each.data for each in sounds]) for name, sounds in first.heard] == [
+        ("a", ["c2FpZA==", "c3VuZw=="]),
+        ("c", ["c2FpZA=="]),
+    ]
+    assert [name for name, _ in second.heard] == ["a"] and silent.heard == []
+    path.write_text(json.dumps(json.loads(text) | {"sounds": [said["data"]]}))  # it lacks one
+    with pytest.raises(UserError, match=r"cell\.json: is damaged .* remove it and run its cell again"):
+        read_results(tmp_path)
+
+
 @pytest.mark.parametrize("folder", BENCHMARKS, ids=lambda folder: folder.name)
 def test_a_committed_report_is_what_its_results_say_byte_for_byte(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "cells", tmp_path / "cells")

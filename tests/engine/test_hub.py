@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import inspect
 import json
 import shutil
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelHubMixin
 from PIL import Image
 
 from mtdiffusion_engine import Run, load_run
@@ -202,10 +204,26 @@ def test_what_cannot_be_fetched_is_said(
         Run.from_pretrained(name, revision=revision)
 
 
+PULL_REQUEST = {
+    "title": "a title",
+    "num": 1,
+    "author": {"name": "me"},
+    "createdAt": "2026-01-01T00:00:00.000Z",
+    "status": "draft",
+    "repo": {"name": "me/tiny", "type": "model"},
+    "isPullRequest": True,
+    "events": [],
+    "changes": {"base": "refs/heads/main"},
+    "filesWithConflicts": [],
+}
+"""As the Hub describes one."""
+
+
 class Hub(BaseHTTPRequestHandler):
     """As much of the Hub's interface as an upload of small files needs; it keeps what is committed."""
 
     committed: dict[str, bytes]
+    asked: list[str]
 
     def log_message(self, *_: object) -> None:
         pass
@@ -216,6 +234,7 @@ class Hub(BaseHTTPRequestHandler):
             body = b"".join(iter(self._chunk, b""))
         else:
             body = self.rfile.read(length)
+        self.asked.append(self.path)
         if self.path == "/api/repos/create":
             asked = json.loads(body)
             self._answer({"url": f"https://huggingface.co/{asked['organization']}/{asked['name']}"})
@@ -228,14 +247,23 @@ class Hub(BaseHTTPRequestHandler):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.committed[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            self._answer(
-                {"commitUrl": "https://huggingface.co/me/tiny/commit/0", "commitOid": "0" * 40, "success": True}
-            )
+                elif line["key"] == "deletedFile":
+                    del self.committed[line["value"]["path"]]
+            page = "https://huggingface.co/me/tiny"
+            done = {"commitUrl": f"{page}/commit/0", "commitOid": "0" * 40, "success": True}
+            self._answer(done | ({"pullRequestUrl": f"{page}/discussions/1"} if "create_pr" in self.path else {}))
         else:
-            self._answer({"type": "regular"})
+            self._answer({"type": "regular", "num": 1})
 
     def do_GET(self) -> None:
-        self._answer({"id": "me/tiny", "sha": "0" * 40, "siblings": []})
+        self.asked.append(self.path)
+        if "/tree/" in self.path:
+            files = [{"type": "file", "path": path, "size": len(x), "oid": "0"} for path, x in self.committed.items()]
+            self._answer(files)
+        elif "/discussions/1" in self.path:
+            self._answer(PULL_REQUEST)
+        else:
+            self._answer({"id": "me/tiny", "sha": "0" * 40, "siblings": []})
 
     def _chunk(self) -> bytes:
         size = int(self.rfile.readline(), 16)
@@ -255,7 +283,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
     """A local stand-in for the Hub, which cannot be reached from tests; the client is the real one."""
-    Hub.committed = {}
+    Hub.committed, Hub.asked = {}, []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
@@ -272,6 +300,56 @@ def test_a_push_uploads_what_an_export_writes(run_folder: Path, exported: Path, 
     assert hub["ema.safetensors"] == expected["ema.safetensors"]
     assert b'Run.from_pretrained("me/tiny")' in hub["README.md"]
     assert b'license: "mit"' in hub["README.md"]
+
+
+def test_metrics_of_other_weights_do_not_stay_on_the_hub(tiny_run: Path, hub: dict[str, bytes], tmp_path: Path) -> None:
+    hub |= {"metrics.json": b"{}", "files/modalities/text/file/words.txt": b"a", "notes.md": b"mine"}
+    run = load_run(shutil.copytree(tiny_run, tmp_path / "run"), device="cpu")  # which was not evaluated
+    run.push_to_hub("me/tiny", token="hf_of_nobody")
+    assert "metrics.json" not in hub and not [path for path in hub if path.startswith("files/")]
+    assert hub["notes.md"] == b"mine" and "ema.safetensors" in hub
+
+
+def test_a_push_to_a_branch_or_as_a_pull_request(tiny_run: Path, hub: dict[str, bytes]) -> None:
+    run = load_run(tiny_run, device="cpu")
+    run.push_to_hub("me/tiny", token="hf_of_nobody", branch="v2")
+    assert "/api/models/me/tiny/branch/v2" in Hub.asked
+    assert any("/commit/v2" in path for path in Hub.asked)
+    Hub.asked.clear()
+    page = run.push_to_hub("me/tiny", token="hf_of_nobody", create_pr=True)
+    assert page.endswith("/me/tiny/discussions/1")
+    # How the client asks for it depends on its version.
+    assert any("create_pr=1" in path or "/commit/refs%2Fpr%2F1" in path for path in Hub.asked), Hub.asked
+    with pytest.raises(UserError, match="a pull request is to the main branch, found branch = 'v2'"):
+        run.push_to_hub("me/tiny", branch="v2", create_pr=True)
+
+
+@pytest.mark.parametrize("method", ["from_pretrained", "save_pretrained", "push_to_hub"])
+def test_runs_take_what_the_hubs_own_models_take_by_the_same_names(method: str) -> None:
+    """But for the configuration and the template of the card, which a run has of its own; a push within a save; and a
+    part of an export, which is no run."""
+    own = {"self", "config", "model_card_kwargs", "model_kwargs", "push_to_hub_kwargs"}
+    own |= {"allow_patterns", "ignore_patterns", "delete_patterns"}
+    own |= {"push_to_hub", "repo_id"} if method == "save_pretrained" else set()
+    standard = inspect.signature(getattr(ModelHubMixin, method)).parameters
+    ours = inspect.signature(getattr(Run, method)).parameters
+    taken = {name: parameter.kind for name, parameter in standard.items() if name not in own}
+    assert taken.items() <= {name: parameter.kind for name, parameter in ours.items()}.items()
+    for name in taken.keys() - {"commit_message"}:
+        assert ours[name].default == standard[name].default, name
+
+
+def test_what_was_downloaded_serves_without_the_network(exported: Path, tmp_path: Path) -> None:
+    commit = "1" * 40
+    model = tmp_path / "models--me--tiny"
+    shutil.copytree(exported, model / "snapshots" / commit)
+    (model / "refs").mkdir()
+    (model / "refs" / "v1").write_text(commit)
+    options = {"device": "cpu", "cache_dir": tmp_path, "local_files_only": True}
+    run = Run.from_pretrained("me/tiny", revision="v1", **options)
+    assert run.path == model / "snapshots" / commit
+    with pytest.raises(UserError, match="could not be downloaded"):
+        Run.from_pretrained("me/tiny", **options)  # the main branch is not there
 
 
 def test_a_push_that_fails_says_what_to_do(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from attrs import field, frozen
-from attrs.validators import in_
+from attrs.validators import in_, matches_re
 from cattrs import Converter, transform_error
 
 from mtdiffusion_benchmarks.report.statistics import Direction
@@ -48,14 +48,29 @@ class Cost:
 
 
 @frozen
+class Sound:
+    """A file that a browser plays: its media type and its content, base64."""
+
+    type: str = field(validator=matches_re(r"audio/[\w.+-]+"))
+    data: str = field(validator=matches_re(r"[A-Za-z0-9+/]+={0,2}"))
+
+
+@frozen
 class Figure:
-    """A small PNG, base64: a row for each of ``columns``, which name what is shown, and a sample a column."""
+    """A small PNG, base64: a row for each of ``columns``, which name what is shown, and a sample a column; and the
+    sounds of each row, of its first samples, if any is heard."""
 
     name: str
     title: str
     png: str
     kind: str = ""
     columns: tuple[str, ...] = ()
+    sounds: tuple[tuple[Sound, ...], ...] = ()
+
+    @property
+    def heard(self) -> list[tuple[str, tuple[Sound, ...]]]:
+        """The rows that are heard, by what they show."""
+        return [(name, sounds) for name, sounds in zip(self.columns, self.sounds, strict=False) if sounds]
 
     @property
     def size(self) -> tuple[int, int]:
@@ -189,7 +204,7 @@ def _cell(path: Path) -> Cell:
         value = value | {"metrics": {}, "figures": [], "cost": None}
     try:
         value = expanded(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, LookupError) as error:
         raise UserError(f"{path}: is damaged ({error}); remove it and run its cell again") from None
     cell = _structure(value, Cell, path)
     for figure in cell.figures:
