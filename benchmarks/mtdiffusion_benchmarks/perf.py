@@ -331,7 +331,7 @@ def flops(model: MultimodalDiffusion, batch: Batch) -> dict[str, float]:
     with FlopCounterMode(display=False) as counter:
         loss = composite_loss(model, batch.x, presence=batch.presence).total.mean()
         forward = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-        loss.backward()
+        torch.autograd.backward(loss)
         total = counter.get_total_flops()
     own = sum(value for name, value in forward.items() if name.endswith((".encoder", ".decoder")))
     return {"total": total, "encoders and heads": 3 * own}
