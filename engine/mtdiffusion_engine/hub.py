@@ -118,8 +118,8 @@ def push_run(
     branch: str | None = None,
     create_pr: bool | None = None,
 ) -> str:
-    """Export a run and upload it to the Hugging Face Hub. Of a run that was there before, neither metrics nor files that
-    its model read stay.
+    """Export a run and upload it to the Hugging Face Hub. Of a run that was there before, neither metrics nor files
+    that its model read stay.
 
     Args:
         repo_id: ``OWNER/NAME`` of a model there; made if it is not there.
