@@ -516,7 +516,7 @@ def test_a_batch_depends_on_its_place_alone(run: Run) -> None:
 
 def test_a_terminal_gets_a_bar(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = io.StringIO()
-    monkeypatch.setattr(commands, "_console", lambda: Console(file=shown, force_terminal=True, width=80))
+    monkeypatch.setattr(commands, "screen", lambda: Console(file=shown, force_terminal=True, width=80))
     assert main(options(tiny_run, tmp_path / "out", "tar")) == 0
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue())
     assert "26/26" in plain and re.search(r"\d:\d\d:\d\d", plain)
