@@ -83,13 +83,15 @@ class Muon(torch.optim.AdamW):
             super().step()
         finally:
             self.param_groups.append(matrices)
-        device = matrices["params"][0].device
-        skipped = torch.zeros((), device=device).bool() if self.found_inf is None else self.found_inf.bool()
+        weights = [weight for weight in matrices["params"] if weight.grad is not None]
+        if not weights:
+            return
+        never = torch.zeros((), dtype=torch.bool, device=weights[0].device)
+        skipped = never if self.found_inf is None else self.found_inf.bool()
         rate = matrices["lr"] * ~skipped
         kept = 1 - rate * matrices["weight_decay"]
-        for weight in matrices["params"]:
-            if weight.grad is not None:
-                weight.mul_(kept).sub_(self._direction(weight, weight.grad, skipped) * rate)
+        for weight in weights:
+            weight.mul_(kept).sub_(self._direction(weight, weight.grad, skipped) * rate)
 
     def _direction(self, weight: nn.Parameter, gradient: Tensor, skipped: Tensor) -> Tensor:
         """Where a weight goes, of its own shape; its momentum is brought up to date, unless the step is left out."""

@@ -88,6 +88,17 @@ def test_a_step_that_nobody_asked_to_leave_out_is_taken() -> None:
     assert torch.equal(told.weight, plain.weight) and torch.equal(told.bias, plain.bias)
 
 
+def test_a_network_without_such_matrices_is_trained_by_adamw() -> None:
+    layer, plain = nn.LayerNorm(6), nn.LayerNorm(6)
+    optimizer = Muon([], list(layer.parameters()), lr=1e-2, weight_decay=0.1, beta2=0.99)
+    adamw = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.1, betas=(0.9, 0.99))
+    for parameter in (*layer.parameters(), *plain.parameters()):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    adamw.step()
+    torch.testing.assert_close(list(layer.parameters()), list(plain.parameters()))
+
+
 def test_a_step_that_is_left_out_changes_nothing() -> None:
     layer, optimizer = quadratic()
     step_if_finite(optimizer, torch.tensor(1.0))
