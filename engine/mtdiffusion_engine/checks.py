@@ -1,13 +1,28 @@
-"""What evaluation and the gallery would refuse, said before a training instead of after it."""
+"""What is said before a training instead of after it: what evaluation and the gallery would refuse, and what was
+perhaps not meant."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from mtdiffusion import MultimodalDiffusion
+from mtdiffusion.process import terminal_warning
 from mtdiffusion_engine.data import load_data
 from mtdiffusion_engine.evaluation import planned
 from mtdiffusion_engine.experiment import Experiment
 from mtdiffusion_engine.judging import check_evaluators
 from mtdiffusion_registry import EmptySplit
+
+
+def doubts_of(experiment: Experiment, model: MultimodalDiffusion) -> Iterator[str]:
+    """What of a configuration is allowed, and perhaps not meant."""
+    if model.epsilon_head is not None and experiment.sampling.solver == "dpmpp_2m":
+        yield (
+            "sampling.solver is 'dpmpp_2m', which does not use the ε head that model.parameterisation = 'epsilon_head' "
+            "trains; to sample with it, set sampling.solver to 'ancestral' or 'ddim'"
+        )
+    if warning := terminal_warning(model.process):
+        yield warning
 
 
 def check_held_out(experiment: Experiment, model: MultimodalDiffusion) -> tuple[int, list[str]]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mtdiffusion_engine import checkpoint as ckpt
 from mtdiffusion_engine import packing, sampling
-from mtdiffusion_engine.checks import check_held_out
+from mtdiffusion_engine.checks import check_held_out, doubts_of
 from mtdiffusion_engine.cost import count_cost, describe_cost
 from mtdiffusion_engine.data import load_data
 from mtdiffusion_engine.experiment import Experiment, TrainingConfig, build_model, load_experiment, require_resumable
@@ -59,6 +59,7 @@ def check_config(args: Namespace) -> dict[str, Any] | None:
     train = load_data(experiment, model, "train")
     train.verify()
     held_out, warnings = check_held_out(experiment, model)
+    warnings = [*warnings, *doubts_of(experiment, model)]
     latent = model.layout.latent
     cost = count_cost(experiment, model)
     if args.json:

@@ -28,11 +28,10 @@ from torch.utils.checkpoint import checkpoint
 
 from mtdiffusion import Backbone, Draws, LossWeights, MultimodalDiffusion, composite_loss
 from mtdiffusion.precision import to_device
-from mtdiffusion.process import terminal_warning
 from mtdiffusion_engine import checkpoint as ckpt
 from mtdiffusion_engine.augmentation import Augmentation
 from mtdiffusion_engine.chance import StepChance
-from mtdiffusion_engine.checks import check_held_out
+from mtdiffusion_engine.checks import check_held_out, doubts_of
 from mtdiffusion_engine.data import (
     Batch,
     StepSampler,
@@ -194,10 +193,8 @@ class Trainer:
         self._saved = -1
         self._require_even_shares()
         held_out = check_held_out(experiment, self.model)[1] if evaluated else []
-        warnings = [*held_out, *ignored_variables(self.config, os.environ)]
+        warnings = [*held_out, *ignored_variables(self.config, os.environ), *doubts_of(experiment, self.model)]
         messages = [f"warning: {said}" for said in warnings]
-        if warning := terminal_warning(self.model.process):
-            messages.append(f"warning: {warning}")
         self.watched = self._watched() if evaluated and self.main else None
         self.ema = Average(self.model, self.config.ema)
         if self.config.checkpoint_activations:

@@ -237,6 +237,32 @@ def test_config_check_tells_the_cost(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert ": backbone 675 M, " in large["parameters"] and "GFLOP" in large["evaluation"] and "GiB" in large["memory"]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "warning"),
+    [
+        (["model.parameterisation=epsilon_head", "loss.l1=1.0"], "sampling.solver is 'dpmpp_2m', which does not use"),
+        (["model.parameterisation=epsilon_head", "loss.l1=1.0", "sampling.solver=ancestral"], None),
+        (
+            [
+                "process.retention=literal",
+                "process.curve=linear",
+                "process.steps=1000",
+                "process.weights={kind='constant', value=1.0}",
+            ],
+            "the process does not end in noise",
+        ),
+    ],
+)
+def test_config_check_warns_of_what_was_perhaps_not_meant(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], warning: str | None
+) -> None:
+    path = tmp_path / "tiny.toml"
+    path.write_text(CONFIG)
+    assert main(["config", "check", str(path), "--json", "--set", *overrides]) == 0
+    warnings = json.loads(capsys.readouterr().out)["warnings"]
+    assert [warning in each for each in warnings] == [True] if warning else warnings == []
+
+
 def test_there_is_a_cost_of_all_kinds_of_modalities() -> None:
     kinds = {
         "mask": '{ kind = "mask", size = 4 }',
