@@ -76,8 +76,8 @@ def guidance(text: str) -> tuple[float, float, float]:
         UserError: if it is neither, or out of range.
     """
     value, given, part = text.partition("@")
+    low, _, high = part.partition("-") if given else ("0", "", "1")
     try:
-        low, high = part.split("-") if given else ("0", "1")
         found = float(value), float(low), float(high)
         SamplerSettings(guidance=found[0], guidance_interval=found[1:])  # type: ignore[arg-type]
     except ValueError as error:

@@ -109,7 +109,10 @@ def test_a_second_call_goes_on_with_what_is_there(
         (["--solver", "euler"], "--solver euler: 'solver' must be in ('ancestral', 'ddim', 'dpmpp_2m')"),
         (["--solver", "ancestral=2"], "--solver ancestral=2: eta: 2.0 is a setting of the solvers ddim and dpmpp_2m"),
         (["--solver", "ddim=much"], "--solver ddim=much: could not convert"),
-        (["--guidance", "2@0.8"], "--guidance 2@0.8: not enough values to unpack"),
+        (
+            ["--guidance", "2@0.8"],
+            "--guidance 2@0.8: could not convert string to float: ''; expected a number, 1 for none",
+        ),
         (["--guidance", "2@0.8-0.2"], "--guidance 2@0.8-0.2: 'guidance_interval': expected two shares of the path"),
         (["--guidance", "-1"], "--guidance -1: 'guidance' must be >= 0"),
         (["--steps", "0"], "--steps 0: expected 1 or more"),
