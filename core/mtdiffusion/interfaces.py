@@ -148,7 +148,10 @@ class Decoder(nn.Module, ABC):
 
     @abstractmethod
     def nll(self, params: Params, x: Tensor) -> Tensor:
-        """Exact −log p(x | params) in nats, summed over the dimensions of x: ``[B]``."""
+        """Exact −log p(x | params) in nats, summed over the dimensions of x: ``[B]``.
+
+        A loss gives params of at least 32 bits, whatever the decoder computes in.
+        """
 
     def dims_of(self, x: Tensor) -> Tensor:
         """How many dimensions of each x ``[B, ...]`` count in its :meth:`nll`: int64 ``[B]``, from 0 to :attr:`dims`.
@@ -367,7 +370,8 @@ class Backbone(nn.Module, ABC):
 
         Args:
             z: ``[B, in_channels, H, W]``: the scaled z_t, and what else the layout shows place by place.
-            noise: ``[B]`` in [0, 1]: the noise level of the noisiest modality (0 is data, 1 is noise).
+            noise: ``[B]`` in [0, 1]: the noise level of the noisiest modality (0 is data, 1 is noise); in float32 where
+                z has 16 bits, too few for an angle of many turns.
             vector: ``[B, in_vector]``: the modalities' clocks (or flags) and read-outs.
         """
 

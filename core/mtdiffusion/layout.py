@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mtdiffusion.conditioning import Observation
 from mtdiffusion.interfaces import LatentSpec
-from mtdiffusion.precision import widened
+from mtdiffusion.precision import require_computable, single_or_wider, widened
 
 Codes = Mapping[str, Tensor]
 """Codes by modality name, each ``[B, c_i, H, W]``."""
@@ -51,7 +51,8 @@ def noise_level(signal: Tensor, variance: Tensor) -> Tensor:
 
 
 class Shown(NamedTuple):
-    """A backbone's inputs: a map ``[B, in_channels, H, W]``, a noise level ``[B]``, a vector ``[B, in_vector]``."""
+    """A backbone's inputs: a map ``[B, in_channels, H, W]``, a noise level ``[B]`` of at least 32 bits, a vector
+    ``[B, in_vector]``."""
 
     map: Tensor
     noise: Tensor
@@ -77,7 +78,11 @@ class Layout(ABC):
 
     @abstractmethod
     def meet(self, weights: Tensor, codes: Codes) -> Tensor:
-        """The codes, each times its weight ``[B, N, h, w]``, in the whole space: ``[B, C, H, W]``."""
+        """The codes, each times its weight ``[B, N, h, w]``, in the whole space: ``[B, C, H, W]``.
+
+        Raises:
+            ValueError: if a code is not of 16, 32 or 64 bits of floating point.
+        """
 
     @abstractmethod
     def spread(self, values: Tensor) -> Tensor:
@@ -118,6 +123,12 @@ class Layout(ABC):
         """
 
 
+def _in_order(codes: Codes, names: tuple[str, ...]) -> list[Tensor]:
+    for name in names:
+        require_computable(f"codes[{name!r}]", codes[name].dtype)
+    return [codes[name] for name in names]
+
+
 @frozen(eq=False)
 class OwnLayout(Layout):
     """Side by side: each modality has channels of its own, and a clock of its own (docs/mathematics.md, section 7).
@@ -151,7 +162,7 @@ class OwnLayout(Layout):
         return LatentSpec(self.channels[name], self.height, self.width)
 
     def meet(self, weights: Tensor, codes: Codes) -> Tensor:
-        side_by_side = torch.cat([codes[name] for name in self.channels], 1)
+        side_by_side = torch.cat(_in_order(codes, self.names), 1)
         return self.spread(weights).to(side_by_side.dtype) * side_by_side
 
     def spread(self, values: Tensor) -> Tensor:
@@ -193,16 +204,16 @@ class OwnLayout(Layout):
         batch, n = len(z), len(self.channels)
         scale = (standing.signal.square() + standing.variance).rsqrt()
         scaled = z * self.spread(scale * ~standing.hidden).to(z.dtype)
-        level = standing.level.to(z.dtype)
+        level = standing.level.to(single_or_wider(z.dtype))  # of which there are up to 64 turns below
         maps, sources = [scaled], [scaled]
         if self.show_clean:
             sources.append(scaled * self.spread(standing.variance == 0))
             maps.append(sources[1])
-        maps.append(level.expand(batch, n, self.height, self.width))
+        maps.append(level.to(z.dtype).expand(batch, n, self.height, self.width))
         clock = level.amax((2, 3)).expand(batch, n)  # of what is not seen of a modality
-        angles = math.pi * clock[:, :, None] * 2.0 ** torch.arange(_FREQUENCIES, device=z.device, dtype=z.dtype)
+        angles = math.pi * clock[:, :, None] * 2.0 ** torch.arange(_FREQUENCIES, device=z.device, dtype=clock.dtype)
         told = [angles.sin().flatten(1), angles.cos().flatten(1), level.mean((2, 3)).expand(batch, n)]
-        vector = torch.cat([*told, *(readout(source) for source in sources)], 1)
+        vector = torch.cat([*(each.to(z.dtype) for each in told), *(readout(source) for source in sources)], 1)
         return Shown(torch.cat(maps, 1), clock.amax(1), vector)
 
 
@@ -228,7 +239,7 @@ class SharedLayout(Layout):
     def meet(self, weights: Tensor, codes: Codes) -> Tensor:
         # Products and a sum, not an einsum: autocast would run that in half precision, and 1e-3 of M_t is not small
         # beside σ_t near t = 0.
-        parts = zip(torch.split(weights, 1, 1), (codes[name] for name in self.names), strict=True)
+        parts = zip(torch.split(weights, 1, 1), _in_order(codes, self.names), strict=True)
         return torch.stack([weight.to(code.dtype) * code for weight, code in parts]).sum(0)
 
     def spread(self, values: Tensor) -> Tensor:
@@ -268,5 +279,5 @@ class SharedLayout(Layout):
         present = there.sum(1).clamp(min=1)[:, None, None, None]
         level = noise_level((power.sum(1, keepdim=True) / present).sqrt(), variance)
         vector = torch.cat([visible.mean((2, 3)), there.expand(batch, n), readout(scaled), readout(aggregate)], 1)
-        noise = level.to(z.dtype).amax((1, 2, 3)).expand(batch)
+        noise = level.to(single_or_wider(z.dtype)).amax((1, 2, 3)).expand(batch)
         return Shown(torch.cat([scaled, aggregate, visible], 1), noise, vector)

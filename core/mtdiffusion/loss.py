@@ -1,6 +1,7 @@
 """The composite loss L0 + L1 + L2 + L3 (Chen et al. 2024; docs/mathematics.md, section 4), and the exact bound.
 
-Everything stays per sample ``[B]``; weights, presence and observation multiply there, and the mean comes last.
+Everything stays per sample ``[B]``; weights, presence and observation multiply there, and the mean comes last. It is in
+the model's floating point, or in float32 where that has 16 bits: sums of many squares leave their range.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from attrs.validators import ge, in_
 from torch import Tensor
 
 from mtdiffusion.conditioning import Observation
+from mtdiffusion.interfaces import Params
 from mtdiffusion.layout import Codes
 from mtdiffusion.model import MultimodalDiffusion, Prediction
-from mtdiffusion.precision import to_device, widened
+from mtdiffusion.precision import at_least_single, single_or_wider, to_device, widened
 from mtdiffusion.process import DiffusionProcess
 
 
@@ -119,7 +121,7 @@ class Draws(NamedTuple):
 def prior_kl(process: DiffusionProcess, codes: Codes, presence: Tensor | None = None) -> Tensor:
     """L0 = KL(q(z_T | X) ‖ N(0, I)) in nats ``[B]``, in closed form."""
     t = torch.full((1, len(codes)), process.steps, device=process.log_alpha_bar.device)
-    mean = process.mean(codes, t, presence)
+    mean = at_least_single(process.mean(codes, t, presence))
     variance = process.variance(t[:, 0])  # no lone index, which would wait for the device
     return 0.5 * (mean.square().sum((1, 2, 3)) + (variance - 1 - torch.log(variance)).to(mean.dtype) * mean[0].numel())
 
@@ -138,20 +140,21 @@ def transition_kl(
     """KL(q(z_s | z_t, X) ‖ p(z_s | z_t)) in nats ``[B]``, for clocks s ≤ t ``[B, N, h, w]``; 0 for what stays, and for
     what reaches s = 0, where L3 takes its place.
 
-    With ε derived from the heads it is ‖c (e − ê)‖² / (2 β̃), which cancels nothing; with an ε head, the difference of
-    the posterior mean and the paper's μ_θ.
+    With ε derived from the heads it is ‖c (e − ê)‖² / (2 β̃); with an ε head, the distance of the posterior mean from
+    the paper's μ_θ, put together from the errors of the codes and of ε. Neither takes a small difference of large
+    means.
     """
     layout = process.layout
+    wrong = {name: at_least_single(codes[name] - prediction.codes[name]) for name in layout.names}
     if derived_epsilon:
-        wrong = {name: codes[name] - prediction.codes[name] for name in layout.names}
         difference = layout.meet(process.code_error_gain(t, s, presence), wrong)
     else:
-        mu = process.mean_from_epsilon(z, prediction.epsilon, prediction.codes, t, s, presence)
-        # The posterior keeps √(1 − ᾱ_s − β̃) of ε; p keeps as much of its own ε̂.
-        mu = process.jump(mu, prediction.epsilon, t, s, eta=1.0, noise=torch.zeros_like(z))
-        difference = process.posterior_mean(z, codes, t, s, presence) - mu
+        gain, of_epsilon = process.epsilon_error_gains(t, s, presence)
+        missed = at_least_single(process.epsilon(z, codes, t, presence) - prediction.epsilon)
+        difference = layout.meet(gain, wrong) - layout.spread(of_epsilon).to(missed.dtype) * missed
     counts = layout.spread(_where_present((s > 0) & (s < t), presence))
-    variance = layout.spread(process.posterior_variance(t, s)).to(z.dtype).clamp(min=torch.finfo(z.dtype).tiny)
+    dtype = difference.dtype
+    variance = layout.spread(process.posterior_variance(t, s)).to(dtype).clamp(min=torch.finfo(dtype).tiny)
     return torch.where(counts > 0, difference.square() / (2 * variance), 0).sum((1, 2, 3))
 
 
@@ -202,7 +205,7 @@ def composite_loss(
     z = process.corrupt(codes, clocks, draws.noise.to(model.device), presence)
     heads = model(z, clocks, observation, presence)
 
-    total = z.new_zeros(batch)
+    total = at_least_single(z.new_zeros(batch))
     latent_dims = model.layout.latent.numel
     l0 = l1 = None
     if weights.l0 > 0:
@@ -223,16 +226,21 @@ def composite_loss(
     counted: dict[str, Tensor] = {}
     snr = process.snr(t.clamp(min=1))
     for i, name in enumerate(names):
-        modality, params = model.modality(name), heads.params[name]
+        modality, params = model.modality(name), _at_least_single(heads.params[name])
         counted[name] = presence[:, i] * (~observation.complete[:, i] & (t[:, i] > 0))
         l2[name] = torch.where(counted[name] > 0, modality.decoder.objective(params, x[name]), 0)
         scale = modality.loss_weight * snr_weight(snr[:, i], modality.snr_clamp)
-        total = total + weights.l2 * scale.to(z.dtype) * l2[name]
+        total = total + weights.l2 * scale.to(total.dtype) * l2[name]
         if weights.l3 > 0:
             final = (t[:, i] == 1) & (counted[name] > 0)
             l3[name] = torch.where(final, process.steps * modality.decoder.nll(params, x[name]), 0)
             total = total + weights.l3 * l3[name] / modality.decoder.dims_of(x[name]).clamp(min=1)
     return LossTerms(total, l0, l1, l2, l3, counted)
+
+
+def _at_least_single(params: Params) -> Params:
+    """Parameters for a likelihood, which adds up many dimensions."""
+    return {key: at_least_single(value) for key, value in params.items()}
 
 
 def _blanks(model: MultimodalDiffusion, x: Mapping[str, Tensor], codes: Codes) -> dict[str, tuple[Tensor, Tensor]]:
@@ -267,11 +275,11 @@ def _snr_weighted(
 ) -> Tensor:
     """½ ‖ε − ε̂‖² · clamp(SNR_t) / SNR_t where t > 0: ``[B]``."""
     layout = process.layout
-    snr = layout.spread(process.snr(t.clamp(min=1))).clamp(min=torch.finfo(z.dtype).tiny)  # a target may reach 0
+    error = at_least_single(process.epsilon(z, codes, t, presence) - prediction.epsilon)
+    snr = layout.spread(process.snr(t.clamp(min=1))).clamp(min=torch.finfo(error.dtype).tiny)  # a target may reach 0
     counts = layout.spread(_where_present(t > 0, presence)) > 0
     scale = counts * snr_weight(snr, weights.l1_clamp) / snr
-    error = process.epsilon(z, codes, t, presence) - prediction.epsilon
-    return 0.5 * (scale.to(z.dtype) * error.square()).sum((1, 2, 3))
+    return 0.5 * (scale.to(error.dtype) * error.square()).sum((1, 2, 3))
 
 
 @frozen(eq=False)
@@ -329,7 +337,7 @@ def variational_bound(
     if times is not None and times < len(between):
         offset = torch.rand(1, generator=generator)
         chosen = between[((torch.arange(times) + offset) * len(between) / times).long().clamp(max=len(between) - 1)]
-    l1 = torch.zeros(len(x[names[0]]), device=model.device, dtype=model.dtype)
+    l1 = torch.zeros(len(x[names[0]]), device=model.device, dtype=single_or_wider(model.dtype))
     l3: dict[str, Tensor] = {}
     for k in [*chosen.tolist(), *arrives.any(1).nonzero()[:, 0].tolist()]:
         t, s = (path[j][None, :, None, None].to(model.device) for j in (k, k + 1))
@@ -340,6 +348,6 @@ def variational_bound(
         l1 = l1 + kl * (1.0 if bool(arrives[k].any()) else len(between) / len(chosen))
         for i, name in enumerate(names):
             if bool(arrives[k, i]):
-                l3[name] = model.modality(name).decoder.nll(heads.params[name], x[name])
+                l3[name] = model.modality(name).decoder.nll(_at_least_single(heads.params[name]), x[name])
     dims = torch.stack([model.modality(name).decoder.dims_of(x[name]) for name in names]).sum(0)
     return Bound(prior_kl(process, codes), l1, {name: l3[name] for name in names}, dims)

@@ -15,6 +15,7 @@ from mtdiffusion.compiled import compiled
 from mtdiffusion.conditioning import Observation, pool_visibility
 from mtdiffusion.interfaces import Backbone, ClockLaw, Encoder, Modality, Params
 from mtdiffusion.layout import Layout
+from mtdiffusion.precision import require_computable, without_autocast
 from mtdiffusion.process import DiffusionProcess
 
 
@@ -62,7 +63,8 @@ class MultimodalDiffusion(nn.Module):
             modalities' heads.
 
     Raises:
-        ValueError: if the modalities are not the layout's, or the law has clocks that the layout cannot.
+        ValueError: if the modalities are not the layout's, or the law has clocks that the layout cannot; from ``to``
+            and the like, if the dtype is not a floating point of 16, 32 or 64 bits.
     """
 
     _network: Callable[..., Heads] | None = None  # of :meth:`compiled`: what computes in place of :meth:`heads`
@@ -103,6 +105,7 @@ class MultimodalDiffusion(nn.Module):
         self._like: Tensor
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        require_computable("a model's dtype", fn(self._like).dtype)  # before anything is changed
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.process = self.process.to(self.device)  # its tables stay float64 whatever the module's dtype
         self._compiled = None
@@ -150,8 +153,13 @@ class MultimodalDiffusion(nn.Module):
         return [self.modality(name).encoder.spatial for name in self.names]
 
     def encode(self, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Codes e_i of all modalities by name, each ``[B, c_i, H, W]``."""
-        return {name: self.modality(name).encoder(x[name]) for name in self.names}
+        """Codes e_i by name of the modalities that x has, each ``[B, c_i, H, W]``, in the model's own precision."""
+        with without_autocast(self.device):  # what it rounds off a code is not small beside σ_t near t = 0
+            return {name: self.modality(name).encoder(self._given(x[name])) for name in self.names if name in x}
+
+    def _given(self, x: Tensor) -> Tensor:
+        """x of a modality as its encoder takes it: of floating point, in the model's."""
+        return x.to(self.dtype) if x.is_floating_point() else x
 
     def observe(self, x: Mapping[str, Tensor], seen: Tensor, codes: Mapping[str, Tensor] | None = None) -> Observation:
         """What ``seen [B, N, h, w]`` lets through of x; modalities that x lacks must not be visible.
@@ -167,8 +175,10 @@ class MultimodalDiffusion(nn.Module):
             if codes is not None and type(encoder).observe is Encoder.observe:  # a place shows its own patch alone
                 found[name] = codes[name]
             else:
-                visible = seen[:, i : i + 1].expand(-1, -1, encoder.latent.height, encoder.latent.width)
-                found[name] = encoder.observe(x[name], visible)
+                visible = seen[:, i : i + 1].to(self.dtype)
+                visible = visible.expand(-1, -1, encoder.latent.height, encoder.latent.width)
+                with without_autocast(self.device):
+                    found[name] = encoder.observe(self._given(x[name]), visible)
         return Observation(found, seen)
 
     def visibility(

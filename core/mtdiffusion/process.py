@@ -5,6 +5,9 @@ forms of docs/mathematics.md, each modality under its own clock where the layout
 
 Clocks t, s are int64 ``[B, N]`` or, over places, ``[B, N, h, w]`` (they broadcast); presence is ``[B, N]``, 0 where a
 sample lacks a modality: then m^(i) = 0 for it. Codes are by name, each ``[B, c_i, H, W]``.
+
+Coefficients are worked out in float64, and rounded to the floating point of what they multiply: of 16 bits or more, or
+there is a ``ValueError``.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from torch import Tensor
 
 from mtdiffusion.interfaces import WeightSchedule
 from mtdiffusion.layout import Codes, Layout, Standing, noise_level
-from mtdiffusion.precision import to_device
+from mtdiffusion.precision import require_computable, to_device
 from mtdiffusion.retention import Retention, weights_from_signal
 
 TERMINAL_SNR = 1e-3
@@ -153,6 +156,14 @@ class DiffusionProcess:
         """c = m_s − g m_t with μ̃ − μ_θ = Σ_i c^(i) (e_i − ê_i) (docs/mathematics.md, section 4), in the shape of t."""
         return self.signal(s, presence) - self.residual_gain(t, s) * self.signal(t, presence)
 
+    def epsilon_error_gains(self, t: Tensor, s: Tensor, presence: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """c = m_s − κ m_t and d = κ (1 − ᾱ_t/ᾱ_s)/σ_t, κ = √(ᾱ_s/ᾱ_t), each in the shape of t: of an ε predicted by
+        itself, μ̃ − μ_θ = Σ_i c^(i) (e_i − ê_i) − d (ε − ε̂) (docs/mathematics.md, section 4)."""
+        kappa = torch.exp(0.5 * (self.log_alpha_bar[s] - self.log_alpha_bar[t]))
+        forgotten = -torch.expm1(self.log_alpha_bar[t] - self.log_alpha_bar[s])
+        wrong_code = self.signal(s, presence) - kappa * self.signal(t, presence)
+        return wrong_code, kappa * forgotten * _positive(self.variance(t)).rsqrt()
+
     def mean_from_epsilon(
         self, z: Tensor, epsilon: Tensor, codes: Codes, t: Tensor, s: Tensor, presence: Tensor | None = None
     ) -> Tensor:
@@ -191,6 +202,7 @@ class DiffusionProcess:
         return z
 
     def _spread(self, values: Tensor, like: Tensor) -> Tensor:
+        require_computable("what is in the diffusion space", like.dtype)
         return self.layout.spread(_over_places(values)).to(like.dtype)
 
 

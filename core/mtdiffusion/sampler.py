@@ -183,10 +183,11 @@ def sample(
     observation = model.observe(shown, model.visibility(batch, shown, visible))
     blind = settings.conditioning == "replacement"
     clocks = _clocks(model, settings, path, [] if blind else fixed, strength)
-    if len(clocks) == 1:  # nothing is left to generate
+    if len(fixed) == len(model.names):  # nothing is left to generate
         return out
     if model.epsilon_head is not None and settings.solver != "dpmpp_2m":
-        _require_short_jumps(process, clocks[:, [i for i, name in enumerate(model.names) if name not in fixed]])
+        generated = [i for i, name in enumerate(model.names) if name not in fixed]
+        _require_short_jumps(process, clocks[:, generated], model.dtype)
     steps = [row[None, :, None, None].to(model.device) for row in clocks]
     noise = model.noise(batch, generator)
     z = _start(model, observed, strength, steps[0], noise)
@@ -211,7 +212,7 @@ def sample(
                 where = visible[name].to(model.device)
                 out[name] = model.modality(name).mend(merge_visible(observed[name], out[name], where), where)
         if k < len(steps) - 2 and arrived:  # the others go on by what was decided, not by what was expected
-            done = {name: model.modality(name).encoder(out[name]) for name in arrived}
+            done = model.encode({name: out[name] for name in arrived})
             here = torch.tensor([[name in done for name in model.names]], device=model.device)[:, :, None, None]
             z = layout.place(z, Observation(done, here.to(z.dtype)), clean)
     return {name: out[name] for name in model.names if name in wanted}
@@ -277,13 +278,16 @@ def _clocks(
     return torch.cat([path[:-1][moves], path[-1:]])
 
 
-def _require_short_jumps(process: DiffusionProcess, clocks: Tensor, most: float = 1e6) -> None:
-    """An ε head's jump multiplies its errors by κ = √(ᾱ_s/ᾱ_t); with literal retention that overflows float32."""
+def _require_short_jumps(process: DiffusionProcess, clocks: Tensor, dtype: torch.dtype) -> None:
+    """An ε head's jump multiplies its errors, those of rounding among them, by κ = √(ᾱ_s/ᾱ_t); with literal retention
+    that overflows float32."""
+    most = min(1e6, 0.5 / torch.finfo(dtype).eps)
     kappa = torch.exp(0.5 * process.log_alpha_bar[clocks].diff(dim=0).max()).item()
     if kappa > most:
+        name = str(dtype).removeprefix("torch.")
         raise ValueError(
             f"with an ε head, the longest of {len(clocks) - 1} steps would multiply errors by {kappa:.0e}; "
-            f"expected at most {most:.0e}. Take more steps (up to T = {process.steps}), or the solver "
+            f"expected at most {most:.0e} in {name}. Take more steps (up to T = {process.steps}), or the solver "
             "dpmpp_2m, which uses the heads alone."
         )
 
@@ -296,7 +300,7 @@ def _start(
     noise: Tensor,
 ) -> Tensor:
     """N(0, I), and what is given to start from with the noise of its clock; at T, where nothing is left of it, none."""
-    codes = {name: model.modality(name).encoder(observed[name]) for name, share in strength.items() if share < 1}
+    codes = model.encode({name: observed[name] for name, share in strength.items() if share < 1})
     given = torch.tensor([[name in codes for name in model.names]], device=model.device)[:, :, None, None]
     rest = model.layout.spread(model.process.variance(t).sqrt()).to(noise.dtype) * noise
     return model.layout.place(noise, Observation(codes, given.to(noise.dtype)), model.process.signal(t), rest)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from attrs import field, frozen
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from mtdiffusion import Decoder, Encoder, Features, FeatureSpec, InputSpec, LatentSpec, Modality, Params
 from mtdiffusion.loss import low_before_high
+from mtdiffusion.precision import single_or_wider
 from mtdiffusion_plugins.files import from_levels, read_image, write_image
 from mtdiffusion_plugins.heads import (
     SIZE_HINT,
@@ -76,7 +77,16 @@ class ConvEncoder(Encoder):
 
     def forward(self, x: Tensor) -> Tensor:
         patches = F.pixel_unshuffle(x, self.patch).movedim(1, -1)  # [B, H, W, channels · p²]
-        return self.filters(patches).movedim(-1, 1)
+        filters: Tensor = self.filters.weight  # type: ignore[assignment]  # of a parametrised module
+        return F.linear(patches, filters.to(x.dtype)).movedim(-1, 1)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        def wide(x: Tensor) -> Tensor:
+            """Filters of 16 bits are not made orthonormal: LAPACK has none of that."""
+            applied: Tensor = fn(x)
+            return applied if applied.dtype == single_or_wider(applied.dtype) else x.to(applied.device)
+
+        return super()._apply(wide, recurse)  # type: ignore[no-untyped-call]
 
 
 class GaussianImageDecoder(Decoder):

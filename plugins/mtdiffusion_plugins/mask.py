@@ -113,7 +113,9 @@ class CategoricalMaskDecoder(Decoder):
     def _cross_entropy(self, params: Params, x: Tensor, weights: Tensor | None) -> Tensor:
         """``[B, h, w]``, 0 where x is to be ignored."""
         ignored = {} if self.ignore is None else {"ignore_index": self.ignore}
-        return F.cross_entropy(params["logits"], x, weights, reduction="none", **ignored)  # type: ignore[arg-type]
+        logits = params["logits"]
+        weights = None if weights is None else weights.to(logits.dtype)
+        return F.cross_entropy(logits, x, weights, reduction="none", **ignored)  # type: ignore[arg-type]
 
     def expected_encoding(self, params: Params, encoder: Encoder) -> Tensor:
         assert isinstance(encoder, MaskEncoder)

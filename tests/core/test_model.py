@@ -13,16 +13,21 @@ from mtdiffusion import (
     DiffusionProcess,
     EdgesAndDiagonal,
     IndependentClocks,
+    LossWeights,
     MixedClocks,
     MultimodalDiffusion,
     OffsetClocks,
     OwnLayout,
     Retention,
+    SamplerSettings,
     SharedClock,
     SNRMatched,
+    composite_loss,
+    sample,
+    variational_bound,
 )
 from tests.core.gaussians import gaussian_model
-from tests.core.toys import CLASSES, data, picture_and_label
+from tests.core.toys import CLASSES, SmallNet, data, picture_and_label
 
 
 @pytest.mark.parametrize("layout", ["own", "shared"])
@@ -82,6 +87,46 @@ def test_tables_stay_float64_when_the_module_changes_type() -> None:
     model = picture_and_label().half()
     assert model.dtype == torch.float16
     assert model.process.signal_table.dtype == model.process.log_alpha_bar.dtype == torch.float64
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules")
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn])
+def test_a_model_is_of_16_32_or_64_bits_of_floating_point(dtype: torch.dtype) -> None:
+    model = picture_and_label()
+    with pytest.raises(ValueError, match=f"a model's dtype: expected float16, .* or float64, found {dtype}"):
+        model.to(dtype)
+    assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_of_any_precision_takes_data_as_they_come(dtype: torch.dtype) -> None:
+    model, x = picture_and_label().to(dtype), data(3)
+    assert {code.dtype for code in model.encode(x).values()} == {dtype}
+    assert model.observe(x, torch.ones(3, 2, 1, 1)).codes["picture"].dtype == dtype
+    settings = SamplerSettings(3)
+    generated = sample(model, 3, observed={"label": x["label"]}, settings=settings)["picture"]
+    label = sample(model, 3, observed={"picture": x["picture"]}, strength={"picture": 0.5}, settings=settings)["label"]
+    assert generated.dtype == dtype and label.dtype == torch.int64
+    terms = composite_loss(model, x, LossWeights(1.0, 1.0, 1.0, 1.0))
+    widest = torch.float64 if dtype == torch.float64 else torch.float32  # nats are sums of many squares
+    assert {value.dtype for value in (terms.total, terms.l0, terms.l1)} == {widest}  # type: ignore[union-attr]
+    assert variational_bound(model, x, times=2).nats.dtype == widest
+
+
+def test_a_backbone_is_told_the_noise_level_in_single_precision_at_least() -> None:
+    for layout in ("own", "shared"):
+        model = picture_and_label(layout).bfloat16()
+        z = torch.randn(1, *model.layout.latent.shape, dtype=torch.bfloat16)
+        levels = []
+        for t in (10, 11):
+            model(z, torch.tensor([[t, t]]))
+            assert isinstance(model.backbone, SmallNet) and model.backbone.shown is not None
+            map, noise, vector = model.backbone.shown
+            assert (map.dtype, noise.dtype, vector.dtype) == (torch.bfloat16, torch.float32, torch.bfloat16)
+            levels.append(float(noise))
+        exact = model.process.standing(torch.tensor([[10, 10]]))
+        assert layout == "shared" or abs(levels[0] - float(exact.level.amax())) < 1e-6
+        assert levels[0] < levels[1]
 
 
 def test_tables_follow_the_module_to_another_device() -> None:

@@ -410,3 +410,17 @@ def test_a_noisy_jump_without_noise_is_refused() -> None:
     t = torch.full((1, 2), 5)
     with pytest.raises(ValueError, match="needs noise"):
         process.jump(process.mean(codes, t - 1), z, t, t - 1, eta=0.5)
+
+
+@pytest.mark.parametrize("layout", ["own", "shared"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e5m2])
+def test_what_is_not_of_floating_point_is_refused_by_name(dtype: torch.dtype, layout: str) -> None:
+    """In an integer, every coefficient would be 0."""
+    process = _process("snr_matched", "compensated", 2, layout)
+    z, codes = _data(process)
+    t = torch.full((1, 2), 5)
+    name = process.layout.names[1]
+    with pytest.raises(ValueError, match=rf"codes\['{name}'\]: expected float16, .* or float64, found {dtype}"):
+        process.corrupt({**codes, name: codes[name].to(dtype)}, t, z)
+    with pytest.raises(ValueError, match=f"what is in the diffusion space: expected float16, .*, found {dtype}"):
+        process.corrupt(codes, t, z.to(dtype))

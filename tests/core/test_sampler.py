@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -482,6 +482,14 @@ def test_jumps_too_long_for_an_epsilon_head_are_refused(layout: str) -> None:
     assert sample(model, 1, settings=SamplerSettings(5, "dpmpp_2m"))["picture"].isfinite().all()
 
 
+def test_jumps_of_an_epsilon_head_are_shorter_where_more_is_rounded_off() -> None:
+    """Of 8 bits, 64 times as much as is rounded off of a number is a quarter of it."""
+    model, settings = picture_and_label(epsilon_head=True, steps=1000), SamplerSettings(100, "ddim")
+    assert sample(model, 1, settings=settings)["picture"].isfinite().all()
+    with pytest.raises(ValueError, match=r"longest of 100 steps .* expected at most 6e\+01 in bfloat16"):
+        sample(model.bfloat16(), 1, settings=settings)
+
+
 @layouts
 @pytest.mark.parametrize("given", [("pose",), ("depth", "sound")])
 def test_a_read_out_is_the_conditional_law_given_what_is_observed(layout: str, given: tuple[str, ...]) -> None:
@@ -787,8 +795,11 @@ def test_what_is_observed_whole_is_returned_as_given() -> None:
     out = sample(model, 4, observed={"picture": x["picture"]}, settings=SamplerSettings(3))
     assert torch.equal(out["picture"], x["picture"])
     assert out["label"].shape == (4,)
-    everything = sample(model, 4, observed=x, settings=SamplerSettings(3))
-    assert all(torch.equal(everything[name], x[name]) for name in x)
+    for conditioning, epsilon_head in product(("observed", "replacement"), (False, True)):
+        model = picture_and_label(epsilon_head=epsilon_head)
+        settings = SamplerSettings(3, conditioning=conditioning)  # type: ignore[arg-type]
+        everything = sample(model, 4, observed=x, settings=settings)
+        assert all(torch.equal(everything[name], x[name]) for name in x)
 
 
 def test_a_modality_not_wanted_takes_part_and_is_not_returned() -> None:

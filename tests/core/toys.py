@@ -136,7 +136,8 @@ class SmallNet(Backbone):
     def forward(self, z: Tensor, noise: Tensor, vector: Tensor) -> Features:
         self.shown = (z, noise, vector)
         grid = torch.tanh(self.conv(z))
-        shift, summary = self.linear(torch.cat([vector, noise[:, None], grid.flatten(1)], 1)).tensor_split([4], 1)
+        told = torch.cat([vector, noise[:, None].to(vector.dtype), grid.flatten(1)], 1)
+        shift, summary = self.linear(told).tensor_split([4], 1)
         return Features(grid + shift[:, :, None, None], summary)
 
 

@@ -120,6 +120,21 @@ def test_bfloat16_by_autocast_is_near_float32(config: BackboneConfig) -> None:
         assert (value.float() - exact).norm() < 0.05 * exact.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("config", ALL, ids=name)
+def test_16_bits_are_near_float64_of_the_same_weights(config: BackboneConfig, dtype: torch.dtype) -> None:
+    """At every noise level: angles of up to 250 turns have to be worked out in more."""
+    backbone = built(config).to(dtype)
+    z, _, vector = (value.to(dtype) for value in inputs(batch=20))
+    noise = torch.linspace(0, 1, 20)
+    found = backbone(z, noise, vector)
+    expected = backbone.double()(z.double(), noise.double(), vector.double())
+    for value, exact in zip(found, expected, strict=True):
+        assert value.dtype == dtype
+        each = (value.double() - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+        assert each.amax() < 8 * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("config", ALL, ids=name)
 def test_blocks_that_repeat_hold_most_of_the_weights(config: BackboneConfig) -> None:
     backbone = built(config)
@@ -130,6 +145,15 @@ def test_blocks_that_repeat_hold_most_of_the_weights(config: BackboneConfig) -> 
     outside = [part for part in backbone.modules() if type(part) in kinds and not any(part is b for b in blocks)]
     assert all(isinstance(part, SelfAttention) for part in outside)  # which lie within blocks
     assert len(blocks) == (2 if isinstance(config, DiTConfig) else 7)
+
+
+def test_a_norm_over_groups_is_never_of_single_numbers() -> None:
+    """Of which nothing would be left: the answer would not depend on z, and a batch of one would be an error."""
+    backbone = built(small_unet(multipliers=(1,), heads=2), 1, 1)
+    z, noise, vector = inputs(1, 1)
+    features = backbone(z, noise, vector)
+    assert not torch.allclose(backbone(z + 1, noise, vector).map, features.map)
+    torch.testing.assert_close(backbone(z[:1], noise[:1], vector[:1]).map, features.map[:1])
 
 
 # --- positions --------------------------------------------------------------------------------------------------------

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+
+from mtdiffusion.precision import single_or_wider
 
 _FREQUENCIES = 32
 
 
 class ConditionEmbedding(nn.Module):
-    """Noise level ``[B]`` in [0, 1] and vector ``[B, V]`` to a condition ``[B, width]``."""
+    """Noise level ``[B]`` in [0, 1] and vector ``[B, V]`` to a condition ``[B, width]``.
+
+    Frequencies and angles have at least 32 bits: in 16, an angle of 250 turns would say nothing.
+    """
 
     def __init__(self, in_vector: int, width: int) -> None:
         super().__init__()
@@ -22,6 +29,14 @@ class ConditionEmbedding(nn.Module):
         self.vector = nn.Sequential(nn.Linear(in_vector, width), nn.SiLU(), nn.Linear(width, width))
         self.activation = nn.SiLU()
 
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        frequencies = self.frequencies
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.frequencies.dtype != single_or_wider(self.frequencies.dtype):
+            self.frequencies = frequencies.to(self.frequencies.device)
+        return self
+
     def forward(self, noise: Tensor, vector: Tensor) -> Tensor:
         angles = noise[:, None] * self.frequencies.to(noise.dtype)
-        return self.activation(self.noise(torch.cat([angles.sin(), angles.cos()], 1)) + self.vector(vector))
+        told = torch.cat([angles.sin(), angles.cos()], 1).to(vector.dtype)
+        return self.activation(self.noise(told) + self.vector(vector))

@@ -21,17 +21,20 @@ from mtdiffusion_registry.hookspecs import hookimpl
 MTDIFFUSION_API = 1
 
 
-def _groups(channels: int) -> int:
-    return next(g for g in (8, 6, 4, 3, 2, 1) if channels % g == 0)
+def _norm(channels: int, places: int, **options: bool) -> nn.GroupNorm:
+    """Over groups of channels, up to 8 of them, of maps of so many places; over all channels where each group would be
+    a single number, of which its norm leaves nothing."""
+    groups = next(g for g in (8, 6, 4, 3, 2, 1) if channels % g == 0)
+    return nn.GroupNorm(1 if channels // groups * places == 1 else groups, channels, **options)
 
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention over places, with a residual."""
 
-    def __init__(self, channels: int, heads: int, qk_norm: bool) -> None:
+    def __init__(self, channels: int, heads: int, qk_norm: bool, places: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = nn.GroupNorm(_groups(channels), channels)
+        self.norm = _norm(channels, places)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
         self.query_norm = HeadNorm(channels // heads) if qk_norm else nn.Identity()
@@ -53,13 +56,19 @@ class ResidualBlock(nn.Module):
     """norm, SiLU, conv; norm, scale and shift by the condition, SiLU, conv; plus a shortcut. Then attention, if any."""
 
     def __init__(
-        self, inputs: int, outputs: int, condition: int, dropout: float, attention: SelfAttention | None = None
+        self,
+        inputs: int,
+        outputs: int,
+        condition: int,
+        dropout: float,
+        places: int,
+        attention: SelfAttention | None = None,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(_groups(inputs), inputs)
+        self.norm1 = _norm(inputs, places)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.modulation = nn.Linear(condition, 2 * outputs)
-        self.norm2 = nn.GroupNorm(_groups(outputs), outputs, affine=False)
+        self.norm2 = _norm(outputs, places, affine=False)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
@@ -83,12 +92,14 @@ class UNet(Backbone):
         self.embedding = ConditionEmbedding(in_vector, condition)
         self.stem = nn.Conv2d(in_channels, widths[0], 3, padding=1)
 
-        def attention(channels: int) -> SelfAttention:
-            return SelfAttention(channels, config.heads, config.qk_norm)
+        places = [(height >> level) * (width >> level) for level in range(len(widths))]
 
-        def block(inputs: int, outputs: int, level: int = -1) -> ResidualBlock:
-            attending = attention(outputs) if level in config.attention else None
-            return ResidualBlock(inputs, outputs, condition, config.dropout, attending)
+        def attention(channels: int, level: int) -> SelfAttention:
+            return SelfAttention(channels, config.heads, config.qk_norm, places[level])
+
+        def block(inputs: int, outputs: int, level: int, attends: bool) -> ResidualBlock:
+            attending = attention(outputs, level) if attends else None
+            return ResidualBlock(inputs, outputs, condition, config.dropout, places[level], attending)
 
         self.down, self.shrink = nn.ModuleList(), nn.ModuleList()
         skips = []
@@ -96,24 +107,23 @@ class UNet(Backbone):
         for level, level_width in enumerate(widths):
             blocks = nn.ModuleList()
             for _ in range(config.blocks):
-                blocks.append(block(current, level_width, level))
+                blocks.append(block(current, level_width, level, level in config.attention))
                 current = level_width
                 skips.append(current)
             self.down.append(blocks)
             if level + 1 < len(widths):
                 self.shrink.append(nn.Conv2d(current, current, 3, stride=2, padding=1))
-        self.middle1 = block(current, current)
-        self.attention = attention(current) if config.heads else nn.Identity()
-        self.middle2 = block(current, current)
-        places = (height >> (len(widths) - 1)) * (width >> (len(widths) - 1))
+        self.middle1 = block(current, current, -1, attends=False)
+        self.attention = attention(current, -1) if config.heads else nn.Identity()
+        self.middle2 = block(current, current, -1, attends=False)
         # Heads of vector modalities need where things are: pooling over places loses it.
-        self.summary = nn.Sequential(nn.Flatten(), nn.Linear(current * places, config.vector))
+        self.summary = nn.Sequential(nn.Flatten(), nn.Linear(current * places[-1], config.vector))
         self.summary_condition = nn.Linear(condition, config.vector)
         self.up, self.grow = nn.ModuleList(), nn.ModuleList()
         for level, level_width in reversed(list(enumerate(widths))):
             blocks = nn.ModuleList()
             for _ in range(config.blocks):
-                blocks.append(block(current + skips.pop(), level_width, level))
+                blocks.append(block(current + skips.pop(), level_width, level, level in config.attention))
                 current = level_width
             self.up.append(blocks)
             if level > 0:  # narrowed before it grows: a quarter of the work
@@ -123,7 +133,7 @@ class UNet(Backbone):
         # Heads are linear in what SiLU leaves of each feature: with as many as the first level has, they cannot say all
         # that it knows.
         self.widen = nn.Conv2d(current, features, 1) if features != current else nn.Identity()
-        self.norm = nn.GroupNorm(_groups(features), features)
+        self.norm = _norm(features, height * width)
         self.features = FeatureSpec(features, height, width, config.vector)
 
     def repeated_blocks(self) -> Sequence[nn.Module]:

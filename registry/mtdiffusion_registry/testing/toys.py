@@ -144,7 +144,7 @@ class Perceptron(Backbone):
         self.vector = nn.Linear(self.WIDTH, features.vector)
 
     def forward(self, z: Tensor, noise: Tensor, vector: Tensor) -> Features:
-        h = self.hidden(torch.cat([z.flatten(1), noise[:, None], vector], 1))
+        h = self.hidden(torch.cat([z.flatten(1), noise[:, None].to(z.dtype), vector], 1))
         spec = self.features
         return Features(
             self.map(h).unflatten(1, (spec.channels, spec.height, spec.width)) + self.here(z), self.vector(h)
