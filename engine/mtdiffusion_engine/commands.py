@@ -314,21 +314,21 @@ def _sample_shards(request: sampling.Request, out: Path, form: str, size: int, r
     again = "Shards that are whole are kept; the same command goes on with the others"
     timeout = request.run.experiment.training.timeout
     sampling.meet(rank, world, timeout)
+    shards = -(-request.n // size)
     with (
         HangWatch(rank, world, timeout, lambda: again) as watch,
-        sampling.shards_in(out, record, rank, world, watch),
+        sampling.shards_in(out, record, rank, world, watch) as missing,
     ):
-        missing = sampling.missing_shards(out, request.n, size, rank, world, form)
-        count = sum(min(size, request.n - shard * size) for shard in missing)
-        shards = -(-request.n // size)
-        if rank == 0 and (there := shards - len(sampling.missing_shards(out, request.n, size, form=form))):
+        if rank == 0 and (there := shards - len(missing)):
             say(f"{there} of {_count(shards, 'shard')} are there" + "; the others are drawn" * (there < shards))
+        own = missing[rank::world]
+        count = sum(min(size, request.n - shard * size) for shard in own)
         what = "sampling" if world == 1 else f"sampling, process {rank + 1} of {world}"
         try:
             with _progress(what, count, rank == 0) as tell:
-                sampling.write_shards(request, out, size, rank, world, tell, form)
+                sampling.write_shards(request, out, size, own, tell, form)
         except KeyboardInterrupt as interrupt:
-            there = shards - len(sampling.missing_shards(out, request.n, size, form=form))
+            there = shards - len(sampling.missing_shards(out, request.n, size, form))
             said = f"stopped; {there} of {_count(shards, 'shard')} are there. The same command goes on with the others"
             raise type(interrupt)(said if rank == 0 else "") from None
 

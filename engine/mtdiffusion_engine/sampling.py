@@ -229,9 +229,9 @@ def shard_name(shard: int, form: str = "tar") -> str:
     return f"samples-{shard:05d}.{form}"
 
 
-def missing_shards(out: Path, n: int, size: int, rank: int = 0, world: int = 1, form: str = "tar") -> list[int]:
-    """Which shards of n samples are not there yet, of those that a process is to draw: every ``world``-th."""
-    return [shard for shard in range(rank, -(-n // size), world) if not (out / shard_name(shard, form)).is_file()]
+def missing_shards(out: Path, n: int, size: int, form: str = "tar") -> list[int]:
+    """Which shards of n samples are not there yet."""
+    return [shard for shard in range(-(-n // size)) if not (out / shard_name(shard, form)).is_file()]
 
 
 def _has_shards(out: Path) -> bool:
@@ -242,20 +242,18 @@ def write_shards(
     request: Request,
     out: Path,
     size: int,
-    rank: int,
-    world: int,
+    shards: Sequence[int],
     tell: Tell = lambda _: None,
     form: str = "tar",
 ) -> None:
-    """Draw this process's part of the shards that are missing in a folder; the first of all brings a sheet, of its
-    first samples.
+    """Draw some shards into a folder; the first of all brings a sheet, of its first samples.
 
     A shard gets its name when it is whole, and its bytes follow from the request, ``size`` and ``form`` alone (of
     Parquet, from the version of pyarrow as well).
 
     Args:
-        size: samples a shard; the last may have fewer.
-        rank, world: which of how many processes this is.
+        size: samples a shard; the last of the request may have fewer.
+        shards: which, counted from 0.
         tell: is told how many samples are drawn.
         form: one of :data:`FORMS`: :func:`mtdiffusion_engine.shards.tar_shard` and ``parquet_shard`` say what is in it.
 
@@ -263,7 +261,7 @@ def write_shards(
         UserError: as :meth:`Run.sample`, or if a shard cannot be written.
     """
     drawn = 0
-    for shard in missing_shards(out, request.n, size, rank, world, form):
+    for shard in shards:
         start, path = shard * size, out / shard_name(shard, form)
         count = min(size, request.n - start)
 
@@ -309,13 +307,15 @@ def _write_shard(request: Request, path: Path, first: int, count: int, tell: Tel
 @contextmanager
 def shards_in(
     out: Path, record: Mapping[str, Any], rank: int, world: int, watch: HangWatch | None = None
-) -> Iterator[None]:
-    """A folder for a request's shards, new or to go on in, while several processes are in it together.
+) -> Iterator[list[int]]:
+    """A folder for a request's shards, new or to go on in, while several processes are in it together; the shards that
+    are missing there, which is the same list in all of them.
 
     The first process writes the request, or compares it with the one that is there. All leave when all are done. What
     ends before there is a shard leaves nothing.
 
     Args:
+        record: of the request (:meth:`Request.record`), with "shards", their form, and "shard_size".
         watch: is told where this process is; each may draw for as long as it likes.
 
     Raises:
@@ -323,7 +323,7 @@ def shards_in(
     """
     watch = watch or HangWatch()
     with ExitStack() as stack:
-        refusal = [""]
+        refusal, missing = "", list[int]()
         if rank == 0:
             try:
                 if not out.is_dir():
@@ -331,16 +331,20 @@ def shards_in(
                     out.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(ckpt.alone_in(out, "sampling into this folder"))
                 _claim(out, record)
+                # Told to all, as another process would find those gone that this one has drawn by then.
+                missing = missing_shards(out, record["n"], record["shard_size"], record["shards"])
             except UserError as error:
-                refusal = [str(error)]
+                refusal = str(error)
         if world > 1:
+            box: list[Any] = [refusal, missing]
             watch.at("the start", waits=True)
-            torch.distributed.broadcast_object_list(refusal)
+            torch.distributed.broadcast_object_list(box)
             watch.at("its shards", patient=True)
-        if refusal[0]:
-            raise UserError(refusal[0])
+            refusal, missing = box
+        if refusal:
+            raise UserError(refusal)
         try:
-            yield
+            yield missing
         except (UserError, KeyboardInterrupt):
             if world == 1 and not _has_shards(out):
                 (out / REQUEST).unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -24,7 +25,7 @@ from safetensors.torch import save
 from mtdiffusion_engine import Run, commands, load_run, sampling
 from mtdiffusion_engine import checkpoint as ckpt
 from mtdiffusion_engine.cli import main
-from mtdiffusion_engine.sampling import Request, missing_shards, shard_name, write_folder, write_shards
+from mtdiffusion_engine.sampling import Request, shard_name, shards_in, write_folder, write_shards
 from mtdiffusion_engine.shards import parquet_shard
 from mtdiffusion_plugins.datasets.folder import FolderConfig
 from mtdiffusion_plugins.datasets.huggingface import HuggingFaceConfig
@@ -183,7 +184,8 @@ def test_shards_hold_what_the_run_samples_and_nothing_of_who_wrote_them(whole: P
 def test_rows_of_parquet_hold_what_the_run_samples(run: Run, tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     expected = run.sample(N, observed={"label": torch.tensor([3, 7, 1])[torch.arange(N) % 3]})
-    write_shards(Request(run, N, observed={"label": torch.tensor([3, 7, 1])}), tmp_path, SIZE, 0, 1, form="parquet")
+    request = Request(run, N, observed={"label": torch.tensor([3, 7, 1])})
+    write_shards(request, tmp_path, SIZE, range(4), form="parquet")
     shards = [parquet.ParquetFile(tmp_path / shard_name(shard, "parquet")) for shard in range(4)]
     assert [shard.metadata.num_rows for shard in shards] == [8, 8, 8, 2]
     assert [shard.num_row_groups for shard in shards] == [2, 2, 2, 1]  # of a batch each
@@ -284,7 +286,7 @@ def test_the_library_datasets_shows_pictures_of_parquet(run: Run, tmp_path: Path
     pytest.importorskip("datasets.arrow_dataset")
     import datasets
 
-    write_shards(Request(run, N), tmp_path, SIZE, 0, 1, form="parquet")
+    write_shards(Request(run, N), tmp_path, SIZE, range(4), form="parquet")
     expected = run.sample(N)
     many = str(tmp_path / "*.parquet")
     table = datasets.load_dataset("parquet", data_files=many, split="train", cache_dir=str(tmp_path / "cache"))
@@ -331,14 +333,17 @@ def test_a_shard_that_is_missing_is_drawn_again_byte_for_byte(
 def test_processes_share_the_shards_out(run: Run, whole: Path, form: str, tmp_path: Path) -> None:
     """Whichever are there already, and however many processes there were before."""
     request = Request(run, N, observed={"label": torch.tensor([3, 7, 1])})
-    assert missing_shards(tmp_path, N, SIZE, form=form) == [0, 1, 2, 3]
+    record = {"n": N, "shard_size": SIZE, "shards": form}
     told: list[int] = []
-    write_shards(request, tmp_path, SIZE, 1, 3, told.append, form)
-    assert sorted(files(tmp_path)) == [shard_name(1, form)]
-    write_shards(request, tmp_path, SIZE, 1, 2, told.append, form)
-    assert sorted(files(tmp_path)) == [shard_name(1, form), shard_name(3, form)]
-    assert told == [4, 8, 2]
-    write_shards(request, tmp_path, SIZE, 0, 1, form=form)
+    with shards_in(tmp_path, record, 0, 1) as missing:
+        assert missing == [0, 1, 2, 3]
+        write_shards(request, tmp_path, SIZE, missing[1::2], told.append, form)
+    assert sorted(set(files(tmp_path)) - {"request.json"}) == [shard_name(1, form), shard_name(3, form)]
+    assert told == [4, 8, 10]
+    (tmp_path / shard_name(3, form)).unlink()
+    with shards_in(tmp_path, record, 0, 1) as missing:
+        assert missing == [0, 2, 3]
+        write_shards(request, tmp_path, SIZE, missing, form=form)
     expected = files(whole)
     assert {name: content for name, content in files(tmp_path).items() if name.endswith(form)} == {
         name: content for name, content in expected.items() if name.endswith(form)
@@ -356,6 +361,8 @@ write, rank = ImageModality.write, os.environ["RANK"]
 def write_or_die(self, x, folder, stem):
     if sys.argv[1] == "kill" and rank == "1" and stem == "0025":
         os.kill(os.getpid(), signal.SIGKILL)  # in the midst of its second shard
+    if sys.argv[1] == "tell":
+        print(f"rank {rank} draws {stem}", flush=True)
     return write(self, x, folder, stem)
 
 ImageModality.write = write_or_die
@@ -363,13 +370,13 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-def launch(folder: Path, arguments: list[str], kill: bool = False) -> subprocess.CompletedProcess[str]:
-    """A command in two processes."""
+def launch(folder: Path, arguments: list[str], do: str = "") -> subprocess.CompletedProcess[str]:
+    """A command in two processes, of which the second is to be killed ("kill"), or which say who draws ("tell")."""
     script = folder / "script.py"
     script.write_text(SCRIPT)
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     return subprocess.run(
-        [*start, "kill" if kill else "", *arguments],
+        [*start, do, *arguments],
         capture_output=True,
         text=True,
         timeout=300,
@@ -389,11 +396,26 @@ def test_two_processes_write_the_same_bytes_as_one(whole: Path, form: str, tiny_
 @pytest.mark.slow
 def test_what_a_killed_process_left_is_gone_on_with(whole: Path, form: str, tiny_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    done = launch(tmp_path, options(tiny_run, out, form), kill=True)
+    done = launch(tmp_path, options(tiny_run, out, form), "kill")
     assert done.returncode != 0
     left = files(out)
     assert shard_name(1, form) in left and shard_name(3, form) not in left and f".{shard_name(3, form)}" in left
     assert main(options(tiny_run, out, form)) == 0
+    assert files(out) == files(whole)
+
+
+@pytest.mark.slow
+def test_processes_share_what_is_missing_evenly_whoever_had_it_before(
+    whole: Path, form: str, tiny_run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    for shard in (1, 3):  # both were the second process's
+        (out / shard_name(shard, form)).unlink()
+    done = launch(tmp_path, options(tiny_run, out, form), "tell")
+    assert done.returncode == 0, done.stderr
+    drawn = [(int(rank), int(stem) // SIZE) for rank, stem in re.findall(r"rank (\d) draws (\d+)", done.stdout)]
+    assert sorted(set(drawn)) == [(0, 1), (1, 3)]
     assert files(out) == files(whole)
 
 
@@ -496,7 +518,7 @@ def test_a_full_disk_is_told_and_whole_shards_are_kept(
 
 def test_two_commands_do_not_sample_into_one_folder_at_once(whole: Path, form: str, run: Run) -> None:
     refused = pytest.raises(UserError, match=r"another process is sampling into this folder\. Wait until it is done")
-    with ckpt.alone_in(whole, "sampling into this folder"), refused, sampling.shards_in(whole, {}, 0, 1):
+    with ckpt.alone_in(whole, "sampling into this folder"), refused, shards_in(whole, {}, 0, 1):
         raise AssertionError
 
 
