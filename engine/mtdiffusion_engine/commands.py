@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from mtdiffusion_engine import packing, sampling
 from mtdiffusion_engine.checks import check_held_out, doubts_of
 from mtdiffusion_engine.cost import count_cost, describe_cost
 from mtdiffusion_engine.data import load_data
+from mtdiffusion_engine.environment import left_alone
 from mtdiffusion_engine.experiment import Experiment, TrainingConfig, build_model, load_experiment, require_resumable
 from mtdiffusion_engine.given import parsed
 from mtdiffusion_engine.hanging import HangWatch
@@ -258,7 +260,7 @@ def sample(args: Namespace) -> dict[str, Any] | None:
         ckpt.require_free(args.out)
     if args.shards == "parquet":
         require_arrow()
-    with sampling.processes() as (rank, world):
+    with _processes() as (rank, world):
         if args.shards is None and world > 1:
             raise UserError(f"{world} processes can only sample into shards: add --shards tar")
         request = _request(args)
@@ -286,6 +288,15 @@ def sample(args: Namespace) -> dict[str, Any] | None:
         glance = f"the first {glance}"
     print(f"{args.n:,} samples of {', '.join(request.names)}: {args.out} ({glance})")
     return None
+
+
+@contextmanager
+def _processes() -> Iterator[tuple[int, int]]:
+    """Which of how many processes this is (:func:`sampling.processes`); says so if there were to be others."""
+    for said in left_alone(os.environ):
+        say(f"warning: {said}")
+    with sampling.processes() as which:
+        yield which
 
 
 def _request(args: Namespace) -> sampling.Request:
@@ -412,7 +423,7 @@ def evaluate(args: Namespace) -> dict[str, Any] | None:
     changes = {name: getattr(args, name) for name in ("samples", "steps", "seed") if getattr(args, name) is not None}
     if args.only:
         changes["conditionals"] = tuple(args.only)
-    with sampling.processes() as (rank, world):
+    with _processes() as (rank, world):
         run = load_run(args.run, device=args.device, overrides=args.set)
         evaluation = evolve(run.experiment.evaluation, **changes)
         again = "What was measured is kept; the same command goes on with the rest"

@@ -25,6 +25,8 @@ _DECIDES = (
 )
 """Beginnings of the names of variables that tell Accelerate how to train. Those that tell it where to run stay."""
 _YES = ("1", "true", "yes", "on")
+_WORLD = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Variables in which launchers, MPI's among them, say how many processes there are."""
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -107,3 +109,19 @@ def ignored_variables(config: TrainingConfig, environment: Mapping[str, str]) ->
             continue
         said.append(f"the environment's {name}={value} is ignored{remedy}")
     return said
+
+
+def left_alone(environment: Mapping[str, str]) -> list[str]:
+    """A sentence if ``accelerate launch`` has started this process alone, though it was asked for several.
+
+    It does so on the CPU, and wherever ``--multi_gpu`` is neither given nor follows from the GPUs that there are: it
+    says where the processes are to meet, leaves it to MPI to start them, and starts one.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment
+    if not launched or any(name in environment for name in _WORLD):
+        return []
+    return [
+        "this is one process, though the environment's MASTER_ADDR is for several: without --multi_gpu accelerate "
+        "launch has started one, whatever --num_processes says. Start them by torchrun --nproc_per_node N -m "
+        "mtdiffusion_engine.cli ..., on the CPU with --device cpu"
+    ]

@@ -42,7 +42,7 @@ from mtdiffusion_engine.data import (
     training_batches,
     values_of,
 )
-from mtdiffusion_engine.environment import choose_device, ignored_variables, without_training_variables
+from mtdiffusion_engine.environment import choose_device, ignored_variables, left_alone, without_training_variables
 from mtdiffusion_engine.experiment import (
     PLUGINS_FILE,
     Changes,
@@ -193,7 +193,12 @@ class Trainer:
         self._saved = -1
         self._require_even_shares()
         held_out = check_held_out(experiment, self.model)[1] if evaluated else []
-        warnings = [*held_out, *ignored_variables(self.config, os.environ), *doubts_of(experiment, self.model)]
+        warnings = [
+            *held_out,
+            *left_alone(os.environ),
+            *ignored_variables(self.config, os.environ),
+            *doubts_of(experiment, self.model),
+        ]
         messages = [f"warning: {said}" for said in warnings]
         self.watched = self._watched() if evaluated and self.main else None
         self.ema = Average(self.model, self.config.ema)
