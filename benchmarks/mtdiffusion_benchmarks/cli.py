@@ -195,6 +195,26 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     _machine(topology, "what was found, as --out has it")
     _refuse_set(topology, "it trains a configuration of its own, which has what depends on the number of processes")
 
+    samples = actions.add_parser(
+        "samples",
+        help="whether many samples are all there, each once, if what draws them is killed",
+        description="Train a tiny run, draw samples of it into shards in several processes, kill them half way, go on "
+        "by the same command, and compare shards with those of one process. Linux, on the CPU.",
+    )
+    samples.add_argument("--out", type=Path, metavar="FILE.json", help="write what was found here, too")
+    samples.add_argument("-n", type=int, default=100_000, metavar="N", help="samples (default: %(default)s)")
+    samples.add_argument("--processes", type=int, default=2, metavar="N", help="default: %(default)s")
+    samples.add_argument("--shard-size", type=int, default=1024, metavar="N", help="default: %(default)s")
+    samples.add_argument(
+        "--compared",
+        type=int,
+        default=4,
+        metavar="N",
+        help="shards that one process draws again (default: %(default)s)",
+    )
+    _machine(samples, "what was found, as --out has it")
+    _refuse_set(samples, "it draws samples of a configuration of its own")
+
     listing = actions.add_parser("list", help="list profiles, or a profile's cells")
     listing.add_argument("profile", nargs="?", metavar="PROFILE|FILE.toml")
     listing.add_argument(
@@ -234,6 +254,7 @@ def run(args: argparse.Namespace) -> None:
         "solvers": _solvers,
         "reliability": _reliability,
         "topology": _topology,
+        "samples": _samples,
         "list": _list,
     }
     actions[args.action](args)
@@ -401,14 +422,18 @@ def _solvers(args: argparse.Namespace) -> dict[str, Any]:
 def _reliability(args: argparse.Namespace) -> dict[str, Any]:
     from importlib.util import find_spec
 
-    from mtdiffusion_benchmarks.reliability import page, topology
+    from mtdiffusion_benchmarks.reliability import many, page, topology
     from mtdiffusion_engine.checkpoint import read_json, write_json
     from mtdiffusion_registry import UserError
 
     if args.docs:
         if not page.PAGE.parent.is_dir():
             raise UserError(f"{page.PAGE.parent}: no such folder; run this from a clone of the repository")
-        page.PAGE.write_text(page.page(read_json(page.RESULT), read_json(topology.RESULT)), encoding="utf-8")
+        results = (
+            read_json(path, f"make it by mtdiffusion bench {action} --out {path}")
+            for path, action in ((page.RESULT, "reliability"), (topology.RESULT, "topology"), (many.RESULT, "samples"))
+        )
+        page.PAGE.write_text(page.page(*results), encoding="utf-8")
         if not args.json:
             print(page.PAGE)
         return {"page": str(page.PAGE)}
@@ -429,6 +454,24 @@ def _reliability(args: argparse.Namespace) -> dict[str, Any]:
     if not args.json:
         tried, lost = (sum(row[what] for row in rows) for what in ("tried", "lost"))
         print(f"{tried:,} trials, something was lost in {lost:,}")
+    return result
+
+
+@with_json
+def _samples(args: argparse.Namespace) -> dict[str, Any]:
+    from mtdiffusion_benchmarks.reliability import many
+    from mtdiffusion_engine.checkpoint import write_json
+    from mtdiffusion_registry import UserError
+
+    asked = {"-n": (args.n, 1), "--processes": (args.processes, 1), "--shard-size": (args.shard_size, 1)}
+    for option, (value, least) in (asked | {"--compared": (args.compared, 2)}).items():
+        if value < least:
+            raise UserError(f"{option} {value}: expected {least} or more")
+    result = many.measure(args.n, args.processes, args.shard_size, args.compared, partial(print, flush=True))
+    if args.out is not None:
+        write_json(args.out, result, sort_keys=False)
+    if not args.json:
+        print(*many.section(result), sep="\n")
     return result
 
 

@@ -75,8 +75,8 @@ def test_what_cannot_be_tried_is_refused(arguments: tuple[str, ...], told: str) 
 
 
 def test_the_page_is_made_of_the_results() -> None:
-    from mtdiffusion_benchmarks.reliability import topology
+    from mtdiffusion_benchmarks.reliability import many, topology
     from mtdiffusion_benchmarks.reliability.page import PAGE, RESULT, page
 
-    result, topologies = (json.loads((ROOT / path).read_text()) for path in (RESULT, topology.RESULT))
-    assert (ROOT / PAGE).read_text() == page(result, topologies)
+    results = (json.loads((ROOT / path).read_text()) for path in (RESULT, topology.RESULT, many.RESULT))
+    assert (ROOT / PAGE).read_text() == page(*results)

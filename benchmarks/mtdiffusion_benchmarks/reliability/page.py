@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mtdiffusion_benchmarks.reliability import many
 from mtdiffusion_benchmarks.reliability.children import LIMIT, MOST_MEMORY
 from mtdiffusion_benchmarks.reliability.hangs import TIMEOUT
 from mtdiffusion_benchmarks.reliability.topology import FILES, LOGGED
@@ -63,8 +64,8 @@ A clock that goes back does so for the command and for the files that are there 
 """
 
 
-def page(result: Mapping[str, Any], topology: Mapping[str, Any]) -> str:
-    """The page, of what ``bench reliability`` and ``bench topology`` found."""
+def page(result: Mapping[str, Any], topology: Mapping[str, Any], samples: Mapping[str, Any]) -> str:
+    """The page, of what ``bench reliability``, ``bench topology`` and ``bench samples`` found."""
     from mtdiffusion_benchmarks.reliability.fuzzing import SLOW
 
     faults: Mapping[str, Mapping[str, Any]] = result["faults"]
@@ -90,6 +91,7 @@ def page(result: Mapping[str, Any], topology: Mapping[str, Any]) -> str:
     hardware = result["hardware"]
     parts += [
         *_on_any_processes(topology),
+        *many.section(samples),
         "## Not tried\n",
         *(f"- {what}" for what in result["not_tried"]),
         "",
