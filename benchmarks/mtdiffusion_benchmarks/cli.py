@@ -159,6 +159,21 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     solvers.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: cuda if there is one)")
     _machine(solvers, _MEASURED)
 
+    planning = actions.add_parser(
+        "plan",
+        help="what `mtdiffusion plan` says of a step's time, beside steps measured here",
+        description="Time a matrix product, a copy of memory and steps of each training, in turn; say which share of "
+        "the product's rate a step gets, and by which options `mtdiffusion plan` goes by that.",
+    )
+    planning.add_argument("configs", nargs="+", type=Path, metavar="CONFIG.toml")
+    planning.add_argument(
+        "--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="change each of the configurations"
+    )
+    planning.add_argument("--rounds", type=int, default=5, metavar="N", help="default: %(default)s")
+    planning.add_argument("--out", type=Path, metavar="FILE.json", help="write it here, too")
+    planning.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda if there is one)")
+    _machine(planning, _MEASURED)
+
     reliability = actions.add_parser(
         "reliability",
         help="what is lost when things go wrong",
@@ -252,6 +267,7 @@ def run(args: argparse.Namespace) -> None:
         "data": _data,
         "reading": _reading,
         "solvers": _solvers,
+        "plan": _plan,
         "reliability": _reliability,
         "topology": _topology,
         "samples": _samples,
@@ -415,6 +431,30 @@ def _solvers(args: argparse.Namespace) -> dict[str, Any]:
     keep(result)
     if not args.json:
         print(solvers.table(result), solvers.verdict(result), sep="\n\n")
+    return result
+
+
+@with_json
+def _plan(args: argparse.Namespace) -> dict[str, Any]:
+    from mtdiffusion_benchmarks import planning
+    from mtdiffusion_engine.checkpoint import write_json
+    from mtdiffusion_engine.environment import choose_device
+    from mtdiffusion_engine.experiment import load_experiment
+    from mtdiffusion_registry import Registry, UserError
+
+    if args.rounds < 1:
+        raise UserError(f"--rounds {args.rounds}: expected 1 or more")
+    device = choose_device(args.device).type
+    if device == "mps":
+        raise UserError("--device mps: bench plan measures cpu and cuda")
+    registry = Registry.discover()
+    experiments = {str(path): load_experiment(path, args.set, registry) for path in args.configs}
+    result = planning.measure(experiments, args.rounds, registry, device, partial(print, flush=True))
+    if args.out is not None:
+        write_json(args.out, result, sort_keys=False)
+    if not args.json:
+        print(planning.table(result))
+        print(f"\nto plan by this: mtdiffusion plan {args.configs[0]} --gpus 1 {planning.options(result)}")
     return result
 
 
