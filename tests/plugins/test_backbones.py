@@ -396,6 +396,31 @@ def test_a_unet_attends_where_it_is_told_to() -> None:
         assert len(found) == 2 * len(expected)  # after each block
 
 
+@pytest.mark.parametrize(
+    ("narrow", "shown", "expected"),
+    [(None, 32, []), (None, 33, [8]), (0, 33, []), (5, 9, [5])],  # its first level has 8 channels
+)
+def test_many_codes_are_brought_together_ahead_of_the_first_convolution(
+    narrow: int | None, shown: int, expected: list[int]
+) -> None:
+    unet = small_unet(narrow=narrow).build(shown, 8, 8, VECTOR)
+    z, noise, vector = inputs()
+    z = z[:, :1].expand(-1, shown, -1, -1)
+    layers: list[nn.Conv2d] = []
+
+    def called(module: nn.Module, *_: object) -> None:
+        if isinstance(module, nn.Conv2d):
+            layers.append(module)
+
+    for module in unet.modules():
+        module.register_forward_hook(called)
+    unet(z, noise, vector)
+    first = layers[: len(expected) + 1]
+    assert [layer.in_channels for layer in first] == [shown, *expected]
+    assert [layer.out_channels for layer in first] == [*expected, 8]
+    assert [layer.kernel_size for layer in first] == [*[(1, 1) for _ in expected], (3, 3)]
+
+
 def test_a_unets_feature_map_is_as_wide_as_it_is_told_to_be() -> None:
     z, noise, vector = torch.randn(2, CHANNELS, 8, 8), torch.rand(2), torch.randn(2, VECTOR)
     for values, expected in (({}, 8), ({"features": 8}, 8), ({"features": 20}, 20)):

@@ -20,6 +20,8 @@ from mtdiffusion_registry.hookspecs import hookimpl
 
 MTDIFFUSION_API = 1
 
+_MANY = 4  # times as many channels shown as the first level has: the first convolution would be a good part of the work
+
 
 def _norm(channels: int, places: int, **options: bool) -> nn.GroupNorm:
     """Over groups of channels, up to 8 of them, of maps of so many places; over all channels where each group would be
@@ -84,13 +86,22 @@ class ResidualBlock(nn.Module):
         return self.attention(self.shortcut(x) + self.conv2(self.dropout(h)))
 
 
+def _stem(inputs: int, outputs: int, narrow: int | None) -> nn.Module:
+    if narrow is None:
+        narrow = outputs if inputs > _MANY * outputs else 0
+    if not narrow:
+        return nn.Conv2d(inputs, outputs, 3, padding=1)
+    # One place's codes say little that its neighbours' do not: most of nine times as many weights would be wasted.
+    return nn.Sequential(nn.Conv2d(inputs, narrow, 1), nn.Conv2d(narrow, outputs, 3, padding=1))
+
+
 class UNet(Backbone):
     def __init__(self, config: UNetConfig, in_channels: int, height: int, width: int, in_vector: int) -> None:
         super().__init__()
         widths = [config.channels * m for m in config.multipliers]
         condition = 4 * config.channels
         self.embedding = ConditionEmbedding(in_vector, condition)
-        self.stem = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.stem = _stem(in_channels, widths[0], config.narrow)
 
         places = [(height >> level) * (width >> level) for level in range(len(widths))]
 
@@ -174,6 +185,9 @@ class UNetConfig(BackboneConfig):
         heads: attention heads at these levels and at the bottleneck; 0 for no attention at all.
         qk_norm: scale queries and keys to an RMS of 1, times learned gains, so that no logit of attention grows beyond
             bounds (Dehghani et al. 2023).
+        narrow: channels to which a 1 × 1 convolution brings the codes ahead of the first of 3 × 3, as the bottleneck
+            of a patch embedding does (Li & He 2025, "Back to Basics"); 0: none; None: ``channels`` where the codes
+            have more than four times as many, else none.
         features: width of the feature map that heads read; None: that of the first level.
         vector: width of the feature vector.
         dropout: inside residual blocks.
@@ -186,6 +200,7 @@ class UNetConfig(BackboneConfig):
     attention: tuple[int, ...] = field(default=(), validator=deep_iterable(ge(0)))
     heads: int = field(default=4, validator=ge(0))
     qk_norm: bool = False
+    narrow: int | None = field(default=None, validator=optional(ge(0)))
     features: int | None = field(default=None, validator=optional(ge(1)))
     vector: int = field(default=256, validator=ge(1))
     dropout: float = field(default=0.0, validator=ge(0.0))
