@@ -202,6 +202,9 @@ def _train(
             trainer.train(monitor.progress, monitor.samples)
     except KeyboardInterrupt as interrupt:
         raise type(interrupt)(_parting(trainer)) from None
+    except UserError:
+        trainer.discard()  # once it is mended, the same command is to work
+        raise
     trainer.accelerator.end_training()  # a process that left while another still listens would end it, too
     last = monitor.last
     return {

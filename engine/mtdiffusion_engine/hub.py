@@ -31,7 +31,8 @@ from mtdiffusion_engine.experiment import PLUGINS_FILE, TRAINED, Experiment, res
 from mtdiffusion_engine.pictures import sample_sheet
 from mtdiffusion_registry import Registry, UserError
 from mtdiffusion_registry.config import dump_toml
-from mtdiffusion_registry.hub import HUB_NAME, first_line
+from mtdiffusion_registry.errors import first_line
+from mtdiffusion_registry.hub import HUB_NAME
 from mtdiffusion_registry.installed import version
 
 METRICS = "metrics.json"

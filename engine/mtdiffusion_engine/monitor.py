@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 import torch
+from accelerate.tracking import GeneralTracker
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -18,6 +19,7 @@ from mtdiffusion import LossWeights, sample
 from mtdiffusion_engine.pictures import sample_sheet
 from mtdiffusion_engine.sounds import is_heard, wave_of
 from mtdiffusion_engine.trainer import Progress, Trainer
+from mtdiffusion_registry.errors import UserError, first_line
 from mtdiffusion_registry.partial import partial_of
 
 NAMED = ("wandb", "trackio", "mlflow", "swanlab")
@@ -64,14 +66,37 @@ class Monitor:
 
     def __enter__(self) -> Self:
         self._writer = self._open()
-        config, name = self._trainer.config, self._trainer.run.absolute().name
-        if config.trackers:
-            # Each has a word of its own for a run's name.
-            names = {tracker: {"run_name" if tracker == "mlflow" else "name": name} for tracker in NAMED}
-            stated = dict(_flat(self._trainer.resolved))
-            self._trainer.accelerator.init_trackers(config.project, config=stated, init_kwargs=names)
+        if self._trainer.config.trackers:
+            self._start_trackers()
         self._bar.start()
         return self
+
+    def _start_trackers(self) -> None:
+        config, name = self._trainer.config, self._trainer.run.absolute().name
+        # Each has a word of its own for a run's name.
+        names = {tracker: {"run_name" if tracker == "mlflow" else "name": name} for tracker in NAMED}
+        stated = dict(_flat(self._trainer.resolved))
+        try:
+            self._trainer.accelerator.init_trackers(config.project, config=stated, init_kwargs=names)
+        except Exception as error:  # of whatever kind: it comes from another's library
+            self._writer.close()
+            raise UserError(
+                f"training.trackers: {' or '.join(config.trackers)} could not be started ({type(error).__name__}: "
+                f"{first_line(error)}). Its own documentation says what it needs; or take it out of training.trackers"
+            ) from error
+
+    def _track(self, log: Callable[[GeneralTracker], None]) -> None:
+        """Log to each tracker. One that fails is left out from then on: it is no reason to lose a training."""
+        trackers = self._trainer.accelerator.trackers
+        for tracker in list(trackers):
+            try:
+                log(tracker)
+            except Exception as error:  # as in _start_trackers
+                trackers.remove(tracker)
+                self._say(
+                    f"warning: {tracker.name} failed ({type(error).__name__}: {first_line(error)}); the training goes "
+                    "on without it"
+                )
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._bar.stop()
@@ -93,7 +118,7 @@ class Monitor:
             scalars |= {f"held_out/{name}": value for name, value in progress.held_out.items()}
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, progress.step)
-        self._trainer.accelerator.log(scalars, progress.step)
+        self._track(lambda tracker: tracker.log(scalars, step=progress.step))
         weights = self._trainer.experiment.loss
         loss = describe(progress.means, weights)
         if progress.skipped:
@@ -128,9 +153,16 @@ class Monitor:
                 for place in range(min(self._heard, len(x)) if is_heard(modality, scratch) else 0):
                     if (sound := wave_of(modality, x[place].cpu(), scratch)) is not None:
                         self._writer.add_audio(f"samples/{name}/{place}", sound[0][None], step, sample_rate=sound[1])
-        for tracker in self._trainer.accelerator.trackers:
-            if hasattr(tracker, "log_images"):
-                tracker.log_images({"samples": [sheet]}, step=step)
+        self._track(partial(_log_sheet, sheet=sheet, step=step))
+
+
+def _log_sheet(tracker: GeneralTracker, sheet: np.ndarray[Any, Any], step: int) -> None:
+    if hasattr(tracker, "log_images"):
+        tracker.log_images({"samples": [sheet]}, step=step)
+    elif tracker.name == "mlflow":  # can, but accelerate does not pass it on
+        import mlflow
+
+        mlflow.log_image(sheet, key="samples", step=step)
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | int | float | str]]:

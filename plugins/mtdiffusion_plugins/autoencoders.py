@@ -17,8 +17,7 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-from mtdiffusion_registry.errors import UserError
-from mtdiffusion_registry.hub import first_line
+from mtdiffusion_registry.errors import UserError, first_line
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 """What diffusers' ``save_pretrained`` calls an autoencoder's files."""

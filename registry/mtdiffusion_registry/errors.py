@@ -30,3 +30,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A clause to append to a message, ``; did you mean "x"?``, or nothing if no known word is close."""
     close = get_close_matches(word, list(known), n=1) if len(word) <= LONGEST else ()
     return f'; did you mean "{close[0]}"?' if close else ""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error of another's library says; more of it is addresses, headers and advice that is
+    not for our users."""
+    return str(error).strip().partition("\n")[0]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import sqlite3
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
+from accelerate.tracking import GeneralTracker
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -19,7 +22,7 @@ from mtdiffusion import LossWeights
 from mtdiffusion_engine.monitor import Monitor, describe
 from mtdiffusion_engine.trainer import Trainer
 from mtdiffusion_registry import UserError
-from tests.engine.tiny import REGISTRY, toy
+from tests.engine.tiny import CONFIG, REGISTRY, toy
 
 ROOT = Path(__file__).parents[2]
 LOGGED = "SELECT run_name, step, metrics FROM metrics ORDER BY step"
@@ -93,7 +96,7 @@ def test_a_training_is_logged_to_the_trackers_that_are_asked_for(
         "from rich.console import Console\n"
         "from mtdiffusion_engine.monitor import Monitor\n"
         "from mtdiffusion_engine.trainer import Trainer\n"
-        "from tests.engine.tiny import REGISTRY, toy\n"
+        "from tests.engine.tiny import CONFIG, REGISTRY, toy\n"
         "trainer = Trainer(toy('training.steps=4', *sys.argv[2:]), Path(sys.argv[1]), REGISTRY, device='cpu')\n"
         "with Monitor(trainer, Console()) as monitor:\n"
         "    trainer.train(monitor.progress, monitor.samples)\n"
@@ -107,6 +110,53 @@ def test_a_training_is_logged_to_the_trackers_that_are_asked_for(
     assert {"train/loss", "train/l2/image", "train/learning_rate"} <= set(told[0][2])
     assert "held_out/loss" in told[3][2] and "held_out/loss" not in told[0][2]
     assert json.loads(config)["training.steps"] == 4 and json.loads(config)["modalities.image.kind"] == "image"
+
+
+class Forgetful(GeneralTracker):
+    """A tracker whose server is there for two steps."""
+
+    name = "forgetful"
+    requires_logging_directory = False
+    main_process_only = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[int] = []
+
+    @property
+    def tracker(self) -> None:
+        return None
+
+    def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+        if step is None or step > 2:
+            raise ConnectionError("no route to host\nand much more")
+        self.told.append(step)
+
+
+def test_a_tracker_that_fails_is_left_out_and_the_training_goes_on(tmp_path: Path) -> None:
+    trainer = Trainer(toy("training.steps=4"), tmp_path / "run", REGISTRY, device="cpu")
+    forgetful, screen = Forgetful(), Console(file=io.StringIO(), width=200)
+    trainer.accelerator.trackers.append(forgetful)
+    with Monitor(trainer, screen) as monitor:
+        trainer.train(monitor.progress, monitor.samples)
+    assert trainer.step == 4 and forgetful.told == [1, 2]
+    said = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert (
+        said.count("warning: forgetful failed (ConnectionError: no route to host); the training goes on without") == 1
+    )
+
+
+def test_a_tracker_that_does_not_start_is_named_and_leaves_no_run_behind(tmp_path: Path) -> None:
+    pytest.importorskip("trackio")
+    (tmp_path / "tiny.toml").write_text(CONFIG)
+    command = [sys.executable, "-m", "mtdiffusion", "train", "tiny.toml", "--out", "run", "--device", "cpu"]
+    command += ["--set", "training.trackers=['trackio']"]
+    environment = {**os.environ, "TRACKIO_SERVER_URL": "http://localhost:1"}  # it wants a token, too
+    failed = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert failed.returncode == 2, failed.stderr
+    assert "training.trackers: trackio could not be started (ValueError: Self-hosted" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_tracker_that_is_not_there_or_not_known_is_named_before_anything_is_written(tmp_path: Path) -> None:

@@ -13,8 +13,7 @@ from attrs import frozen
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
-from mtdiffusion_registry.errors import UserError, did_you_mean
-from mtdiffusion_registry.hub import first_line
+from mtdiffusion_registry.errors import UserError, did_you_mean, first_line
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 BUILTIN = {f"builtin:{data}": WEIGHTS / f"{data}_clip" for data in ("digits", "shapes", "scenes")}

@@ -17,8 +17,7 @@ from attrs import frozen
 from torch import Tensor, nn
 
 from mtdiffusion_plugins.embedders.open_clip import Preprocessing
-from mtdiffusion_registry.errors import UserError, did_you_mean
-from mtdiffusion_registry.hub import first_line
+from mtdiffusion_registry.errors import UserError, did_you_mean, first_line
 
 _WEIGHTS = "model.safetensors"  # as timm calls them on the Hub
 _PIXELS = 2**21  # of pictures that go through at once: 41 of 224 × 224
