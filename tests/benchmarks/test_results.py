@@ -14,6 +14,7 @@ from mtdiffusion_benchmarks.report.tables import read_results
 from mtdiffusion_benchmarks.results import TARGETS, blocks, fill, main, metrics_table
 from mtdiffusion_benchmarks.runner import Runner
 from mtdiffusion_benchmarks.stored import expanded, write_cell
+from mtdiffusion_engine.experiment import load_experiment
 from mtdiffusion_registry import Registry, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -24,6 +25,13 @@ def test_the_tables_are_those_of_the_results(
 ) -> None:
     monkeypatch.chdir(ROOT)
     assert main(["--check"]) == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "config", sorted((ROOT / "benchmarks/results").glob("*/config.toml")), ids=lambda p: p.parent.name
+)
+def test_the_configuration_beside_a_result_can_be_trained(config: Path) -> None:
+    assert load_experiment(config, [], Registry.discover()).training.steps > 0
 
 
 def test_a_changed_result_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
