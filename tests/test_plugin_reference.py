@@ -83,6 +83,7 @@ def test_there_is_something_to_compare() -> None:
         "stored",
         "describe",
         "fingerprint",
+        "class_names",
     }
     assert members(benchmark.Fitted) >= {"cost", "curve", "answers", "generate", "predict"}
 

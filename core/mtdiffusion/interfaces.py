@@ -426,9 +426,12 @@ class Dataset(ABC):
     Attributes:
         fingerprint: of all that the data set holds, which changes whenever a sample does: what is computed from the
             samples is kept under it. None: it is not known, and nothing is kept.
+        class_names: by field, what the data call the classes that its numbers stand for, from 0, so that a modality
+            that names them otherwise is noticed. Empty: the data name none.
     """
 
     fingerprint: str | None = None
+    class_names: Mapping[str, Sequence[str]] = MappingProxyType({})
 
     @abstractmethod
     def __len__(self) -> int: ...

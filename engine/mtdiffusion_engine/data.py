@@ -363,6 +363,21 @@ class ModalityData:
         """A batch of what is stored as one of values, on its device."""
         return Batch(values_of(self.modalities, batch.x), batch.presence)
 
+    def _check_names(self) -> None:
+        """Under a name at another number, a class would pass for another, in silence."""
+        for name, field in self.source.fields.items():
+            theirs = list(self.dataset.class_names.get(field, ()))
+            if not theirs or name in self.source.derived:
+                continue
+            for number, each in enumerate(self.modalities[name].input_spec.names):
+                if each in theirs and theirs.index(each) != number:
+                    listed = ", ".join(f'"{known}"' for known in theirs[:100]) + (", ..." if len(theirs) > 100 else "")
+                    raise UserError(
+                        f"{self.what}: modalities.{name}: {each!r} is class {theirs.index(each)} of the data, and "
+                        f"class {number} of this modality, so that classes would go by the names of others. Give the "
+                        f"names in the order of the data: names = [{listed}]"
+                    )
+
     def verify(self, chunk: int = 256) -> None:
         """Look through all samples, so that a bad one is known before any work depends on it.
 
@@ -370,8 +385,10 @@ class ModalityData:
         a data set without a fingerprint, as many samples as can be read in :data:`PATIENCE` seconds.
 
         Raises:
-            UserError: as :meth:`collate`, of the first bad one.
+            UserError: as :meth:`collate`, of the first bad one; or if a modality has a class's name at another number
+                than the data.
         """
+        self._check_names()
         seen = None
         if self.dataset.fingerprint is not None and self._keys.keys() >= self.modalities.keys():
             key = "\0".join((self.dataset.fingerprint, *(f"{name}={self._keys[name]}" for name in self.modalities)))

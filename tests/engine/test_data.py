@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -247,6 +248,38 @@ def test_texts_are_read_by_the_modality() -> None:
     assert int(data[9]["label"]) == 2
     batch = data.batch([8, 9])  # indices and names, side by side
     assert batch.x["label"].tolist() == [int(data[8]["label"]), 2]
+
+
+class Named(ToyData):
+    class_names = MappingProxyType({"label": ("cat", "dog", "emu")})
+
+
+@pytest.mark.parametrize(
+    ("names", "number"), [(("cat", "dog", "emu"), None), (("cat", "emu", "dog"), 2), (("a", "b", "dog"), 1), ((), None)]
+)
+def test_a_class_that_the_data_have_at_another_number_is_refused(names: tuple[str, ...], number: int | None) -> None:
+    """Names that the data do not know are left alone: folders are often called by codes."""
+    model = build_model(toy())
+    label = LabelConfig(classes=3, names=names).build(model.layout.share("label"), model.backbone.features)
+    data = ModalityData(Named(11, "", -1), {"label": label})
+    if number is None:
+        data.verify()
+        return
+    expected = rf'modalities\.label: .\w+. is class {number} of the data, .* names = \["cat", "dog", "emu"\]'
+    with pytest.raises(UserError, match=expected):
+        data.verify()
+
+
+class Numbered(ToyData):
+    class_names = MappingProxyType({"label": ("1", "2", "3")})
+
+
+def test_classes_called_by_other_numbers_than_theirs_are_noticed() -> None:
+    """Folders from 1, or sorted as texts (1, 10, 2): a label without names goes by its number."""
+    model = build_model(toy())
+    data = ModalityData(Numbered(11, "", -1), {"label": model.modality("label")})
+    with pytest.raises(UserError, match=r"'1' is class 0 of the data, and class 1 of this modality"):
+        data.verify()
 
 
 def test_what_was_looked_through_is_not_again_while_it_stays_the_same() -> None:

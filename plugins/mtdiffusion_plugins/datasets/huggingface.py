@@ -51,6 +51,11 @@ class HuggingFaceDataset(Dataset):
         digest.update(rows.tobytes())
         self.fingerprint = digest.hexdigest()[:32]
         self._classes = {name: each for name, each in table.features.items() if type(each).__name__ == "ClassLabel"}
+        self.class_names = {
+            field: tuple(self._classes[column].names)
+            for field, column in cells.columns.items()
+            if column in self._classes
+        }
         self._table = _undecoded(table, cells.columns.values())
 
     def __len__(self) -> int:

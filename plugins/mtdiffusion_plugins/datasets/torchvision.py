@@ -46,6 +46,7 @@ class TorchvisionDataset(Dataset):
         images: uint8 ``[n, 3, h, w]``, or the pictures' files decoded.
         second: "label" or "mask", and its values: int64 ``[n]``, or the masks' files decoded.
         to_classes: ``[256]`` int64, from a mask's pixel values to class indices.
+        names: of the classes, in the order of their indices; (): not known.
     """
 
     def __init__(
@@ -54,8 +55,10 @@ class TorchvisionDataset(Dataset):
         images: Tensor | Decoded,
         second: tuple[str, Tensor | Decoded],
         to_classes: Tensor | None = None,
+        names: Sequence[str] = (),
     ) -> None:
         self.source, self.to_classes = source, to_classes
+        self.class_names = {second[0]: tuple(names)}
         self._images, (self._name, self._second) = images, second
         self._levels = False  # whether pictures in memory are given as they are
         digest = hashlib.sha256(str(to_classes.tolist() if to_classes is not None else None).encode())
@@ -111,7 +114,7 @@ def _image_folder(root: Path, split: str, size: tuple[int, int]) -> TorchvisionD
     source = Folder(str(folder_of(split)), allow_empty=True, is_valid_file=_is_data)
     paths = [path for path, _ in source.samples]
     label = torch.tensor([index for _, index in source.samples], dtype=torch.int64)
-    return TorchvisionDataset(source, _decoded(paths, size), ("label", label))
+    return TorchvisionDataset(source, _decoded(paths, size), ("label", label), names=classes)
 
 
 def _classes(folder: Path) -> list[str]:
@@ -149,7 +152,7 @@ def _cifar10(root: Path, split: str, size: tuple[int, int]) -> TorchvisionDatase
         images = torch.from_numpy(source.data).movedim(-1, 1).contiguous()
     else:
         images = torch.stack([read_pixels(fit(Image.fromarray(pixels), size), 3) for pixels in source.data])
-    return TorchvisionDataset(source, images, ("label", torch.tensor(source.targets)))
+    return TorchvisionDataset(source, images, ("label", torch.tensor(source.targets)), names=source.classes)
 
 
 def _voc(root: Path, split: str, size: tuple[int, int]) -> TorchvisionDataset:
@@ -166,14 +169,15 @@ def _cityscapes(root: Path, split: str, size: tuple[int, int]) -> TorchvisionDat
     from torchvision.datasets import Cityscapes
 
     to_classes = torch.full((256,), CITYSCAPES_VOID)
+    classes = [""] * CITYSCAPES_VOID
     for each in Cityscapes.classes:
         if 0 <= each.train_id < CITYSCAPES_VOID:
-            to_classes[each.id] = each.train_id
+            to_classes[each.id], classes[each.train_id] = each.train_id, each.name
     names = "train" if split == "train" else "val"
     source = Cityscapes(str(root), split=names, mode="fine", target_type="semantic")
     images = _decoded([str(path) for path in source.images], size)
     masks = _masks([str(paths[0]) for paths in source.targets], size)
-    return TorchvisionDataset(source, images, ("mask", masks), to_classes)
+    return TorchvisionDataset(source, images, ("mask", masks), to_classes, classes)
 
 
 _READERS: Mapping[str, Callable[[Path, str, tuple[int, int]], TorchvisionDataset]] = {
@@ -190,7 +194,8 @@ class TorchvisionConfig(DatasetConfig):
 
     Fields: ``image`` float32 ``[3, height, width]`` in [−1, 1]; ``label`` int64 (image_folder, cifar10) or ``mask``
     int64 ``[height, width]`` (voc: 21 classes, and 255 for the void border, which the mask modality is to ignore;
-    cityscapes: 19 classes, and 19 for the rest). In image_folder the training split says which number a class has.
+    cityscapes: 19 classes, and 19 for the rest). In image_folder the folders of the training split, in the order of
+    their names, say which number a class has.
 
     Attributes:
         name: image_folder, cifar10, voc or cityscapes.

@@ -71,6 +71,7 @@ def test_columns_of_parquet_become_fields(library: Any, tmp_path: Path) -> None:
     train = config.build("train")
     sample = train[4]
     assert len(train) == 10 and len(config.build("test")) == 4
+    assert train.class_names == {"label": ("cat", "dog", "ship")}
     assert sample["image"].shape == (3, 6, 8) and sample["image"].dtype == torch.float32
     assert torch.allclose(sample["image"][:, 3, 4], torch.tensor([100 / 127.5 - 1, -1, -1]))
     assert sample["label"].dtype == torch.int64 and sample["label"].shape == () and int(sample["label"]) == 1

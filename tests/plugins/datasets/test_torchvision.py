@@ -58,6 +58,7 @@ def test_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train = TorchvisionConfig(name="cifar10", root=tmp_path).build("train")
     assert len(train) == 10 and int(train[1]["label"]) == 7
     assert train[0]["image"].shape == (3, 32, 32) and bool((train[0]["image"] == 1).all())
+    assert train.class_names["label"][7] == "7"
 
 
 def test_voc(tmp_path: Path) -> None:
@@ -78,8 +79,9 @@ def test_cityscapes(tmp_path: Path) -> None:
         mask(tmp_path / f"gtFine/{split}/ulm/ulm_0_0_gtFine_labelIds.png", 26, 0)  # car; unlabelled
         for rest in ("instanceIds.png", "color.png", "polygons.json"):
             (tmp_path / f"gtFine/{split}/ulm/ulm_0_0_gtFine_{rest}").touch()
-    sample = TorchvisionConfig(name="cityscapes", root=tmp_path, size=8).build("train")[0]
-    assert sample["mask"][0, 0] == 13 and sample["mask"][0, 7] == 19
+    train = TorchvisionConfig(name="cityscapes", root=tmp_path, size=8).build("train")
+    assert train[0]["mask"][0, 0] == 13 and train[0]["mask"][0, 7] == 19
+    assert len(train.class_names["mask"]) == 19 and train.class_names["mask"][13] == "car"
 
 
 @pytest.mark.parametrize("name", ["image_folder", "cifar10", "voc", "cityscapes"])
@@ -106,6 +108,7 @@ def test_both_splits_number_classes_alike(tmp_path: Path) -> None:
     train, test = config.build("train"), config.build("test")
     assert [int(train[i]["label"]) for i in range(3)] == [0, 1, 2]  # type: ignore[arg-type]
     assert [int(test[i]["label"]) for i in range(2)] == [0, 2]  # type: ignore[arg-type]
+    assert train.class_names == test.class_names == {"label": ("ant", "bee", "cow")}
     assert test.describe(1).endswith("val/cow/1.png")
     picture(tmp_path / "val/dog/1.png")
     with pytest.raises(UserError, match=r"val: has the class dog, which .*train has not"):
