@@ -323,7 +323,7 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(
         ("loss.readout={label=1.5}", "loss.readout: 'readout': expected a share in [0, 1], found 1.5"),
         ("modalities.image.size=9", "modalities.image: image: size 9 does not fit a latent of 8 × 8"),
         ("modalities.image.channels=3", "'image': image: expected shape [batch, 3, 8, 8], found [1, 1, 8, 8]"),
-        ("modalities.label.classes=5", "'label': label of 5 classes: expected values from 0 to 4, found 5 to 5"),
+        ("modalities.label.classes=5", "'label': label of 5 classes: expected values from 0 to 4, found 5"),
         ('modalities.depth={kind="mask", size=8}', "no sample has the field 'depth' that modality 'depth' reads"),
         ("training", 'override "training": expected KEY=VALUE'),
         ("training.steps.many=1", "training.steps is not a table"),
@@ -593,10 +593,10 @@ def test_nothing_is_left_half_written(
         (["--observe", "image={truncated}"], "{truncated}: "),
         (["--no-resize", "--observe", "image={small}"], "{small}: expected 8 × 8 pixels, found 5 × 4"),
         (
-            ["--observe", "mask={picture}"],
-            "observed mask: mask of 2 classes: expected values from 0 to 1, found [255]. Change the mask",
+            ["--observe", "mask={grey}"],
+            "observed mask: mask of 2 classes: expected values from 0 to 1, found [200]. Change the mask",
         ),
-        (["--observe", "mask={colour}"], "{colour}: a mask's pixels must be class indices"),
+        (["--observe", "mask={colour}"], "{colour}: 100.0% of its pixels have a colour of no class, such as #"),
         (["--visible", "image={picture}"], "a map was given for 'image', but it is not among the observed"),
         (["--visible", "imge={picture}"], 'no modality named "imge"; did you mean "image"?'),
         (["--observe", "label=1", "--visible", "label={picture}"], "visible label: this modality has no places"),
@@ -624,12 +624,13 @@ def test_nothing_is_left_half_written(
 def test_requests_that_cannot_be_met(
     cli: Cli, tiny_run: Path, tmp_path: Path, picture: Path, options: list[str], message: str
 ) -> None:
-    files = {name: tmp_path / f"{name}.png" for name in ("text", "truncated", "small", "colour")}
+    files = {name: tmp_path / f"{name}.png" for name in ("text", "truncated", "small", "colour", "grey")}
     files["text"].write_text("no picture")
     noise = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
     Image.fromarray(noise).save(files["truncated"])
     files["truncated"].write_bytes(files["truncated"].read_bytes()[:2000])
     Image.fromarray(noise[:4, :5]).save(files["small"])
+    Image.new("L", (8, 8), 200).save(files["grey"])
     Image.fromarray(noise[:8, :24].reshape(8, 8, 3)).save(files["colour"])
     paths = {name: str(path) for name, path in (files | {"picture": picture, "folder": tmp_path}).items()}
     before = contents(tmp_path)

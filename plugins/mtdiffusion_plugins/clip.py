@@ -23,6 +23,7 @@ from mtdiffusion_plugins.heads import (
     VectorEncoder,
     VectorHead,
     check_batch,
+    extent,
 )
 from mtdiffusion_registry.configs import ModalityConfig
 from mtdiffusion_registry.errors import UserError
@@ -97,9 +98,7 @@ class ClipModality(Modality):
         check_batch("clip", x, (self.dim,), floating=True)
         norms = x.norm(dim=1)
         if x.numel() and float((norms - 1).abs().max()) > 1e-2:
-            raise ValueError(
-                f"clip: expected unit norm, found norms from {float(norms.min()):g} to {float(norms.max()):g}"
-            )
+            raise ValueError(f"clip: expected unit norm, found norms of {extent(norms)}")
 
     def placeholder(self, batch: int) -> Tensor:
         return F.one_hot(torch.zeros(batch, dtype=torch.int64), self.dim).float()

@@ -16,7 +16,7 @@ from attrs.validators import in_
 from PIL import Image
 from torch import Tensor
 
-from mtdiffusion_plugins.files import from_levels, read_text, read_vector, rgb_of_names
+from mtdiffusion_plugins.files import classes_of_colours, from_levels, hex_of, read_text, read_vector, rgb_of_names
 from mtdiffusion_registry.configs import FieldConfig, Reader
 from mtdiffusion_registry.errors import UserError
 from mtdiffusion_registry.hookspecs import hookimpl
@@ -112,16 +112,13 @@ class MaskField(FieldConfig):
         return torch.from_numpy(pixels.astype(np.uint8) if pixels.min() >= 0 and pixels.max() < 256 else pixels)
 
     def _classes(self, pixels: np.ndarray, path: Source) -> Tensor:
-        codes = _codes(pixels)
-        classes = np.full(codes.shape, -1, np.int32)
-        for index, colour in enumerate(rgb_of_names(self.colours)):
-            classes[codes == _codes(np.array(colour))] = index
+        classes = classes_of_colours(pixels, {rgb: index for index, rgb in enumerate(rgb_of_names(self.colours))})
         unknown = classes < 0
         if self.ignore is not None:
             classes[unknown] = self.ignore
         elif unknown.any():
             row, column = np.argwhere(unknown)[0]
-            found = "#{:02x}{:02x}{:02x}".format(*pixels[row, column].tolist())
+            found = hex_of(pixels[row, column].tolist())
             raise UserError(
                 f"{path}: {unknown.mean():.1%} of its pixels have a colour that is none of colours, such as {found} in "
                 f"row {row}, column {column}; add it, or give ignore an index for such pixels"
@@ -145,18 +142,9 @@ class MaskField(FieldConfig):
                 first, where = seen.setdefault(index, (colour, path))
                 if colour != first:
                     raise UserError(
-                        f"{path}: index {index} of its palette is {_hex(colour)}, and {_hex(first)} in {where}, so the "
-                        "colours say what the classes are and not the indices; list them in colours of the field"
+                        f"{path}: index {index} of its palette is {hex_of(colour)}, and {hex_of(first)} in {where}, so "
+                        "the colours say what the classes are and not the indices; list them in colours of the field"
                     )
-
-
-def _codes(pixels: np.ndarray) -> np.ndarray:
-    """One integer for each colour ``[..., 3]``."""
-    return pixels.astype(np.int32) @ np.array([65536, 256, 1], np.int32)
-
-
-def _hex(colour: Sequence[int]) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*colour)
 
 
 def _palette(path: Path) -> list[tuple[int, ...]]:

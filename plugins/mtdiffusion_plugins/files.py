@@ -6,9 +6,10 @@ import codecs
 import colorsys
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path, PurePath
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -90,16 +91,69 @@ def from_levels(pixels: Tensor) -> Tensor:
     return pixels.to(torch.float32).div_(half).sub_(1)
 
 
-def read_mask(path: Path, size: Size, *, resize: bool = True) -> Tensor:
-    """int64 class indices ``[height, width]`` from a palette or grey picture, as :func:`read_image`, of nearest pixels.
+def read_mask(
+    path: Path, size: Size, *, resize: bool = True, colours: Mapping[tuple[int, int, int], int] = MappingProxyType({})
+) -> Tensor:
+    """int64 class indices ``[height, width]`` from a palette or grey picture, as :func:`read_image`, of nearest pixels;
+    or from a picture that is painted in the colours of the classes.
+
+    Args:
+        colours: the class of each colour, RGB in 0..255. A grey picture of these alone (0 and 255 for black and white)
+            is taken for painted where its values are not all classes.
 
     Raises:
-        UserError: if it cannot be read, was compressed with losses, is neither palette nor grey, or has another size
-            and is not to be resized.
+        UserError: if it cannot be read, was compressed with losses, is neither palette nor grey nor painted in the
+            colours, or has another size and is not to be resized.
     """
     require_lossless(path)
-    picture = _of_size(path, to_indices(open_picture(path), path), sides(size), resize=resize, nearest=True)
-    return torch.from_numpy(np.asarray(picture).astype(np.int64))
+    picture = open_picture(path)
+    if not (colours and _is_painted(picture, colours)):
+        indices = _of_size(path, to_indices(picture, path), sides(size), resize=resize, nearest=True)
+        return torch.from_numpy(np.asarray(indices).astype(np.int64))
+    page = _of_size(path, to_colour(picture, path), sides(size), resize=resize, nearest=True)
+    pixels = np.asarray(page)
+    classes = classes_of_colours(pixels, colours)
+    if (unknown := classes < 0).any():
+        row, column = np.argwhere(unknown)[0]
+        found = hex_of(pixels[row, column].tolist())
+        raise UserError(
+            f"{path}: {unknown.mean():.1%} of its pixels have a colour of no class, such as {found} in "
+            f"row {row}, column {column}; expected class indices, one a pixel, or the colours of the "
+            f"classes without soft edges: {', '.join(map(hex_of, colours))}"
+        )
+    return torch.from_numpy(classes.astype(np.int64))
+
+
+def _is_painted(picture: Image.Image, colours: Mapping[tuple[int, int, int], int]) -> bool:
+    """Whether a mask's pixels are colours of classes instead of their indices."""
+    if picture.mode in ("RGB", "RGBA", "LA", "PA", "CMYK"):
+        red, green, blue = picture.convert("RGB").split()
+        if not red.tobytes() == green.tobytes() == blue.tobytes():
+            return True
+        picture = red
+    if picture.mode != "L":
+        return False
+    values = set(np.unique(np.asarray(picture)).tolist())
+    return not values <= set(colours.values()) and all((value,) * 3 in colours for value in values)
+
+
+def classes_of_colours(pixels: np.ndarray, colours: Mapping[tuple[int, int, int], int]) -> np.ndarray:
+    """int32 ``[h, w]``: the class of each colour of ``[h, w, 3]``, -1 where it is of none."""
+    codes = _codes(pixels)
+    classes = np.full(codes.shape, -1, np.int32)
+    for colour, index in colours.items():
+        classes[codes == _codes(np.array(colour))] = index
+    return classes
+
+
+def _codes(pixels: np.ndarray) -> np.ndarray:
+    """One integer for each colour ``[..., 3]``."""
+    return pixels.astype(np.int32) @ np.array([65536, 256, 1], np.int32)
+
+
+def hex_of(colour: Sequence[int]) -> str:
+    """A colour as a configuration has it, ``"#ff0000"``."""
+    return "#{:02x}{:02x}{:02x}".format(*colour)
 
 
 def _of_size(

@@ -191,5 +191,10 @@ def check_shape(what: str, x: Tensor, shape: tuple[int, ...], hint: str = "") ->
 def check_range(what: str, x: Tensor, low: float, high: float) -> None:
     """Raise ``ValueError`` if x leaves [low, high]."""
     if x.numel() and (float(x.min()) < low or float(x.max()) > high):
-        found = f"{float(x.min()):g} to {float(x.max()):g}"
-        raise ValueError(f"{what}: expected values from {low:g} to {high:g}, found {found}")
+        raise ValueError(f"{what}: expected values from {low:g} to {high:g}, found {extent(x)}")
+
+
+def extent(x: Tensor) -> str:
+    """From which value to which x goes, for errors: "0.5 to 2", or "2" where all are alike."""
+    least, most = float(x.min()), float(x.max())
+    return f"{least:g}" if least == most else f"{least:g} to {most:g}"

@@ -246,7 +246,10 @@ class MaskModality(Modality):
         }
 
     def parse(self, text: str) -> Tensor:
-        return read_mask(Path(text), self.sizes, resize=self.resize)
+        """Class indices, or the classes painted in their colours, as :meth:`render` and :attr:`legend` show them."""
+        void = {} if self.ignore is None else {VOID_COLOUR: self.ignore}
+        colours = {**{rgb: index for index, rgb in enumerate(self.colours)}, **void}
+        return read_mask(Path(text), self.sizes, resize=self.resize, colours=colours)
 
     def write(self, x: Tensor, folder: Path, stem: str) -> Path:
         return write_mask(x, folder / f"{stem}.png", self.colours)

@@ -209,7 +209,7 @@ def test_a_checkpoint_can_be_chosen(tiny_run: Path) -> None:
         ({"observed": {"lable": 3}}, 'no modality named "lable"; did you mean "label"?.*image, mask, label'),
         ({"visible": {"imge": 3}}, 'no modality named "imge"; did you mean "image"?'),
         ({"generate": ["masks"]}, 'no modality named "masks"; did you mean "mask"?'),
-        ({"observed": {"label": 10}}, "observed label: .*expected values from 0 to 9, found 10 to 10"),
+        ({"observed": {"label": 10}}, "observed label: .*expected values from 0 to 9, found 10"),
         ({"observed": {"label": 0.5}}, "observed label: .*expected int64, found torch.float32"),
         ({"observed": {"label": [1, 2]}}, "expected one value or a batch of 3, found a batch of 2"),
         ({"observed": {"image": torch.zeros(1, 9, 9)}}, r"observed image: .*\[batch, 1, 8, 8\], found \[3, 1, 9, 9\]"),

@@ -464,7 +464,7 @@ def test_a_run_is_the_same_on_any_number_of_processes_and_resumed_on_another(tmp
 
 def test_data_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     for overrides, message in {
-        ("modalities.label.classes=2",): r"'label': label of 2 classes: expected values from 0 to 1, found 2 to 2",
+        ("modalities.label.classes=2",): r"'label': label of 2 classes: expected values from 0 to 1, found 2",
         ("data.nan_at=2",): r"sample 2: modality 'image': image: expected finite values, found NaN or infinity",
         ("modalities.image.channels=3",): r"expected shape \[batch, 3, 4, 4\], found \[1, 1, 4, 4\]",
         ("modalities.image.field=picture",): "no sample has the field 'picture' that modality 'image' reads",

@@ -165,10 +165,10 @@ def test_the_scale_head_learns_without_moving_the_mean() -> None:
         (
             LabelConfig(classes=10),
             torch.tensor([10]),
-            "label of 10 classes: expected values from 0 to 9, found 10 to 10",
+            "label of 10 classes: expected values from 0 to 9, found 10$",
         ),
         (LabelConfig(classes=10), torch.tensor([1.0]), "label: expected int64, found torch.float32"),
-        (ClipConfig(dim=4), torch.ones(1, 4), "clip: expected unit norm, found norms from 2 to 2"),
+        (ClipConfig(dim=4), torch.ones(1, 4), "clip: expected unit norm, found norms of 2$"),
     ],
 )
 def test_what_does_not_fit_is_named(config, x: torch.Tensor, message: str) -> None:
@@ -339,6 +339,40 @@ def test_masks_are_drawn_and_written_in_colours_of_ones_own(tmp_path: Path) -> N
     path = modality.write(x[0], tmp_path, "0000")
     assert torch.equal(modality.parse(str(path)), x[0])  # indices, whatever the colours
     assert torch.equal(torch.from_numpy(np.array(Image.open(path).convert("RGB"))).long(), rgb[x[0]])
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_a_mask_may_be_painted_in_the_colours_of_its_classes(mode: str, tmp_path: Path) -> None:
+    """As a paint program saves what was painted in the colours of the legend; void in its grey."""
+    modality = VOID.build(LatentSpec(8, 8, 8), FEATURES)
+    x = masks(void=True)[0]
+    picture = (modality.render(x[None])[0] * 255).round().byte().permute(1, 2, 0).numpy()
+    Image.fromarray(picture).convert(mode).resize((32, 32), Image.Resampling.NEAREST).save(tmp_path / "mine.png")
+    assert torch.equal(modality.parse(str(tmp_path / "mine.png")), x)
+
+
+def test_a_mask_of_two_classes_may_be_black_and_white(tmp_path: Path) -> None:
+    modality = MaskConfig(size=8).build(LatentSpec(1, 8, 8), FEATURES)
+    x = torch.arange(64).reshape(8, 8) % 2
+    for name, levels in (("indices", x), ("painted", 255 * x)):
+        for mode in ("L", "RGB"):
+            path = tmp_path / f"{name}-{mode}.png"
+            Image.fromarray(levels.byte().numpy()).convert(mode).save(path)
+            assert torch.equal(modality.parse(str(path)), x), path
+    Image.fromarray((200 * x).byte().numpy()).save(tmp_path / "grey.png")  # neither indices nor colours
+    with pytest.raises(ValueError, match=r"found \[200\]"):
+        modality.check(modality.parse(str(tmp_path / "grey.png"))[None])
+
+
+def test_a_colour_of_no_class_is_named_with_those_of_the_classes(tmp_path: Path) -> None:
+    config = MaskConfig(size=8, classes=3, colours=("black", "lime", "red"))
+    modality = config.build(LatentSpec(2, 8, 8), FEATURES)
+    picture = Image.new("RGB", (8, 8), "lime")
+    picture.putpixel((3, 1), (255, 128, 0))
+    picture.save(tmp_path / "mine.png")
+    expected = r"mine\.png: 1\.6% .* such as #ff8000 in row 1, column 3; .*: #000000, #00ff00, #ff0000$"
+    with pytest.raises(UserError, match=expected):
+        modality.parse(str(tmp_path / "mine.png"))
 
 
 @pytest.mark.parametrize(
