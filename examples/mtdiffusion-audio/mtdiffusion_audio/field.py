@@ -30,10 +30,13 @@ def read_wav(path: Path) -> tuple[Tensor, int]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; audio is given as a .wav file") from None
     except (OSError, EOFError, wave.Error) as error:
-        raise UserError(f"{path}: cannot be read as a .wav file ({error})") from None
+        why = str(error) or "it ends within its header"  # of which EOFError says nothing
+        raise UserError(f"{path}: cannot be read as a .wav file ({why})") from None
     if form != (1, 16):
         raise UserError(f"{path}: expected 1 channel of 16 bits, found {form[0]} of {form[1]}; convert it")
-    if len(data) != 2 * count or not count:
+    if not count:
+        raise UserError(f"{path}: holds no sound, expected at least one sample")
+    if len(data) != 2 * count:
         raise UserError(f"{path}: cut short: expected {count} samples, found {len(data) // 2}")
     return torch.from_numpy(np.frombuffer(data, "<i2").astype(np.float32) / 32767).clamp(-1, 1), rate
 

@@ -116,6 +116,9 @@ def test_bad_files_are_refused_by_name(tmp_path: Path) -> None:
     build(AudioConfig(rate=16000)).write(sounds(1)[0], tmp_path, "fast")
     build(AudioConfig(samples=2048)).write(torch.zeros(2048), tmp_path, "long")
     (tmp_path / "text.wav").write_text("no sound")
+    (tmp_path / "header.wav").write_bytes(b"RIFF\0\0")
+    with wave.open(str(tmp_path / "empty.wav"), "wb") as file:
+        file.setparams((1, 2, 8000, 0, "NONE", ""))
     cut = modality.write(sounds(1)[0], tmp_path, "cut")
     cut.write_bytes(cut.read_bytes()[:-100])
     cases = {
@@ -123,6 +126,8 @@ def test_bad_files_are_refused_by_name(tmp_path: Path) -> None:
         "long.wav": "2048",
         "text.wav": "cannot be read",
         "cut.wav": "cut",
+        "empty.wav": "holds no sound",
+        "header.wav": "it ends within its header",
         "no.wav": "no such",
     }
     for name, said in cases.items():

@@ -37,10 +37,13 @@ def read_wav(path: Path, rate: int) -> Tensor:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; speech is given as a .wav file") from None
     except (OSError, EOFError, wave.Error) as error:
-        raise UserError(f"{path}: cannot be read as a .wav file ({error})") from None
+        why = str(error) or "it ends within its header"  # of which EOFError says nothing
+        raise UserError(f"{path}: cannot be read as a .wav file ({why})") from None
     if bits != 16:
         raise UserError(f"{path}: expected samples of 16 bits, found {bits}; convert it")
-    if len(data) != 2 * channels * count or not count:
+    if not count:
+        raise UserError(f"{path}: holds no sound, expected at least one sample")
+    if len(data) != 2 * channels * count:
         raise UserError(f"{path}: cut short: expected {count} samples, found {len(data) // (2 * channels)}")
     sound = np.frombuffer(data, "<i2").reshape(-1, channels).mean(1) / 32768
     if found != rate:

@@ -126,6 +126,7 @@ def test_recordings_of_another_rate_are_resampled_and_channels_averaged(tmp_path
 
 def test_bad_files_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "text.wav").write_text("no sound")
+    (tmp_path / "header.wav").write_bytes(b"RIFF\0\0")
     write_wav(tone(500), tmp_path / "cut.wav", 8000)
     (tmp_path / "cut.wav").write_bytes((tmp_path / "cut.wav").read_bytes()[:-100])
     with wave.open(str(tmp_path / "coarse.wav"), "wb") as file:
@@ -136,7 +137,8 @@ def test_bad_files_are_refused_by_name(tmp_path: Path) -> None:
         "text": "cannot be read",
         "cut": "cut short",
         "coarse": "16 bits, found 8",
-        "empty": "cut short",
+        "empty": "holds no sound",
+        "header": "it ends within its header",
         "no": "no such",
     }
     for name, said in cases.items():
