@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
+
+import pytest
 
 from mtdiffusion_registry.pace import Pace
 
@@ -25,3 +28,18 @@ def test_what_is_quick_says_nothing() -> None:
     for done in range(1, 4):
         pace.tell(done)
     assert said == []
+
+
+def test_lines_become_fewer_as_work_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    at: list[float] = []
+    pace = Pace("reading", 4 * 3600, lambda _: at.append(now))
+    for second in range(1, 4 * 3600):
+        now = float(second)
+        pace.tell(second)
+    gaps = [later - earlier for earlier, later in pairwise([0.0, *at])]
+    assert gaps[:5] == [6.0] * 5  # just over five seconds
+    assert sum(moment <= 600 for moment in at) < 30
+    assert all(earlier <= later for earlier, later in pairwise(gaps))
+    assert gaps[-1] == 61.0  # just over a minute
