@@ -209,7 +209,7 @@ class Runner:
         """
         for setting in dict.fromkeys(cell.setting for cell in cells):
             experiment = base_experiment(self.profile, setting, self.source, self.registry)
-            check_evaluators(experiment.evaluation.evaluators, list(experiment.modalities))
+            check_evaluators(experiment.evaluation.evaluators, experiment.modalities)
         done: dict[Cell, str] = {}
         changed: dict[str, list[Cell]] = {}
         unknown = 0

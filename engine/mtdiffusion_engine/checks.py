@@ -37,7 +37,7 @@ def check_held_out(experiment: Experiment, model: MultimodalDiffusion) -> tuple[
             cannot be, or an evaluator needs a modality that is not there.
     """
     planned(experiment, model)
-    check_evaluators(experiment.evaluation.evaluators, list(experiment.modalities))
+    check_evaluators(experiment.evaluation.evaluators, experiment.modalities)
     try:
         data = load_data(experiment, model, "test")
     except EmptySplit as error:

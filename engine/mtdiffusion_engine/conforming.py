@@ -57,7 +57,7 @@ def contracts(plugin: str, experiment: Experiment) -> Iterator[tuple[str, Contra
                 contract = conformance(config, height=height, width=width, **{option: samples}).contract()
                 yield f"modalities.{name}, {len(samples)} samples", contract
         return
-    check_evaluators(evaluators, list(modalities))
+    check_evaluators(evaluators, modalities)
     for place, judge in enumerate(evaluators):
         if judge.kind == kind:
             x = _halves(experiment, model, judge)

@@ -93,7 +93,7 @@ def evaluate_run(
     if not team.first:
         progress = note = silent
     measures = planned(run.experiment, model)
-    check_evaluators(config.evaluators, model.names)
+    check_evaluators(config.evaluators, run.experiment.modalities)
     with timed(progress, "reading held-out samples"):
         data = held_out(run)
         limit = config.limit(DEFAULT_SAMPLES)

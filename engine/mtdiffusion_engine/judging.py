@@ -16,7 +16,7 @@ from torch import Tensor
 from mtdiffusion import Modality, Params
 from mtdiffusion_engine.data import ModalityData
 from mtdiffusion_engine.samples import Samples, Wish, draw_samples
-from mtdiffusion_registry import Evaluator, EvaluatorConfig, UserError, pace
+from mtdiffusion_registry import Evaluator, EvaluatorConfig, ModalityConfig, UserError, pace
 from mtdiffusion_registry.errors import did_you_mean
 
 Metrics = dict[str, float | int]
@@ -61,16 +61,26 @@ def judged(x: Mapping[str, Tensor], modalities: Mapping[str, Modality]) -> dict[
     return {name: modalities[name].judged(values) if name in modalities else values for name, values in x.items()}
 
 
-def check_evaluators(evaluators: Sequence[EvaluatorConfig], names: Sequence[str]) -> None:
-    """Whether there are the modalities that evaluators need, which can be told before anything is trained.
+def check_evaluators(evaluators: Sequence[EvaluatorConfig], modalities: Mapping[str, ModalityConfig]) -> None:
+    """Whether the modalities that evaluators need are there and fit, which can be told before anything is trained.
 
     Args:
         evaluators: an experiment's ``evaluation.evaluators``.
-        names: of its modalities.
+        modalities: its modalities by name.
 
     Raises:
-        UserError: if one is not there; it says which evaluator, by its place in the configuration, needs it.
+        UserError: if one is not there, or does not fit; it says which evaluator, by its place in the configuration, is
+            meant.
     """
+    _require_needed(evaluators, list(modalities))
+    for place, config in enumerate(evaluators):
+        try:
+            config.check(modalities)
+        except ValueError as error:
+            raise UserError(f"evaluation.evaluators[{place}] ({config.kind}): {error}") from error
+
+
+def _require_needed(evaluators: Sequence[EvaluatorConfig], names: Sequence[str]) -> None:
     for place, config in enumerate(evaluators):
         for name in config.needs():
             if name not in names:
@@ -105,7 +115,7 @@ def build_evaluators(
         UserError: if the model lacks a modality that one needs, the split cannot be read, or one cannot be built.
     """
     names = list(modalities)
-    check_evaluators(configs, names)
+    _require_needed(configs, names)
     wishes = [Wish(config.needs() or names, config.train_limit()) for config in configs]
     none = Samples.complete({name: modality.placeholder(1)[:0] for name, modality in modalities.items()})
     drawn = [none] * len(configs)

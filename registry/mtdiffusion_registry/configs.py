@@ -266,6 +266,14 @@ class EvaluatorConfig(Config):
         """
         return ()
 
+    def check(self, modalities: Mapping[str, ModalityConfig]) -> None:
+        """Refuse modalities, by name, that it would silently measure wrongly; those that it :meth:`needs` are among
+        them. By default none.
+
+        Raises:
+            ValueError: which says what does not fit, and what to do.
+        """
+
     def train_limit(self) -> int | None:
         """How many training samples it wants at most; a random draw of as many is read. None, the default: all of the
         training split. 0: none, and none is read; ``build`` is then given tensors of no samples."""

@@ -330,16 +330,17 @@ def test_a_quick_phase_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_modality_that_an_evaluator_needs_is_asked_for_before_anything_is_trained() -> None:
-    check_evaluators([RecorderConfig(), RecorderConfig(also="label")], ["image", "label"])
+    some = run_on(Toy()).experiment.modalities["image"]
+    check_evaluators([RecorderConfig(), RecorderConfig(also="label")], dict.fromkeys(["image", "label"], some))
     judges = [RecorderConfig(), JudgeConfig()]
     message = (
         r"evaluation\.evaluators\[1\] \(judge\): expected a modality named 'label', found image, quality "
         r"\(let evaluation\.evaluators\[1\]\.target name one of them, or remove the evaluator\)"
     )
     with pytest.raises(UserError, match=message):
-        check_evaluators(judges, ["image", "quality"])
+        check_evaluators(judges, dict.fromkeys(["image", "quality"], some))
     with pytest.raises(UserError, match=r"'label', found image, labels; did you mean \"labels\"\?"):
-        check_evaluators(judges, ["image", "labels"])
+        check_evaluators(judges, dict.fromkeys(["image", "labels"], some))
     for kind, needs in (("judge", ("image", "label")), ("features", ("image",)), ("lpips", ("image",))):
         assert REGISTRY.config_class("evaluator", kind)().needs() == needs
     with pytest.raises(UserError, match=r"evaluators\[0\] \(judge\): expected a modality named 'picture'"):

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from mtdiffusion_plugins.image import ImageConfig
+from mtdiffusion_plugins.mask import MaskConfig
 from mtdiffusion_plugins.metrics import segmenter
 from mtdiffusion_plugins.metrics.segmenter import SegmenterConfig
-from mtdiffusion_registry import UserError
+from mtdiffusion_registry import ModalityConfig, UserError
 from mtdiffusion_registry.testing import check_evaluator
 
 CONFIG = SegmenterConfig(epochs=12, width=8, ignore=255)
@@ -66,6 +68,19 @@ def test_it_is_trained_once(judge: segmenter.Segmenter, monkeypatch: pytest.Monk
     monkeypatch.setattr(segmenter, "train_network", None)  # would fail if it were called
     again = CONFIG.build(scenes(160, 0))
     assert again.real(scenes(8, 1)) == judge.real(scenes(8, 1))
+
+
+def test_an_index_that_masks_ignore_is_not_learned_as_a_class_in_silence() -> None:
+    def masks(**values: int) -> dict[str, ModalityConfig]:
+        return {"image": ImageConfig(size=(12, 16)), "mask": MaskConfig(size=(12, 16), classes=11, **values)}
+
+    for ignore, found in ((None, "not set"), (255, "255")):
+        message = f"ignore: modalities.mask ignores index 11, .*; expected ignore = 11, found {found}"
+        with pytest.raises(ValueError, match=message):
+            SegmenterConfig(ignore=ignore).check(masks(ignore=11))
+    SegmenterConfig(ignore=11).check(masks(ignore=11))
+    SegmenterConfig(ignore=11).check(masks())  # its masks may have what the modality never sees
+    SegmenterConfig().check(masks())
 
 
 def test_it_keeps_the_contract_and_refuses_what_is_none_of_its_business() -> None:

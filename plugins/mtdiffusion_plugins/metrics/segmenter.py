@@ -15,9 +15,10 @@ from attrs.validators import ge, gt, matches_re
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mtdiffusion_plugins.mask import MaskConfig
 from mtdiffusion_plugins.metrics.classifiers import digest, kept
 from mtdiffusion_plugins.metrics.distances import TrainingFeatures
-from mtdiffusion_registry.configs import EvaluatorConfig
+from mtdiffusion_registry.configs import EvaluatorConfig, ModalityConfig
 from mtdiffusion_registry.errors import UserError
 from mtdiffusion_registry.evaluation import Evaluator
 from mtdiffusion_registry.hookspecs import hookimpl
@@ -206,6 +207,15 @@ class SegmenterConfig(EvaluatorConfig):
 
     def needs(self) -> tuple[str, ...]:
         return (self.input, self.target)
+
+    def check(self, modalities: Mapping[str, ModalityConfig]) -> None:
+        mask = modalities[self.target]
+        if isinstance(mask, MaskConfig) and mask.ignore is not None and mask.ignore != self.ignore:
+            found = "not set" if self.ignore is None else self.ignore
+            raise ValueError(
+                f"ignore: modalities.{self.target} ignores index {mask.ignore}, which would be learned as a class "
+                f"here; expected ignore = {mask.ignore}, found {found}"
+            )
 
     def train_limit(self) -> int:
         return self.train_samples
