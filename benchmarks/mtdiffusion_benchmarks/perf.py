@@ -432,7 +432,8 @@ def measure(
                 contender.work = work(contender)
             for number, contender in enumerate(contenders if memory and group.memory else ()):
                 contender.memory = peak_memory(title, number, threads)
-        result["ratios"][title] = ratios(contenders)
+        found = {**result["ratios"], title: ratios(contenders)}
+        result["ratios"] = {each: found[each] for each in GROUPS if each in found}
         for row in result["ratios"][title]:
             rate = "" if row["images_per_second"] is None else f", {row['images_per_second']:.1f} images a second"
             say(

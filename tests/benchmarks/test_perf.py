@@ -128,6 +128,10 @@ def test_what_is_measured_is_kept_though_a_later_group_fails_and_is_gone_on_from
     other = perf.measure(1, 1, Registry.discover(), lambda _: None, ["b"], before=before | {"version": "0.0"})
     assert list(other["ratios"]) == ["b"]  # another version's ratios do not stand beside it
 
+    monkeypatch.setattr(perf, "GROUPS", {name: perf.Group(two, memory=False) for name in "ab"})
+    again = perf.measure(1, 1, Registry.discover(), lambda _: None, ["a"], before=after)
+    assert list(again["ratios"]) == ["a", "b"]  # in the order of the groups, not of their measurement
+
 
 def test_a_command_that_fails_to_start_is_said_with_why() -> None:
     with pytest.raises(UserError, match=r"(?s)start-up: -c raise SystemExit\('why'\) failed: why"):
