@@ -85,6 +85,7 @@ def test_only_what_stands_between_the_markers_is_replaced() -> None:
 
 
 BENCHMARKS = sorted(path.parent for path in (ROOT / "benchmarks/results").glob("*/profile.json"))
+LARGE = "small-0.1"  # whose report is built and not committed
 
 
 def test_a_sound_is_stored_once_however_often_it_is_heard(tmp_path: Path) -> None:
@@ -119,7 +120,8 @@ def test_a_committed_report_is_what_its_results_say_byte_for_byte(folder: Path, 
     shutil.copytree(folder / "cells", tmp_path / "cells")
     shutil.copy(folder / "profile.json", tmp_path)
     page, document = build_report(tmp_path)
-    assert document.read_bytes() == (folder / document.name).read_bytes(), f"run: mtdiffusion bench report {folder}"
+    if folder.name != LARGE:
+        assert document.read_bytes() == (folder / document.name).read_bytes(), f"run: mtdiffusion bench report {folder}"
     assert page.stat().st_size > 100_000  # with its pictures; it is not committed
 
 
