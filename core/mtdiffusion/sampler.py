@@ -287,7 +287,7 @@ def _require_short_jumps(process: DiffusionProcess, clocks: Tensor, dtype: torch
         name = str(dtype).removeprefix("torch.")
         raise ValueError(
             f"with an ε head, the longest of {len(clocks) - 1} steps would multiply errors by {kappa:.0e}; "
-            f"expected at most {most:.0e} in {name}. Take more steps (up to T = {process.steps}), or the solver "
+            f"expected at most {most:g} in {name}. Take more steps (up to T = {process.steps}), or the solver "
             "dpmpp_2m, which uses the heads alone."
         )
 
