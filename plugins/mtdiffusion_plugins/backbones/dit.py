@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from mtdiffusion import Backbone, Features, FeatureSpec
 from mtdiffusion_plugins.backbones.embedding import ConditionEmbedding
-from mtdiffusion_plugins.backbones.norms import HeadNorm
+from mtdiffusion_plugins.backbones.norms import HeadNorm, attend
 from mtdiffusion_plugins.backbones.positions import rotate, rotation, sincos
 from mtdiffusion_registry.configs import BackboneConfig
 from mtdiffusion_registry.errors import UserError
@@ -93,7 +93,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, condition: Tensor, rotation: Tensor | None = None) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=1)
         q, k, v = self.project(_modulate(self.norm1(x), shift1, scale1), rotation)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        attended = attend(q, k, v).transpose(1, 2).reshape(x.shape)
         x = x + gate1[:, None] * self.out(attended)
         return x + gate2[:, None] * self.mlp(_modulate(self.norm2(x), shift2, scale2))
 

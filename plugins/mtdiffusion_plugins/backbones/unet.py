@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mtdiffusion import Backbone, Features, FeatureSpec
 from mtdiffusion_plugins.backbones.embedding import ConditionEmbedding
-from mtdiffusion_plugins.backbones.norms import HeadNorm
+from mtdiffusion_plugins.backbones.norms import GroupNorm, HeadNorm, attend
 from mtdiffusion_registry.configs import BackboneConfig
 from mtdiffusion_registry.errors import UserError
 from mtdiffusion_registry.hookspecs import hookimpl
@@ -23,11 +23,11 @@ MTDIFFUSION_API = 1
 _MANY = 4  # times as many channels shown as the first level has: the first convolution would be a good part of the work
 
 
-def _norm(channels: int, places: int, **options: bool) -> nn.GroupNorm:
+def _norm(channels: int, places: int, **options: bool) -> GroupNorm:
     """Over groups of channels, up to 8 of them, of maps of so many places; over all channels where each group would be
     a single number, of which its norm leaves nothing."""
     groups = next(g for g in (8, 6, 4, 3, 2, 1) if channels % g == 0)
-    return nn.GroupNorm(1 if channels // groups * places == 1 else groups, channels, **options)
+    return GroupNorm(1 if channels // groups * places == 1 else groups, channels, **options)
 
 
 class SelfAttention(nn.Module):
@@ -50,7 +50,7 @@ class SelfAttention(nn.Module):
         # Normed as they lie in memory if channels come last, [B, H·W, heads, C/heads]: the answer then lies so, too.
         q = self.query_norm(q.transpose(1, 2)).transpose(1, 2)
         k = self.key_norm(k.transpose(1, 2)).transpose(1, 2)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(b, c, h, w)
+        attended = attend(q, k, v).transpose(-1, -2).reshape(b, c, h, w)
         return x + self.out(attended)
 
 
