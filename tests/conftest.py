@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.engine.tiny import CONFIG
+
+# On whatever processor, training.precision = "auto" is float32 here, also in processes that tests start: what tests
+# find of a training is the same everywhere.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")
 
 
 @pytest.fixture(scope="session", autouse=True)

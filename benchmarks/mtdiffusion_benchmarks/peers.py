@@ -11,11 +11,13 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from contextlib import redirect_stderr
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from attrs import evolve
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -195,3 +197,26 @@ def beside_denoising_diffusion(folder: Path, registry: Registry, setting: Settin
             return average.ema_model.sample(batch_size=DRAWN)
 
     return _ours_beside("denoising-diffusion-pytorch", network, train, draw, trainer)
+
+
+def in_bfloat16(
+    name: str, make: Callable[[Path, Registry, Setting], list[Contender]], target: float
+) -> Callable[[Path, Registry, Setting], list[Contender]]:
+    """Training in bfloat16 beside another library's in float32, as its documentation has it, and beside its own in
+    bfloat16.
+
+    Args:
+        make: that library's of :func:`beside_diffusers` and its like.
+        target: the share of its time in float32 that is wanted at most.
+    """
+
+    def contenders(folder: Path, registry: Registry, setting: Setting) -> list[Contender]:
+        theirs = make(folder / "float32", registry, setting)[0]
+        theirs_half, half = make(folder / "bfloat16", registry, evolve(setting, precision="bfloat16"))[:2]
+        theirs_half.name = f"{name} in bfloat16, training"
+        again = copy(half)
+        half.name, half.against, half.target = f"ours in bfloat16 beside {theirs.name}", theirs.name, target
+        again.name, again.against, again.seconds = f"ours beside {theirs_half.name}", theirs_half.name, []
+        return [theirs, half, theirs_half, again]
+
+    return contenders

@@ -43,6 +43,7 @@ from mtdiffusion_benchmarks.timing import (
     train_ours,
 )
 from mtdiffusion_engine.data import Batch, ModalityData
+from mtdiffusion_engine.environment import native_bfloat16
 from mtdiffusion_engine.experiment import Experiment, structure_experiment
 from mtdiffusion_engine.optimisation import Average
 from mtdiffusion_engine.trainer import Trainer
@@ -286,26 +287,43 @@ class Group:
         make: builds them; what they write goes into the folder.
         memory: whether each one's peak is measured, in a process of its own.
         needs: modules without which the group is left out.
+        native: whether it is left out where the processor does not multiply bfloat16.
     """
 
     make: Callable[[Path, Registry, Setting], list[Contender]]
     memory: bool = True
     needs: tuple[str, ...] = ()
+    native: bool = False
 
     @property
-    def missing(self) -> list[str]:
-        """What of :attr:`needs` is not installed."""
-        return [name for name in self.needs if find_spec(name) is None]
+    def left_out(self) -> str:
+        """Why it cannot be timed here; "" if it can."""
+        if absent := [name for name in self.needs if find_spec(name) is None]:
+            return f"not installed: {', '.join(absent)}"
+        if self.native and not native_bfloat16(torch.device("cpu")):
+            return "this processor does not multiply bfloat16"
+        return ""
 
+
+PEERS = {
+    "diffusers": (peers.beside_diffusers, ("diffusers",), 1 / 2.5),
+    "denoising-diffusion-pytorch": (
+        peers.beside_denoising_diffusion,
+        ("denoising_diffusion_pytorch", "ema_pytorch"),
+        1 / 3,
+    ),
+}
+"""Other libraries: what makes the contenders, the modules it needs, and the share of their time that is wanted."""
 
 GROUPS: Mapping[str, Group] = {
     **{f"overhead: {path.stem}": Group(partial(overhead, path)) for path in CONFIGS},
     "further modalities": Group(further_modalities),
     "one model or many": Group(one_or_many),
-    "peers: diffusers": Group(peers.beside_diffusers, needs=("diffusers",)),
-    "peers: denoising-diffusion-pytorch": Group(
-        peers.beside_denoising_diffusion, needs=("denoising_diffusion_pytorch", "ema_pytorch")
-    ),
+    **{f"peers: {name}": Group(make, needs=needs) for name, (make, needs, _) in PEERS.items()},
+    **{
+        f"peers in bfloat16: {name}": Group(peers.in_bfloat16(name, make, target), needs=needs, native=True)
+        for name, (make, needs, target) in PEERS.items()
+    },
     "compiled sampling": Group(compiled_sampling, memory=False),
     "loading": Group(loading, memory=False),
     "start-up": Group(launching.contenders, memory=False),
@@ -420,9 +438,9 @@ def measure(
     for title, group in groups.items():
         result["ratios"].pop(title, None)
         result["left_out"].pop(title, None)
-        if group.missing:
-            result["left_out"][title] = f"not installed: {', '.join(group.missing)}"
-            say(f"{title}: {result['left_out'][title]}")
+        if why := group.left_out:
+            result["left_out"][title] = why
+            say(f"{title}: {why}")
             continue
         say(title)
         with tempfile.TemporaryDirectory() as name:

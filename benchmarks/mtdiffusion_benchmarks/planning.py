@@ -20,7 +20,8 @@ import torch
 
 from mtdiffusion_benchmarks.runner import hardware
 from mtdiffusion_benchmarks.timing import STEPS, Contender, Setting, race, train_ours
-from mtdiffusion_engine.experiment import Experiment
+from mtdiffusion_engine.environment import native_bfloat16
+from mtdiffusion_engine.experiment import Experiment, with_precision
 from mtdiffusion_engine.plan import Assumptions, Device, Row, plan_training
 from mtdiffusion_engine.trainer import Trainer
 from mtdiffusion_registry import Registry
@@ -66,6 +67,8 @@ def measure(
         UserError: if one of them cannot be trained.
     """
     setting = Setting(device=device)
+    native = native_bfloat16(torch.device(device))
+    experiments = {title: with_precision(each, native) for title, each in experiments.items()}
     rows = {title: plan_training(each, [1], _UNIT).rows[0] for title, each in experiments.items()}
     precisions = dict.fromkeys(each.training.precision for each in experiments.values())
     with tempfile.TemporaryDirectory(prefix="mtdiffusion-plan-") as name:

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from attrs import evolve, field, frozen
 from attrs.validators import in_, min_len
 
-from mtdiffusion_engine.experiment import Experiment, resolved, structure_experiment
+from mtdiffusion_engine.experiment import Experiment, resolved, structure_experiment, with_precision
 from mtdiffusion_registry import MethodConfig, Registry, TaskConfig, UserError
 from mtdiffusion_registry.config import apply_overrides, load_toml, structure, unstructure
 
@@ -257,7 +257,7 @@ def base_experiment(profile: Profile, setting: str, folder: Path, registry: Regi
         UserError: for whatever is wrong with it, a kind that its ``plugins.disable`` leaves out included.
     """
     path, changes = _source(profile, setting, folder)
-    return structure_experiment(apply_overrides(load_toml(path), changes), registry, str(path))
+    return _experiment(apply_overrides(load_toml(path), changes), registry, str(path))
 
 
 def cell_experiment(profile: Profile, cell: Cell, folder: Path, registry: Registry) -> Experiment:
@@ -282,7 +282,12 @@ def cell_experiment(profile: Profile, cell: Cell, folder: Path, registry: Regist
             tables[table][key] = said_of(tables[table][key], task.instances())
     tables = _merged(tables, task.training())
     own = [*method.set, f"training.seed={cell.seed}", f"evaluation.seed={cell.seed}"]
-    return structure_experiment(apply_overrides(tables, own), registry, f"{cell.id} ({path})")
+    return _experiment(apply_overrides(tables, own), registry, f"{cell.id} ({path})")
+
+
+def _experiment(tables: dict[str, Any], registry: Registry, source: str) -> Experiment:
+    """In float32 where a setting does not say a precision: one table's results are of one, on whatever machines."""
+    return with_precision(structure_experiment(tables, registry, source), native=False)
 
 
 def said_of(value: Any, names: Collection[str]) -> Any:

@@ -226,7 +226,7 @@ def _introduction(trainer: Trainer, resume: bool) -> Iterator[str]:
     batch = _count(config.batch_size, "sample")
     if micro < config.batch_size:
         batch += f" ({' × '.join(f'{count} {name}' for name, count in parts.items() if count > 1)})"
-    device = trainer.accelerator.device.type
+    device = trainer.accelerator.device.type + " in bfloat16" * (config.precision == "bfloat16")
     yield f"on {device}, {_count(processes, 'process')}: {_count(config.steps, 'step')} of {batch}"
     yield f"the run is written to {trainer.run}"
     if trainer.step == config.steps:

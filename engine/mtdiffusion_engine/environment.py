@@ -58,6 +58,21 @@ def choose_device(name: str | None) -> torch.device:
     return torch.device(kind)
 
 
+_WITHOUT_BFLOAT16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")
+"""What oneDNN, which computes for torch on x86 processors, can be held to by its ``ONEDNN_MAX_CPU_ISA``."""
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 faster than float32: a GPU of NVIDIA's from compute capability 8.0 (Ampere)
+    on; an x86 processor with AVX512-BF16 or AMX, unless ``ONEDNN_MAX_CPU_ISA`` keeps them from being used."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu" or os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in _WITHOUT_BFLOAT16:
+        return False
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # not before torch 2.11
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
 def _there() -> str:
     """A sentence's end that says which devices there are."""
     found = []

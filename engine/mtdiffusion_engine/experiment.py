@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import attrs
 import torch
-from attrs import Factory, field, frozen
+from attrs import Factory, evolve, field, frozen
 from attrs.validators import and_, deep_iterable, ge, gt, in_, le, lt, min_len, optional, or_
 
 from mtdiffusion import (
@@ -122,7 +122,9 @@ class TrainingConfig:
         weight_decay: of either. beta2: of AdamW.
         clip: largest norm of the gradient.
         ema: decay of the averaged weights, which sampling uses.
-        precision: "float32" or "bfloat16" (autocast; weights, moments and the average stay float32).
+        precision: "float32"; "bfloat16" (autocast; weights, moments and the average stay float32); or "auto": bfloat16
+            where the device multiplies it natively, else float32 (``environment.native_bfloat16``). A run remembers
+            which, and is resumed with it.
         parallel: what several processes have of the model: "ddp": each has all of it; "fsdp": weights, gradients,
             moments and the average are split over them (FSDP2: Zhao et al. 2023). Either trains the same run.
         checkpoint_activations: forget what happens inside of the backbone's blocks and compute it again on the way back
@@ -154,7 +156,9 @@ class TrainingConfig:
     beta2: float = field(default=0.99, validator=and_(gt(0.0), lt(1.0)))
     clip: float = field(default=1.0, validator=gt(0.0))
     ema: float = field(default=0.998, validator=_share)
-    precision: Literal["float32", "bfloat16"] = field(default="float32", validator=in_(("float32", "bfloat16")))
+    precision: Literal["auto", "float32", "bfloat16"] = field(
+        default="auto", validator=in_(("auto", "float32", "bfloat16"))
+    )
     parallel: Literal["ddp", "fsdp"] = field(default="ddp", validator=in_(("ddp", "fsdp")))
     checkpoint_activations: bool = False
     compile: bool = False
@@ -335,6 +339,13 @@ def _kinds(value: Any) -> Iterator[Config]:
         yield from _kinds(item)
 
 
+def with_precision(experiment: Experiment, native: bool) -> Experiment:
+    """The experiment with its ``training.precision`` settled: "auto" is bfloat16 where that is ``native``."""
+    if experiment.training.precision != "auto":
+        return experiment
+    return evolve(experiment, training=evolve(experiment.training, precision="bfloat16" if native else "float32"))
+
+
 def resolved(experiment: Experiment, registry: Registry) -> dict[str, Any]:
     """The experiment as tables for TOML or JSON, every default written out."""
     return unstructure(registry, experiment)
@@ -371,7 +382,8 @@ Changes = dict[str, tuple[Any, Any]]
 
 
 def changes(stored: Experiment, asked: Experiment, registry: Registry) -> Changes:
-    """What differs between two experiments, by key."""
+    """What differs between two experiments, by key; a precision that is "auto" is what is stored."""
+    asked = with_precision(asked, stored.training.precision == "bfloat16")
     old, new = (
         _flat(resolved(each, registry)) | {"the order of modalities": list(each.modalities)} for each in (stored, asked)
     )

@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from mtdiffusion import Backbone, MultimodalDiffusion, composite_loss
 from mtdiffusion_engine.cost import ModelCost, Silent, count_cost, inputs_of, short
-from mtdiffusion_engine.experiment import Experiment, TrainingConfig, build_model
+from mtdiffusion_engine.experiment import Experiment, TrainingConfig, build_model, with_precision
 from mtdiffusion_registry import UserError
 
 Parallel = Literal["ddp", "fsdp"]
@@ -266,6 +266,7 @@ def plan_training(
         ConfigError: if the model's parts do not fit together.
     """
     assumptions = assumptions or Assumptions()
+    experiment = with_precision(experiment, device.flops > device.float32)
     model = build_model(experiment, weightless=True)
     cost, sizes = count_cost(experiment, model), sizes_of(model)
     kept = count_activations(experiment, model)

@@ -42,16 +42,24 @@ from mtdiffusion_engine.data import (
     training_batches,
     values_of,
 )
-from mtdiffusion_engine.environment import choose_device, ignored_variables, left_alone, without_training_variables
+from mtdiffusion_engine.environment import (
+    choose_device,
+    ignored_variables,
+    left_alone,
+    native_bfloat16,
+    without_training_variables,
+)
 from mtdiffusion_engine.experiment import (
     PLUGINS_FILE,
     Changes,
     Experiment,
     build_model,
+    load_experiment,
     origins,
     require_resumable,
     resolved,
     with_absolute_paths,
+    with_precision,
 )
 from mtdiffusion_engine.hanging import HangWatch
 from mtdiffusion_engine.interrupt import Terminated, deferred_interrupt
@@ -164,7 +172,6 @@ class Trainer:
         # many times as slowly. Threads inherit the setting, so it comes before the first tensor.
         torch.set_flush_denormal(True)
         experiment = with_absolute_paths(experiment)  # so that the run can be used from anywhere
-        self.experiment = experiment
         self.config = experiment.training
         self.run = run
         self.accelerator = self._accelerator(device)
@@ -181,9 +188,13 @@ class Trainer:
             for newest in ckpt.list_checkpoints(run)[-1:]:
                 ckpt.load_state(newest)  # says so if another version made it
             changed = require_resumable(experiment, run, registry)
+            stored = load_experiment(run / "config.toml", [], registry)
+            experiment = with_precision(experiment, stored.training.precision == "bfloat16")
         elif self.main:
             ckpt.remove_unmade(run)
             ckpt.require_no_run(run)
+        experiment = with_precision(experiment, native_bfloat16(self.accelerator.device))
+        self.experiment, self.config = experiment, experiment.training
         self.model = build_model(experiment)
         self._origin = None if resume or init_from is None else self._initialise(init_from)
         self.data = load_data(experiment, self.model, "train")
@@ -210,6 +221,7 @@ class Trainer:
         with self._hang, self._connected():
             self._hang.at("the start, after its data were read", waits=True)
             messages += self._place(objective)
+            self._require_one_precision()
             self.optimizer = optimizer_of(self.model, self.config)
             self.chance = StepChance(self.model, experiment.conditioning, self.config.seed, self.config.batch_size)
             if resume and (checkpoints := ckpt.list_checkpoints(run)):
@@ -373,6 +385,17 @@ class Trainer:
                 f"training.batch_size = {config.batch_size} cannot be shared out to {processes} processes in "
                 f"training.accumulate = {config.accumulate} micro-batches; give a multiple of "
                 f"{config.accumulate * processes}"
+            )
+
+    def _require_one_precision(self) -> None:
+        """Processes on unlike processors may each have settled "auto" in their own way."""
+        half = torch.tensor([self.config.precision == "bfloat16"], device=self.accelerator.device)
+        every = [("float32", "bfloat16")[one] for one in self.accelerator.gather(half).int().tolist()]
+        if len(set(every)) > 1:
+            raise UserError(
+                f'training.precision = "auto": rank 0 would compute in {every[0]} and rank '
+                f"{next(rank for rank, found in enumerate(every) if found != every[0])} in another, as their devices "
+                'do not all multiply bfloat16; set "float32", or "bfloat16"'
             )
 
     @property

@@ -93,6 +93,27 @@ def test_a_peer_trains_and_samples_beside_ours(tmp_path: Path) -> None:
     assert all(perf.work(contender) > 1e6 for contender in contenders)  # an image's operations, ours and theirs
 
 
+def test_in_bfloat16_ours_stands_beside_a_peer_in_either_precision(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    make = peers.in_bfloat16("diffusers", peers.beside_diffusers, target=0.4)
+    contenders = make(tmp_path, Registry.discover(), Setting(batch=2))
+    perf.race(contenders, 2, lambda _: None, Setting())
+    rows = {row["what"]: row for row in perf.ratios(contenders)}
+    assert {what: (row["against"], row["target"]) for what, row in rows.items()} == {
+        "ours in bfloat16 beside diffusers, training": ("diffusers, training", 0.4),
+        "ours beside diffusers in bfloat16, training": ("diffusers in bfloat16, training", None),
+    }
+    assert all(len(contender.seconds) == 2 for contender in contenders)
+
+
+def test_what_needs_native_bfloat16_is_left_out_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = perf.Group(peers.beside_diffusers, native=True)
+    monkeypatch.setattr(perf, "native_bfloat16", lambda device: False)
+    assert group.left_out == "this processor does not multiply bfloat16"
+    monkeypatch.setattr(perf, "native_bfloat16", lambda device: True)
+    assert group.left_out == ""
+
+
 def test_groups_are_chosen_by_title_and_what_is_not_installed_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(perf.chosen(["start*"])) == ["start-up"]
     assert len(perf.chosen()) == len(perf.GROUPS)

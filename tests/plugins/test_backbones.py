@@ -135,6 +135,28 @@ def test_16_bits_are_near_float64_of_the_same_weights(config: BackboneConfig, dt
         assert each.amax() < 8 * torch.finfo(dtype).eps
 
 
+class Dtypes(torch.overrides.TorchFunctionMode):
+    """What norms over groups and attention are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, set[torch.dtype]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (nn.functional.group_norm, nn.functional.scaled_dot_product_attention):
+            self.found.setdefault(func.__name__, set()).add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("config", [UNetConfig(channels=16, multipliers=(1, 2), heads=2), small()], ids=["unet", "dit"])
+def test_a_cpus_autocast_leaves_norms_and_attention_in_float32(config: BackboneConfig) -> None:
+    backbone = config.build(CHANNELS, 8, 8, VECTOR)
+    given = torch.randn(2, CHANNELS, 8, 8), torch.rand(2), torch.randn(2, VECTOR)
+    with Dtypes() as dtypes, torch.autocast("cpu", torch.bfloat16):
+        backbone(*given)
+    assert dtypes.found and all(found == {torch.float32} for found in dtypes.found.values())
+
+
 @pytest.mark.parametrize("config", ALL, ids=name)
 def test_blocks_that_repeat_hold_most_of_the_weights(config: BackboneConfig) -> None:
     backbone = built(config)

@@ -47,8 +47,8 @@ def _lean(setting: Setting, folder: Path, registry: Registry, where: Where) -> l
 def _race(
     setting: Setting, group: str, make: Callable[[Path, Registry, Where], list[Contender]], where: Where
 ) -> dict[str, Any]:
-    if group in GROUPS and (missing := GROUPS[group].missing):
-        raise UserError(f"not installed: {', '.join(missing)}; benchmarks/gpu/pack.sh packs them")
+    if group in GROUPS and (why := GROUPS[group].left_out):
+        raise UserError(f"{why}; benchmarks/gpu/pack.sh packs them")
     torch._dynamo.reset()
     setting.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=setting.work) as name:

@@ -14,17 +14,18 @@ class GroupNorm(nn.GroupNorm):
     takes torch two and a half times as long."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(at_least_single(x) if torch.is_autocast_enabled(x.device.type) else x)
+        rounded = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+        return super().forward(at_least_single(x) if rounded else x)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of queries to keys, all ``[B, heads, places, channels]``; on a CPU never in 16 bits, in which torch takes
-    four times as long for its gradient."""
+    """Attention of queries to keys, all ``[B, heads, places, channels]``; on a CPU never in 16 bits, in which its gradient
+    takes torch four times as long."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v)
     with without_autocast(q.device):  # it would make them bfloat16 again
-        exact = (at_least_single(each) for each in (q, k, v))
-        return F.scaled_dot_product_attention(*exact).to(v.dtype)
+        exact = F.scaled_dot_product_attention(at_least_single(q), at_least_single(k), at_least_single(v))
+    return exact.to(v.dtype)
 
 
 class HeadNorm(nn.RMSNorm):
