@@ -19,8 +19,8 @@ class GroupNorm(nn.GroupNorm):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of queries to keys, all ``[B, heads, places, channels]``; on a CPU never in 16 bits, in which its gradient
-    takes torch four times as long."""
+    """Attention of queries to keys, all ``[B, heads, places, channels]``; on a CPU never in 16 bits, in which the
+    gradient takes torch four times as long."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v)
     with without_autocast(q.device):  # it would make them bfloat16 again
