@@ -475,6 +475,7 @@ def test_sample_writes_what_suits_each_modality(cli: Cli, tiny_run: Path, tmp_pa
             "conditioning": "observed",
             "draw": True,
             "compile": False,
+            "precision": "float32",
         },
         "seed": 4,
         "batch_size": 256,

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -236,6 +236,34 @@ def compiled_sampling(folder: Path, registry: Registry, setting: Setting) -> lis
     return contenders
 
 
+def sampling_in_bfloat16(folder: Path, registry: Registry, setting: Setting) -> list[Contender]:
+    """Sampling with the network in bfloat16 beside the same sampling in float32."""
+    contenders = []
+    for path in CONFIGS:
+        experiment = structure_experiment(load_toml(path), registry, str(path))
+        model = ours(experiment, folder / path.stem, registry, setting).model.eval()
+        against = f"{path.stem}, sampling"
+        for name, precision in ((against, "float32"), (f"{against} in bfloat16", "bfloat16")):
+            settings = SamplerSettings(EVALUATIONS, "ancestral", precision=precision)  # type: ignore[arg-type]
+            draw = partial(sample, model, SAMPLED, settings=settings)
+            contenders.append(Contender(name, draw, against if name != against else "", images=SAMPLED))
+    return contenders
+
+
+def training_in_bfloat16(folder: Path, registry: Registry, setting: Setting) -> list[Contender]:
+    """Training in bfloat16 beside the same training in float32."""
+    contenders = []
+    for path in CONFIGS:
+        experiment = structure_experiment(load_toml(path), registry, str(path))
+        against = f"{path.stem}, training"
+        for name, precision in ((against, "float32"), (f"{against} in bfloat16", "bfloat16")):
+            where = evolve(setting, precision=precision)  # type: ignore[arg-type]
+            trainer = ours(experiment, folder / name, registry, where)
+            images = STEPS * experiment.training.batch_size
+            contenders.append(Contender(name, train_ours(trainer), against if name != against else "", images=images))
+    return contenders
+
+
 def loading(folder: Path, registry: Registry, setting: Setting) -> list[Contender]:
     """Batches of a folder of pictures and masks as they are stored, made values on the device, beside batches that were
     values all the way."""
@@ -325,6 +353,8 @@ GROUPS: Mapping[str, Group] = {
         for name, (make, needs, target) in PEERS.items()
     },
     "compiled sampling": Group(compiled_sampling, memory=False),
+    "training in bfloat16": Group(training_in_bfloat16, memory=False, native=True),
+    "sampling in bfloat16": Group(sampling_in_bfloat16, memory=False, native=True),
     "loading": Group(loading, memory=False),
     "start-up": Group(launching.contenders, memory=False),
 }

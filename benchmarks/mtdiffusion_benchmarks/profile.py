@@ -312,8 +312,9 @@ def _merged(tables: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
 def description(profile: Profile, cell: Cell, experiment: Experiment, registry: Registry) -> dict[str, Any]:
     """All that a cell's result depends on, as tables for JSON."""
     tables = resolved(experiment, registry)
-    if not experiment.sampling.compile:
-        del tables["sampling"]["compile"]  # fingerprints of results from before there was the key stay what they were
+    for key, usual in (("compile", False), ("precision", "float32")):
+        if tables["sampling"][key] == usual:
+            del tables["sampling"][key]  # fingerprints of results from before there was the key stay what they were
     return {
         "experiment": tables,
         "task": unstructure(registry, profile.tasks[cell.task].task),

@@ -308,7 +308,7 @@ def _request(args: Namespace) -> sampling.Request:
     for modality in run.model.modalities.values():
         modality.resize = args.resize
     stated = {"observed": _pairs("--observe", args.observe), "visible": _pairs("--visible", args.visible)}
-    names = ("steps", "solver", "eta", "guidance", "guidance_interval", "draw", "compile")
+    names = ("steps", "solver", "eta", "guidance", "guidance_interval", "draw", "compile", "precision")
     changes = {name: getattr(args, name) for name in names}
     return sampling.Request(
         run,

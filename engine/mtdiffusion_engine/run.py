@@ -189,6 +189,7 @@ class Run:
         conditioning: Literal["observed", "replacement"] | None = None,
         draw: bool | None = None,
         compile: bool | None = None,
+        precision: Literal["float32", "bfloat16"] | None = None,
         seed: int = 0,
         first: int = 0,
         on_step: Callable[[int, int, Mapping[str, Params]], None] | None = None,
@@ -209,7 +210,7 @@ class Run:
             path: how far ahead of the slowest each modality is denoised, by name, in shares of the path; "shared": all
                 together; clocks ``[steps + 1, N]`` (int64): these; None: as the run's configuration and law say.
             generate: the modalities wanted beside the observed; None: all. It saves no time: all of them are sampled.
-            steps, solver, eta, guidance, guidance_interval, conditioning, draw, compile: as in
+            steps, solver, eta, guidance, guidance_interval, conditioning, draw, compile, precision: as in
                 :class:`mtdiffusion.SamplerSettings`; None: as the run's configuration says.
             seed: of all randomness. The same request with the same batch size on the same kind of device gives the same
                 samples.
@@ -240,6 +241,7 @@ class Run:
             conditioning=conditioning,
             draw=draw,
             compile=compile,
+            precision=precision,
         )
         given = {name: self._batch(name, value, n) for name, value in (observed or {}).items()}
         maps = {name: self._visible(name, value, n) for name, value in (visible or {}).items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from itertools import pairwise, product
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -556,6 +556,25 @@ def test_outside_its_interval_guidance_is_none_and_costs_nothing(
     assert not torch.equal(found, nowhere)
 
 
+@pytest.mark.parametrize("how", [{}, {"guidance": 2.0}, {"conditioning": "replacement"}])
+def test_in_bfloat16_the_network_alone_is_rounded(how: dict[str, Any]) -> None:
+    model, x = picture_and_label(), data(2)
+    seen: list[tuple[bool, torch.dtype]] = []
+    model.backbone.register_forward_hook(
+        lambda _module, inputs, _out: seen.append((torch.is_autocast_enabled("cpu"), inputs[1].dtype))
+    )
+
+    def drawn(precision: Literal["float32", "bfloat16"]) -> Tensor:
+        settings, generator = SamplerSettings(6, precision=precision, **how), torch.Generator().manual_seed(0)
+        return sample(model, 2, observed={"label": x["label"]}, settings=settings, generator=generator)["picture"]
+
+    exact, rounded = drawn("float32"), drawn("bfloat16")
+    assert [rounds for rounds, _ in seen] == [False] * 6 + [True] * 6
+    assert {dtype for _, dtype in seen} == {torch.float32}  # the clocks it is told
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - exact).norm() < 0.02 * exact.norm()
+
+
 @pytest.mark.parametrize("in_part", [False, True])
 @pytest.mark.parametrize("path", [{}, {"picture": 0.5}, {"label": 0.5}])
 @pytest.mark.parametrize("show_clean", [False, True])
@@ -987,6 +1006,7 @@ def test_a_shared_layout_has_no_clocks_to_set_apart(request_: dict[str, Any], me
         {"guidance_interval": (-0.1, 0.5)},
         {"guidance_interval": (0.2, 1.5)},
         {"conditioning": "inpainting"},
+        {"precision": "float16"},
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
