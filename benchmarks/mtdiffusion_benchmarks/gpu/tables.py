@@ -125,7 +125,7 @@ def _sampling(parts: Mapping[str, Figures]) -> str:
         "| samples | images/s | compiled | its first batches | graphs | largest difference |",
         "|---|---|---|---|---|---|",
     ]
-    for name in ("1 at a time", "16 at a time", "256 at a time"):
+    for name in (f"{n} at a time{how}" for how in ("", ", bfloat16") for n in (1, 16, 256)):
         compiled = parts.get(name + _COMPILED)
         cells = [
             _cell(parts.get(name), "images_per_second", show=_rate),
