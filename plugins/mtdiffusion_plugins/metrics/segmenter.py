@@ -227,7 +227,8 @@ class SegmenterConfig(EvaluatorConfig):
         return self.train_samples
 
     def preparation(self) -> str:
-        return f"a segmentation network of {self.target} by {self.input}, trained for {self.epochs} epochs"
+        what = f"a segmentation network of {self.target} by {self.input}"
+        return f"{what}, trained for {self.epochs} epochs unless kept from before"
 
     def build(self, train: Mapping[str, Tensor]) -> Evaluator:
         return Segmenter(self, train)
