@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mtdiffusion.sampler import SOLVERS as CORE_SOLVERS
+from mtdiffusion_benchmarks.profile import shipped
 from mtdiffusion_engine import checkpoint as ckpt
 from mtdiffusion_engine import load_run
 from mtdiffusion_engine.cli import SHELLS, SOLVERS, main
@@ -886,6 +887,11 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
 FISH = "source {script}; complete -C '{line}'"
 
 
+def profiles(start: str = "") -> set[str]:
+    """Names of benchmarks' profiles that ship, which begin like this."""
+    return {name for name in shipped() if name.startswith(start)}
+
+
 @pytest.mark.parametrize(("shell", "code"), [("bash", BASH), ("fish", FISH)])
 def test_a_shell_completes_commands_options_and_files(shell: str, code: str, cli: Cli, tmp_path: Path) -> None:
     script = tmp_path / "completion"
@@ -904,13 +910,17 @@ def test_a_shell_completes_commands_options_and_files(shell: str, code: str, cli
     assert completed("mtdiffusion bench so") == {"solvers"}
     assert completed("mtdiffusion evaluate runs") == {"runs-here"}
     assert completed("mtdiffusion completion fi") == {"fish"}
+    (tmp_path / "small-mine.toml").touch()
+    for action in ("run", "list"):
+        assert completed(f"mtdiffusion bench {action} sm") == {*profiles("sm"), "small-mine.toml"}
+        assert completed(f"mtdiffusion bench {action} ./sm") == {"./small-mine.toml"}
 
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_there_is_a_completion_for_each_shell(shell: str, cli: Cli) -> None:
     result = cli("completion", shell)
     assert result.code == 0
-    assert {"evaluate", "solvers", "strength"} <= set(re.findall(r"\w+", result.out))
+    assert {"evaluate", "solvers", "strength", *profiles()} <= set(re.findall(r"\w+", result.out))
 
 
 @pytest.fixture

@@ -23,6 +23,13 @@ def _refuse_set(action: argparse.ArgumentParser, why: str) -> None:
     action.add_argument("--set", action=_Refused, nargs="*", const=why, help=argparse.SUPPRESS)
 
 
+def _profiles() -> list[str]:
+    """Names of the profiles that ship."""
+    from mtdiffusion_benchmarks.profile import shipped
+
+    return list(shipped())
+
+
 def _machine(action: argparse.ArgumentParser, what: str) -> None:
     action.add_argument(
         "--json",
@@ -42,9 +49,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     actions = bench.add_subparsers(dest="action", metavar="ACTION", required=True)
 
     start = actions.add_parser("run", help="run a profile's cells", description="Run what is not done yet.")
-    start.add_argument(
+    profile = start.add_argument(
         "profile", metavar="PROFILE|FILE.toml", help="a profile that ships (see `bench list`), or a file"
     )
+    profile.names = _profiles  # type: ignore[attr-defined]  # which a shell completes, beside files
     start.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the results; may hold some")
     start.add_argument("--keep-runs", action="store_true", help="keep the checkpoints of finished cells")
     start.add_argument(
@@ -231,7 +239,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     _refuse_set(samples, "it draws samples of a configuration of its own")
 
     listing = actions.add_parser("list", help="list profiles, or a profile's cells")
-    listing.add_argument("profile", nargs="?", metavar="PROFILE|FILE.toml")
+    listed = listing.add_argument("profile", nargs="?", metavar="PROFILE|FILE.toml")
+    listed.names = _profiles  # type: ignore[attr-defined]
     listing.add_argument(
         "--out",
         type=Path,

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from attrs import field, frozen
@@ -207,6 +207,10 @@ class Modality(nn.Module, ABC):
     stored_dtypes: Collection[torch.dtype] = ()
     """Dtypes, none of them x's own, in which a data set may give what it stores in place of x. Batches are then small
     on their way to the device, where :meth:`from_stored` makes x of them."""
+    data_field: Any = None
+    """How the data set that a model is trained on reads the files of :attr:`field`, a
+    ``mtdiffusion_registry.DataField``; None: it has no files, or does not say. The engine sets it; :meth:`parse` is to
+    read a person's file as the data set does."""
     fit_samples: int = 0
     """How many samples of its source field :meth:`fit` is to see before anything is derived; 0: none, or no more."""
 
@@ -319,6 +323,10 @@ class Modality(nn.Module, ABC):
         is compiled with the network, and does not wait for the device. By default as it is.
         """
         return stored
+
+    def check_data_field(self) -> None:
+        """Raise ``ValueError`` if :attr:`data_field` shows, before anything is read, that the data mean something else
+        by their values than this modality does. By default nothing is looked at."""
 
     def check_stored(self, stored: Tensor) -> None:
         """:meth:`check` of what a data set stores; by default of the x made of it, which takes longer than looking at

@@ -8,7 +8,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -501,13 +501,31 @@ def _complete(args: argparse.Namespace) -> None:
 
 
 def _complete_files(parser: argparse.ArgumentParser, files: object) -> None:
-    """Have the arguments that are paths completed by files' names, of all subcommands."""
+    """Have the arguments that are paths completed by files' names, of all subcommands, and by the names that may stand
+    in their place."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for inner in action.choices.values():
                 _complete_files(inner, files)
+        elif names := getattr(action, "names", None):
+            action.complete = _names_or_files(action.dest, names())  # type: ignore[attr-defined]
         elif action.type is Path:
             action.complete = files  # type: ignore[attr-defined]  # where shtab looks for it
+
+
+def _names_or_files(dest: str, names: Iterable[str]) -> dict[str, object]:
+    """What completes an argument that is one of these names or a file, in each shell's own words."""
+    listed, function = " ".join(names), f"_mtdiffusion_{dest}_or_file"
+    return {
+        "bash": function,  # as "file" is in its name, shtab has bash end folders with a slash
+        "zsh": function,
+        "fish": f"{listed} (__fish_complete_path (commandline -ct))",
+        "tcsh": f"`echo {listed} *`",
+        "preamble": {
+            "bash": f'{function}() {{ compgen -W "{listed}" -- "$1"; compgen -f -- "$1"; }}',
+            "zsh": f"{function}() {{ _alternative 'names:{dest}:({listed})' 'files:file:_files' }}",
+        },
+    }
 
 
 @with_json

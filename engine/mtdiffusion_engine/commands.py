@@ -471,7 +471,10 @@ def _evaluate(run: Run, team: Team | None = None) -> dict[str, Any]:
 def _kept(kept: Kept) -> str:
     """What to say of an evaluation that was told to stop."""
     if not kept.done:
-        return "stopped before anything was measured; judges that are trained stay in the cache"
+        return (
+            "stopped before anything was measured; how far judges are trained stays in the cache, and the same command "
+            "goes on with them"
+        )
     return (
         f"stopped; what is measured is kept in {kept.path} ({', '.join(kept.done)}), missing are "
         f"{', '.join(kept.missing)}. The same command goes on with those"

@@ -515,6 +515,11 @@ def _through_modalities(
     dataset: Dataset, experiment: Experiment, model: MultimodalDiffusion, split: str
 ) -> ModalityData:
     modalities = {name: model.modality(name) for name in model.names}
+    for name, modality in modalities.items():
+        try:
+            modality.check_data_field()
+        except ValueError as error:
+            raise UserError(f"data: modalities.{name}: {error}") from error
     _fit(experiment, modalities)
     keys = {name: config_key(experiment.modalities[name]) for name in modalities}
     return ModalityData(dataset, modalities, f"data ({split})", keys, partial=split != "train")

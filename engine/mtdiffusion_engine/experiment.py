@@ -600,6 +600,7 @@ def _build_modalities(experiment: Experiment, layout: Layout, features: FeatureS
             built[name] = config.build(layout.share(name), features)
         except ValueError as error:
             raise ConfigError(f"modalities.{name}: {error}") from error
+        built[name].data_field = experiment.data.data_field(built[name].field or name)
     return built
 
 

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from mtdiffusion import Modality, MultimodalDiffusion
+from mtdiffusion_registry.errors import given_file
 from mtdiffusion_registry.pictures import open_picture, to_colour
 
 Colour = tuple[int, int, int]
@@ -291,6 +292,7 @@ def read_visibility(path: Path) -> Tensor:
     Raises:
         UserError: if it is missing, or no picture, or damaged.
     """
+    given_file(str(path), "what is visible is given as a picture file, white where it is seen and black elsewhere")
     return visibility_of(to_colour(open_picture(path), path))
 
 

@@ -26,7 +26,7 @@ from mtdiffusion_plugins.heads import (
     extent,
 )
 from mtdiffusion_registry.configs import ModalityConfig
-from mtdiffusion_registry.errors import UserError
+from mtdiffusion_registry.errors import UserError, given_file
 from mtdiffusion_registry.hookspecs import hookimpl
 
 MTDIFFUSION_API = 1
@@ -164,7 +164,8 @@ class ClipModality(Modality):
             if self.config.model is None:
                 raise UserError(f"{text!r}: no clip.model is configured to embed words with; give an embedding file")
             return self._loaded().embed_text([words])[0]
-        path = Path(text)
+        words = "" if self.config.model is None else f", a picture's file, or words after {_TEXT!r}"
+        path = given_file(text, f"an embedding is given as a file (.safetensors, .npy or .json){words}")
         if path.suffix.lower() not in _PICTURES:
             return F.normalize(read_vector(path, self.dim), dim=0)
         if self.config.model is None:

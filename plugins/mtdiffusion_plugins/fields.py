@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
+from itertools import compress
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -16,7 +16,17 @@ from attrs.validators import in_
 from PIL import Image
 from torch import Tensor
 
-from mtdiffusion_plugins.files import classes_of_colours, from_levels, hex_of, read_text, read_vector, rgb_of_names
+from mtdiffusion_plugins.files import (
+    Colour,
+    classes_of_colours,
+    from_levels,
+    hex_of,
+    read_text,
+    read_vector,
+    rgb_of_names,
+    unknown_colours,
+    used_colours,
+)
 from mtdiffusion_registry.configs import FieldConfig, Reader
 from mtdiffusion_registry.errors import UserError
 from mtdiffusion_registry.hookspecs import hookimpl
@@ -27,6 +37,7 @@ from mtdiffusion_registry.pictures import (
     open_picture,
     picture_size,
     read_levels,
+    read_palette,
     require_lossless,
     to_colour,
     to_indices,
@@ -102,7 +113,7 @@ class MaskField(FieldConfig):
         if self.colours:
             # Scaled first: the nearest pixel's colour is one of the colours, and there are fewer to look up.
             page = to_colour(picture, path)
-            return self._classes(np.array(page if size is None else fit(page, size, nearest=True)), path)
+            return self._classes(page, page if size is None else fit(page, size, nearest=True), path)
         picture = to_indices(picture, path)
         pixels = np.array(picture if size is None else fit(picture, size, nearest=True)).astype(np.int32)
         if self.values:
@@ -111,17 +122,17 @@ class MaskField(FieldConfig):
                 pixels[known == value] = index
         return torch.from_numpy(pixels.astype(np.uint8) if pixels.min() >= 0 and pixels.max() < 256 else pixels)
 
-    def _classes(self, pixels: np.ndarray, path: Source) -> Tensor:
-        classes = classes_of_colours(pixels, {rgb: index for index, rgb in enumerate(rgb_of_names(self.colours))})
+    def _classes(self, page: Image.Image, fitted: Image.Image, path: Source) -> Tensor:
+        """Of a file's picture as it is, and as it is scaled."""
+        colours = {rgb: index for index, rgb in enumerate(rgb_of_names(self.colours))}
+        classes = classes_of_colours(np.asarray(fitted), colours)
         unknown = classes < 0
         if self.ignore is not None:
             classes[unknown] = self.ignore
         elif unknown.any():
-            row, column = np.argwhere(unknown)[0]
-            found = hex_of(pixels[row, column].tolist())
             raise UserError(
-                f"{path}: {unknown.mean():.1%} of its pixels have a colour that is none of colours, such as {found} in "
-                f"row {row}, column {column}; add it, or give ignore an index for such pixels"
+                f"{path}: {unknown_colours(page, colours, 'that is none of colours')}; add it, or give ignore an index "
+                "for such pixels"
             )
         return torch.from_numpy(classes.astype(np.uint8) if classes.max() < 256 else classes)
 
@@ -131,27 +142,56 @@ class MaskField(FieldConfig):
     def extent(self, path: Source) -> tuple[int, int]:
         return picture_size(path)
 
-    def check_files(self, paths: Sequence[Path]) -> None:
-        """Palettes must agree where pixels are taken for indices: if they do not, the colours say what the classes are,
-        and an index means another class in each file."""
+    def check_files(self, paths: Sequence[Source]) -> None:
+        """Palettes must agree on the indices that are used where pixels are taken for indices: if they do not, the
+        colours say what the classes are, and an index means another class in each file. What says no more than the
+        indices does not count: greys that grow with the index, and Pillow's own palette."""
         if self.colours:
             return
-        seen: dict[int, tuple[tuple[int, ...], Path]] = {}
-        for path in paths:
-            for index, colour in enumerate(_palette(path)):
-                first, where = seen.setdefault(index, (colour, path))
-                if colour != first:
+        palettes = [_palette(path) for path in paths]
+        if len({*palettes} - {()}) < 2:
+            return
+        seen: dict[int, tuple[Colour, Source, bool]] = {}
+        for path in compress(paths, palettes):
+            used = _used(path)
+            rising = _rising(used)
+            for index, colour in used.items():
+                first, where, risen = seen.setdefault(index, (colour, path, rising))
+                if _differ(colour, first) and not (rising and risen):
                     raise UserError(
                         f"{path}: index {index} of its palette is {hex_of(colour)}, and {hex_of(first)} in {where}, so "
-                        "the colours say what the classes are and not the indices; list them in colours of the field"
+                        "it seems to mean another class. If the colours say what the classes are, list them in colours "
+                        "of the field, or give its pixels the indices of the other; if the indices are right all the "
+                        "same, save it without a palette, in grey"
                     )
 
 
-def _palette(path: Path) -> list[tuple[int, ...]]:
-    """The colours of a palette picture's palette, by its header; [] of other pictures."""
-    with Image.open(path) as picture:
-        flat = (picture.getpalette("RGB") or []) if picture.mode == "P" else []
-    return [tuple(flat[start : start + 3]) for start in range(0, len(flat), 3)]
+_NEAR = 8  # of 255: a palette that another program has saved again may be off by a little
+
+
+def _differ(one: Colour, other: Colour) -> bool:
+    return any(abs(a - b) > _NEAR for a, b in zip(one, other, strict=True))
+
+
+def _rising(colours: Mapping[int, Colour]) -> bool:
+    """Whether they are greys that grow with the index, as many as there are classes, and say no more than it does."""
+    levels = [red for red, green, blue in colours.values() if red == green == blue]
+    return len(levels) == len(colours) and levels == sorted(levels)
+
+
+def _palette(path: Source) -> tuple[int, ...]:
+    """A palette picture's palette, by its header; () of other pictures, and of what will turn out to be none."""
+    try:
+        return read_palette(path)
+    except UserError:
+        return ()
+
+
+def _used(path: Source) -> dict[int, Colour]:
+    try:
+        return used_colours(open_picture(path))
+    except UserError:
+        return {}
 
 
 @frozen

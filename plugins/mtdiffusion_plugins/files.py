@@ -21,6 +21,9 @@ from mtdiffusion_registry.errors import UserError
 from mtdiffusion_registry.pace import LOGGER
 from mtdiffusion_registry.pictures import Source, fit, open_picture, require_lossless, to_colour, to_indices, to_levels
 
+Colour = tuple[int, int, int]
+"""RGB in 0..255."""
+
 __all__ = ["open_picture", "read_image", "read_json_value", "read_mask", "read_text", "read_vector", "write_image"]
 
 # Okabe & Ito's palette, told apart by colour-blind readers; class 0 (background) is black.
@@ -37,8 +40,10 @@ PALETTE = (
 )
 VOID_COLOUR = (128, 128, 128)
 
+PICTURE_GIVEN = "a picture is given as a file, such as a PNG or JPEG"
 
-def colour_of_class(index: int) -> tuple[int, int, int]:
+
+def colour_of_class(index: int) -> Colour:
     """RGB in 0..255 of a class index: the palette, then hues a golden ratio apart, in light and dark by turns."""
     if index < len(PALETTE):
         return PALETTE[index]
@@ -47,13 +52,13 @@ def colour_of_class(index: int) -> tuple[int, int, int]:
     return (round(255 * red), round(255 * green), round(255 * blue))
 
 
-def rgb_of_names(colours: Sequence[str]) -> list[tuple[int, int, int]]:
+def rgb_of_names(colours: Sequence[str]) -> list[Colour]:
     """RGB in 0..255 of colours such as ``"#ff0000"`` or ``"red"``, of which no two are the same.
 
     Raises:
         ValueError: if one is no colour, or is there twice.
     """
-    found: list[tuple[int, int, int]] = []
+    found: list[Colour] = []
     for colour in colours:
         try:
             red, green, blue = ImageColor.getrgb(colour)[:3]
@@ -92,7 +97,7 @@ def from_levels(pixels: Tensor) -> Tensor:
 
 
 def read_mask(
-    path: Path, size: Size, *, resize: bool = True, colours: Mapping[tuple[int, int, int], int] = MappingProxyType({})
+    path: Path, size: Size, *, resize: bool = True, colours: Mapping[Colour, int] = MappingProxyType({})
 ) -> Tensor:
     """int64 class indices ``[height, width]`` from a palette or grey picture, as :func:`read_image`, of nearest pixels;
     or from a picture that is painted in the colours of the classes.
@@ -107,24 +112,44 @@ def read_mask(
     """
     require_lossless(path)
     picture = open_picture(path)
-    if not (colours and _is_painted(picture, colours)):
+    if not (colours and is_painted(picture, colours)):
         indices = _of_size(path, to_indices(picture, path), sides(size), resize=resize, nearest=True)
         return torch.from_numpy(np.asarray(indices).astype(np.int64))
-    page = _of_size(path, to_colour(picture, path), sides(size), resize=resize, nearest=True)
-    pixels = np.asarray(page)
-    classes = classes_of_colours(pixels, colours)
-    if (unknown := classes < 0).any():
-        row, column = np.argwhere(unknown)[0]
-        found = hex_of(pixels[row, column].tolist())
+    page = to_colour(picture, path)
+    fitted = _of_size(path, page, sides(size), resize=resize, nearest=True)
+    classes = classes_of_colours(np.asarray(fitted), colours)
+    if (classes < 0).any():
         raise UserError(
-            f"{path}: {unknown.mean():.1%} of its pixels have a colour of no class, such as {found} in "
-            f"row {row}, column {column}; expected class indices, one a pixel, or the colours of the "
-            f"classes without soft edges: {', '.join(map(hex_of, colours))}"
+            f"{path}: {unknown_colours(page, colours, 'of no class')}; expected class indices, one a pixel, or the "
+            f"colours of the classes without soft edges: {', '.join(map(hex_of, colours))}"
         )
     return torch.from_numpy(classes.astype(np.int64))
 
 
-def _is_painted(picture: Image.Image, colours: Mapping[tuple[int, int, int], int]) -> bool:
+def unknown_colours(page: Image.Image, colours: Mapping[Colour, int], which: str) -> str:
+    """What to say of a mask's file, in RGB and as large as it is, some of whose pixels have none of these colours."""
+    pixels = np.asarray(page)
+    unknown = classes_of_colours(pixels, colours) < 0
+    row, column = np.argwhere(unknown)[0]
+    found = hex_of(pixels[row, column].tolist())
+    return f"{unknown.mean():.1%} of its pixels have a colour {which}, such as {found} in row {row}, column {column}"
+
+
+def used_colours(picture: Image.Image) -> dict[int, Colour]:
+    """The colour of each index that a palette picture uses, by its palette; {} of other pictures, and where the palette
+    tells nothing: it lacks an index, has one colour for several, or is Pillow's own, index i being the grey (i, i, i).
+    """
+    if picture.mode != "P":
+        return {}
+    used = np.unique(np.asarray(picture)).tolist()
+    flat = picture.getpalette("RGB") or []
+    palette = [(flat[place], flat[place + 1], flat[place + 2]) for place in range(0, len(flat) - 2, 3)]
+    colours = {index: palette[index] for index in used if index < len(palette)}
+    plain = all(colour == (index,) * 3 for index, colour in colours.items())
+    return {} if plain or len(set(colours.values())) < len(used) else colours
+
+
+def is_painted(picture: Image.Image, colours: Mapping[Colour, int]) -> bool:
     """Whether a mask's pixels are colours of classes instead of their indices."""
     if picture.mode in ("RGB", "RGBA", "LA", "PA", "CMYK"):
         red, green, blue = picture.convert("RGB").split()
@@ -137,7 +162,7 @@ def _is_painted(picture: Image.Image, colours: Mapping[tuple[int, int, int], int
     return not values <= set(colours.values()) and all((value,) * 3 in colours for value in values)
 
 
-def classes_of_colours(pixels: np.ndarray, colours: Mapping[tuple[int, int, int], int]) -> np.ndarray:
+def classes_of_colours(pixels: np.ndarray, colours: Mapping[Colour, int]) -> np.ndarray:
     """int32 ``[h, w]``: the class of each colour of ``[h, w, 3]``, -1 where it is of none."""
     codes = _codes(pixels)
     classes = np.full(codes.shape, -1, np.int32)
@@ -159,16 +184,23 @@ def hex_of(colour: Sequence[int]) -> str:
 def _of_size(
     path: Path, picture: Image.Image, size: tuple[int, int], *, resize: bool, nearest: bool = False
 ) -> Image.Image:
-    if (picture.height, picture.width) == size:
-        return picture
-    if not resize:
-        raise UserError(
-            f"{path}: expected {size[1]} × {size[0]} pixels, found {picture.width} × {picture.height}; resize it"
-        )
-    logging.getLogger(LOGGER).info(
-        "%s: %d × %d pixels, scaled and cropped centrally to %d × %d", path, *picture.size, size[1], size[0]
-    )
+    require_size(path, (picture.height, picture.width), size, resize=resize)
     return fit(picture, size, nearest=nearest)
+
+
+def require_size(path: Path, found: tuple[int, int], size: tuple[int, int], *, resize: bool) -> None:
+    """Say that a picture is scaled and cropped from one height and width to another, if it is.
+
+    Raises:
+        UserError: if it is not to be.
+    """
+    if found == size:
+        return
+    if not resize:
+        raise UserError(f"{path}: expected {size[1]} × {size[0]} pixels, found {found[1]} × {found[0]}; resize it")
+    logging.getLogger(LOGGER).info(
+        "%s: %d × %d pixels, scaled and cropped centrally to %d × %d", path, found[1], found[0], size[1], size[0]
+    )
 
 
 def write_image(image: Tensor, path: Path) -> Path:
@@ -178,15 +210,26 @@ def write_image(image: Tensor, path: Path) -> Path:
     return path
 
 
-def write_mask(mask: Tensor, path: Path, colours: Sequence[tuple[int, int, int]] = ()) -> Path:
+def _written_palette(colours: Sequence[Colour]) -> list[int]:
+    """Of masks that :func:`write_mask` writes."""
+    palette = [*colours, *map(colour_of_class, range(len(colours), 256))]
+    return [value for colour in palette[:256] for value in colour]
+
+
+def is_written_mask(picture: Image.Image, colours: Sequence[Colour]) -> bool:
+    """Whether a mask's file comes from :func:`write_mask`: its palette of 256 colours, most of which nothing uses, is
+    like no other."""
+    return picture.mode == "P" and picture.getpalette("RGB") == _written_palette(colours)
+
+
+def write_mask(mask: Tensor, path: Path, colours: Sequence[Colour] = ()) -> Path:
     """Write class indices ``[h, w]`` as a picture that holds them exactly: below 256 of a palette, for people, else of
     16 bits. The first classes have ``colours``, RGB in 0..255, the others those of :func:`colour_of_class`."""
     if mask.numel() and int(mask.max()) > 255:
         Image.fromarray(mask.cpu().numpy().astype(np.uint16)).save(path)
         return path
     picture = Image.fromarray(mask.to(torch.uint8).cpu().numpy())
-    palette = [*colours, *map(colour_of_class, range(len(colours), 256))]
-    picture.putpalette([value for colour in palette[:256] for value in colour])
+    picture.putpalette(_written_palette(colours))
     picture.save(path)
     return path
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from mtdiffusion import Decoder, Encoder, Features, FeatureSpec, InputSpec, LatentSpec, Modality, Params
 from mtdiffusion.loss import low_before_high
 from mtdiffusion.precision import single_or_wider
-from mtdiffusion_plugins.files import from_levels, read_image, write_image
+from mtdiffusion_plugins.files import PICTURE_GIVEN, from_levels, read_image, write_image
 from mtdiffusion_plugins.heads import (
     SIZE_HINT,
     MapHead,
@@ -34,6 +34,7 @@ from mtdiffusion_plugins.heads import (
 )
 from mtdiffusion_plugins.sizes import Size, positive_size
 from mtdiffusion_registry.configs import ModalityConfig
+from mtdiffusion_registry.errors import given_file
 from mtdiffusion_registry.hookspecs import hookimpl
 
 MTDIFFUSION_API = 1
@@ -166,7 +167,12 @@ class ImageModality(Modality):
         return {"readout_mse": ((self.decoder.mode(params) - truth) / 2).square().mean().item()}
 
     def parse(self, text: str) -> Tensor:
-        return read_image(Path(text), self.shape[0], self.shape[1:], resize=self.resize)
+        return read_image(
+            given_file(text, PICTURE_GIVEN),
+            self.shape[0],
+            self.shape[1:],
+            resize=self.resize,
+        )
 
     def write(self, x: Tensor, folder: Path, stem: str) -> Path:
         return write_image(x, folder / f"{stem}.png")

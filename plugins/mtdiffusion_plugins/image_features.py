@@ -37,7 +37,7 @@ from mtdiffusion_plugins.latent_image import GaussianLatentDecoder, LatentEncode
 from mtdiffusion_plugins.sizes import Size, positive_size
 from mtdiffusion_registry.cache import cached, config_key, load_kept, save_kept
 from mtdiffusion_registry.configs import ModalityConfig
-from mtdiffusion_registry.errors import UserError
+from mtdiffusion_registry.errors import UserError, given_file
 from mtdiffusion_registry.hookspecs import hookimpl
 from mtdiffusion_registry.pace import LOGGER
 
@@ -263,7 +263,8 @@ class ImageFeaturesModality(Modality):
 
     def parse(self, text: str) -> Tensor:
         """The features of a picture's file, or those that :meth:`write` wrote."""
-        path = Path(text)
+        how = "features are given as a picture file, or as the .safetensors file of features that a sample has"
+        path = given_file(text, how)
         if path.suffix.lower() == ".safetensors":
             return self._read(path)
         return self.derive(read_image(path, 3, self.size, resize=self.resize)[None])[0]

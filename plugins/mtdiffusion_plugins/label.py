@@ -17,11 +17,12 @@ from torch.nn import functional as F
 from mtdiffusion import Decoder, Encoder, Features, FeatureSpec, InputSpec, LatentSpec, Modality, Params
 from mtdiffusion.loss import low_before_high
 from mtdiffusion_plugins.drawing import text_tiles
+from mtdiffusion_plugins.fields import LabelField
 from mtdiffusion_plugins.files import read_json_value
 from mtdiffusion_plugins.heads import VectorEncoder, VectorHead, check_batch, check_range
 from mtdiffusion_plugins.metrics.calibration import expected_calibration_error
 from mtdiffusion_registry.configs import ModalityConfig
-from mtdiffusion_registry.errors import UserError, did_you_mean
+from mtdiffusion_registry.errors import UserError, did_you_mean, given_file
 from mtdiffusion_registry.hookspecs import hookimpl
 
 MTDIFFUSION_API = 1
@@ -100,8 +101,16 @@ class LabelModality(Modality):
         }
 
     def parse(self, text: str) -> Tensor:
-        """A class's index or name, or a JSON file as :meth:`write` makes it."""
-        return self.from_text(read_json_value(Path(text), "label") if text.endswith(".json") else text)
+        """A class's index or name; or a file that holds it: JSON as :meth:`write` makes it, or a text as data sets have
+        it."""
+        path = Path(text)
+        if text in self.class_names or path.suffix.lower() not in (".json", *LabelField.suffixes):
+            return self.from_text(text)
+        path = given_file(text, "a class is given by its number or name, or as a .json, .txt or .cls file of it")
+        if path.suffix.lower() == ".json":
+            return self.from_text(read_json_value(path, "label"))
+        value = LabelField().read(path)
+        return self.from_text(value if isinstance(value, str) else str(int(value)))
 
     def from_text(self, text: str) -> Tensor:
         """A class's name, or its index."""

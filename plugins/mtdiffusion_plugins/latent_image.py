@@ -29,7 +29,7 @@ from mtdiffusion_plugins.autoencoders import (
     require_diffusers,
     weights_key,
 )
-from mtdiffusion_plugins.files import read_image, write_image
+from mtdiffusion_plugins.files import PICTURE_GIVEN, read_image, write_image
 from mtdiffusion_plugins.heads import (
     MapHead,
     ScaleHead,
@@ -43,6 +43,7 @@ from mtdiffusion_plugins.heads import picture_size as fitting_size
 from mtdiffusion_plugins.image import PatchEncoder, picture_metrics
 from mtdiffusion_plugins.sizes import Size, by, positive_size
 from mtdiffusion_registry.configs import ModalityConfig
+from mtdiffusion_registry.errors import given_file
 from mtdiffusion_registry.hookspecs import hookimpl
 from mtdiffusion_registry.hub import HUB_NAME
 from mtdiffusion_registry.pace import LOGGER
@@ -260,7 +261,12 @@ class LatentImageModality(Modality):
 
     def parse(self, text: str) -> Tensor:
         """The latent of a picture's file."""
-        picture = read_image(Path(text), self.spec.pictures, self.size, resize=self.resize)
+        picture = read_image(
+            given_file(text, PICTURE_GIVEN),
+            self.spec.pictures,
+            self.size,
+            resize=self.resize,
+        )
         return self.autoencoder.encode(picture[None])[0]
 
     def write(self, x: Tensor, folder: Path, stem: str) -> Path:

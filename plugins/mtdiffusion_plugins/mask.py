@@ -4,19 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import ClassVar
 
+import numpy as np
 import torch
 from attrs import field, frozen
 from attrs.validators import deep_iterable, ge, gt
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from mtdiffusion import Decoder, Encoder, Features, FeatureSpec, InputSpec, LatentSpec, Modality, Params
 from mtdiffusion.loss import low_before_high
-from mtdiffusion_plugins.files import VOID_COLOUR, colour_of_class, read_mask, rgb_of_names, write_mask
+from mtdiffusion_plugins.fields import MaskField
+from mtdiffusion_plugins.files import (
+    VOID_COLOUR,
+    Colour,
+    colour_of_class,
+    hex_of,
+    is_painted,
+    is_written_mask,
+    open_picture,
+    read_mask,
+    require_size,
+    rgb_of_names,
+    used_colours,
+    write_mask,
+)
 from mtdiffusion_plugins.heads import (
     SIZE_HINT,
     MapHead,
@@ -28,10 +45,15 @@ from mtdiffusion_plugins.heads import (
 )
 from mtdiffusion_plugins.metrics.calibration import expected_calibration_error
 from mtdiffusion_plugins.sizes import Size, positive_size
-from mtdiffusion_registry.configs import ModalityConfig
+from mtdiffusion_registry.configs import DataField, ModalityConfig
+from mtdiffusion_registry.errors import UserError, given_file
 from mtdiffusion_registry.hookspecs import hookimpl
+from mtdiffusion_registry.pictures import require_lossless
 
 MTDIFFUSION_API = 1
+
+BESIDE = 32
+"""Masks of the data with which one that is given must agree in its palette."""
 
 
 def simplex(classes: int) -> Tensor:
@@ -158,6 +180,7 @@ class MaskModality(Modality):
         self.ignore = config.ignore
         self.class_names = config.names
         self.colours = rgb_of_names(config.colours) or _colours(config.classes)
+        self.colours_given = bool(config.colours)
         self.metric_directions = {**self.metric_directions, **{f"iou_{name}": "higher" for name in config.names}}
         self.field = config.field
         self.loss_weight = config.loss_weight
@@ -246,10 +269,90 @@ class MaskModality(Modality):
         }
 
     def parse(self, text: str) -> Tensor:
-        """Class indices, or the classes painted in their colours, as :meth:`render` and :attr:`legend` show them."""
+        """A file as the data have it, by their values or colours; or class indices; or the classes painted in their
+        colours, as :meth:`render` and :attr:`legend` show them."""
+        path = given_file(text, "a mask is given as a picture file, of class indices or in the colours of its classes")
+        require_lossless(path)
+        picture = open_picture(path)
+        field = self._mask_field()
+        if is_written_mask(picture, self.colours):
+            return self._read(path)
+        if field is not None and (field.colours or field.values) and not self._holds_classes(picture, field):
+            return self._as_data(path, picture, field)
+        self._check_palette(path, picture, field)
+        return self._read(path)
+
+    def _read(self, path: Path) -> Tensor:
+        return read_mask(path, self.sizes, resize=self.resize, colours=self._classes_of())
+
+    def _classes_of(self) -> dict[Colour, int]:
+        """The class of each colour in pictures."""
         void = {} if self.ignore is None else {VOID_COLOUR: self.ignore}
-        colours = {**{rgb: index for index, rgb in enumerate(self.colours)}, **void}
-        return read_mask(Path(text), self.sizes, resize=self.resize, colours=colours)
+        return {**{rgb: index for index, rgb in enumerate(self.colours)}, **void}
+
+    def _mask_field(self) -> MaskField | None:
+        """How the data set reads masks, if it reads files of them."""
+        config = self.data_field.config if isinstance(self.data_field, DataField) else None
+        return config if isinstance(config, MaskField) else None
+
+    def _holds_classes(self, picture: Image.Image, field: MaskField) -> bool:
+        """Whether a grey picture's values can only be classes, where the data have colours."""
+        if not field.colours or picture.mode not in ("1", "L", "I", "I;16"):
+            return False
+        values = set(np.unique(np.asarray(picture)).tolist())
+        greys = {red for red, green, blue in rgb_of_names(field.colours) if red == green == blue}
+        return values <= {*range(self.classes), self.ignore} and not values <= greys
+
+    def _as_data(self, path: Path, picture: Image.Image, field: MaskField) -> Tensor:
+        try:
+            stored = field.read(path, self.sizes)
+        except UserError:
+            if picture.mode == "P" or not is_painted(picture, self._classes_of()):
+                raise
+            return self._read(path)
+        require_size(path, (picture.height, picture.width), self.sizes, resize=self.resize)
+        return field.value(stored)
+
+    def _check_palette(self, path: Path, picture: Image.Image, field: MaskField | None) -> None:
+        """Refuse a palette that gives indices other colours than the data's masks have, or than the classes have."""
+        used = used_colours(picture)
+        if not used:
+            return
+        beside = self.data_field.files(BESIDE) if field is not None else []
+        if field is not None:
+            field.check_files([*beside, path])
+        if not any(used_colours(open_picture(each)) for each in beside):
+            index = self._moved(used)
+            if index is not None:
+                raise UserError(
+                    f"{path}: index {index} of its palette is {hex_of(used[index])}, the colour of class "
+                    f"{self._classes_of()[used[index]]} in the modality's colours. If the colours are right, save it "
+                    "as RGB; if the indices are right all the same, save it without a palette, in grey"
+                )
+
+    def _moved(self, used: Mapping[int, Colour]) -> int | None:
+        """The first of these indices that has the colour of another class, where the configuration says which colours
+        the classes have and all that are used are among these."""
+        classes = self._classes_of()
+        if not self.colours_given or len(used) < 2 or any(colour not in classes for colour in used.values()):
+            return None
+        return next((index for index, colour in used.items() if classes[colour] != index), None)
+
+    def check_data_field(self) -> None:
+        """Whether the palettes of the data, or the colours of their field, are the modality's in the same order."""
+        field = self._mask_field()
+        if field is None or not self.colours_given:
+            return
+        used = dict(enumerate(rgb_of_names(field.colours)))
+        for each in () if used else self.data_field.files(BESIDE):
+            with suppress(UserError):  # what cannot be read is told when it is
+                used = {**used_colours(open_picture(each)), **used}
+        if (index := self._moved(used)) is not None:
+            raise UserError(
+                f"colours: {hex_of(used[index])} is class {index} of the data and class "
+                f"{self._classes_of()[used[index]]} of this modality, so that classes would be shown, and painted ones "
+                "read, as others. Give the colours in the order of the data"
+            )
 
     def write(self, x: Tensor, folder: Path, stem: str) -> Path:
         return write_mask(x, folder / f"{stem}.png", self.colours)

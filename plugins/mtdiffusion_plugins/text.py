@@ -38,7 +38,7 @@ from mtdiffusion_plugins.text_tokenizers import (
     shortened,
 )
 from mtdiffusion_registry.configs import ModalityConfig
-from mtdiffusion_registry.errors import UserError
+from mtdiffusion_registry.errors import UserError, given_file
 from mtdiffusion_registry.hookspecs import hookimpl
 
 MTDIFFUSION_API = 1
@@ -251,7 +251,7 @@ class TextModality(Modality):
         if not text.endswith(".txt"):
             return self.from_text(text)
         try:
-            return self.from_text(read_text(Path(text)).strip())
+            return self.from_text(read_text(given_file(text, "a text is given as it is, or as a .txt file")).strip())
         except UserError as error:
             raise error if str(error).startswith(text) else UserError(f"{text}: {error}") from None
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
-from attrs import frozen
+from attrs import field, frozen
 
 from mtdiffusion_registry.errors import UserError
 from mtdiffusion_registry.queries import Query
@@ -28,6 +28,10 @@ if TYPE_CHECKING:  # importing the core imports torch, which listing plugins mus
 
 Reader: TypeAlias = "Callable[[Source, tuple[int, int] | None], np.ndarray]"
 """Reads a file, on disk or in memory, as :meth:`FieldConfig.read` does, to an array."""
+
+
+def _none_here(_: int) -> list[Path]:
+    return []
 
 
 @frozen
@@ -109,6 +113,10 @@ class DatasetConfig(Config):
     def reading(self, fields: Collection[str]) -> DatasetConfig:
         """The same data set for one who reads these fields only, which may spare it work; by default this one."""
         return self
+
+    def data_field(self, name: str) -> DataField | None:
+        """How the files of a field are read, where there are such; by default, and of other fields, None."""
+        return None
 
     @classmethod
     def pack(cls, splits: Mapping[str, Dataset], folder: Path) -> None:
@@ -208,6 +216,21 @@ class FieldConfig(Config):
         Raises:
             ValueError: the message names the files.
         """
+
+
+@frozen(eq=False)
+class DataField:
+    """A field of the data set that a run is trained on, for files that are given beside it
+    (:attr:`mtdiffusion.Modality.data_field`): they are to be read as those of the data.
+
+    Attributes:
+        config: how its files are read.
+        files: given a number, at most so many files of it in the training split; [] where they are not, or no longer,
+            here.
+    """
+
+    config: FieldConfig
+    files: Callable[[int], list[Path]] = field(default=_none_here)
 
 
 @frozen

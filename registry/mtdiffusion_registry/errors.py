@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -36,3 +37,21 @@ def first_line(error: Exception) -> str:
     """The first line of what an error of another's library says; more of it is addresses, headers and advice that is
     not for our users."""
     return str(error).strip().partition("\n")[0]
+
+
+def given_file(text: str, how: str) -> Path:
+    """The file that a person names, as after ``--observe NAME=``.
+
+    Args:
+        how: how a value of this modality is given, such as "a picture is given as a file".
+
+    Raises:
+        UserError: if there is none of this name; it says how a value is given.
+    """
+    try:
+        there = Path(text).exists()
+    except (OSError, ValueError):  # too long for a path, or no path at all
+        there = False
+    if not there:
+        raise UserError(f"{text}: no such file; {how}")
+    return Path(text)

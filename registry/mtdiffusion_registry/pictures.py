@@ -68,6 +68,16 @@ def picture_size(path: Source) -> tuple[int, int]:
         return (width, height) if _orientation(picture) in _SWAPS_SIDES else (height, width)
 
 
+def read_palette(path: Source) -> tuple[int, ...]:
+    """The palette of a palette picture, RGB one after another, read from its header; () of other pictures.
+
+    Raises:
+        UserError: as :func:`picture_size`.
+    """
+    with _opened(path) as picture:
+        return tuple(picture.getpalette("RGB") or ()) if picture.mode == "P" else ()
+
+
 def open_picture(path: Source, at_least: tuple[int, int] | None = None) -> Image.Image:
     """A picture, decoded whole and upright, in the mode of the file.
 

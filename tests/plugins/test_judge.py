@@ -9,6 +9,7 @@ import torch
 
 from mtdiffusion_plugins.metrics.distances import TrainingFeatures
 from mtdiffusion_plugins.metrics.judge import JudgeConfig, frechet_distance
+from mtdiffusion_plugins.metrics.segmenter import SegmenterConfig
 from mtdiffusion_registry import Registry, UserError
 
 
@@ -305,3 +306,71 @@ def test_no_more_is_held_than_a_block_of_pairs_or_a_batch_of_feature_maps(
     hook.remove()
     assert max(pairs) == 50 and max(maps) == 32
     assert parts == pytest.approx(whole, rel=1e-4, abs=1e-7)
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C, at a certain step."""
+
+
+@pytest.mark.parametrize("kind", ["judge", "segmenter"])
+def test_a_training_that_was_stopped_goes_on_to_the_same_weights(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mtdiffusion_plugins.metrics import fitting
+
+    train = few_digits()
+    config = QUICK if kind == "judge" else SegmenterConfig(epochs=2, width=4)
+    monkeypatch.setattr(fitting, "EVERY", 0.0)
+
+    def build(cache: str) -> dict[str, bytes]:
+        monkeypatch.setenv("MTDIFFUSION_CACHE", str(tmp_path / cache))
+        config.build(train)
+        (entry,) = (tmp_path / cache / "judges").iterdir()  # and no progress beside it
+        return {path.name: path.read_bytes() for path in entry.iterdir()}
+
+    whole = build("whole")
+    tell = fitting.Pace.tell
+    steps: list[int] = []
+
+    def stop(pace: fitting.Pace, done: int) -> None:
+        steps.append(done)
+        tell(pace, done)
+        if len(steps) % 3 == 0:  # in the middle of an epoch, and at its end
+            raise Stopped
+
+    monkeypatch.setattr(fitting.Pace, "tell", stop)
+    caplog.set_level("INFO")
+    for _ in range(30):
+        try:
+            again = build("stopped")
+            break
+        except Stopped:
+            continue
+    assert again == whole
+    assert steps[:5] == [1, 2, 3, 3, 4] and steps[-1] == config.epochs * (256 // (128 if kind == "judge" else 16))
+    assert "goes on after 2 of" in caplog.text
+
+
+@pytest.mark.parametrize("harm", ["truncated", "flipped", "another torch", "no file"])
+def test_a_progress_that_cannot_be_read_is_begun_anew(
+    harm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mtdiffusion_plugins.metrics import fitting
+
+    monkeypatch.setattr(fitting, "EVERY", 0.0)
+    path = tmp_path / "some.progress"
+    fitting.Progress(path).save(lambda: {"done": 3})
+    loaded = fitting.Progress(path).load()
+    assert loaded is not None and loaded["done"] == 3
+    content = bytearray(path.read_bytes())
+    if harm == "truncated":
+        path.write_bytes(content[:-10])
+    elif harm == "flipped":
+        content[-20] ^= 64
+        path.write_bytes(content)
+    elif harm == "another torch":
+        monkeypatch.setattr(torch, "__version__", "1.0")
+    else:
+        path.unlink()
+        path.mkdir()
+    assert fitting.Progress(path).load() is None

@@ -122,13 +122,12 @@ def read_painting(modality: Modality, painting: Painting, canvas: Canvas, folder
         UserError: if the modality refuses it.
     """
     spec = modality.input_spec
-    path = folder / "drawing.png"
     if spec.form == "picture":
+        path = folder / "drawing.png"
         shrunk = Image.fromarray(painting.colours).resize((canvas.width, canvas.height), Image.Resampling.BOX)
-    else:
-        classes = painted_classes(painting, spec, canvas)
-        shrunk = Image.fromarray(classes.astype(np.uint8 if classes.max() < 256 else np.uint16))
-    shrunk.save(path)
+        shrunk.save(path)
+    else:  # a picture of class indices would be read as the data's masks are, whose values may be others
+        path = modality.write(torch.from_numpy(painted_classes(painting, spec, canvas)), folder, "drawing")
     return read_file(modality, path)
 
 

@@ -17,6 +17,10 @@ from mtdiffusion_registry import FieldConfig, UserError, hookimpl
 MTDIFFUSION_API = 1
 
 
+CONVERT = "ffmpeg -i OLD.wav -ac 1 -c:a pcm_s16le NEW.wav"
+"""The command that makes a file of whichever form one that can be read; ``-ar RATE`` sets its rate."""
+
+
 def read_wav(path: Path) -> tuple[Tensor, int]:
     """A mono 16-bit .wav file: float32 ``[n]`` in [-1, 1], and its samples a second.
 
@@ -31,9 +35,11 @@ def read_wav(path: Path) -> tuple[Tensor, int]:
         raise UserError(f"{path}: no such file; audio is given as a .wav file") from None
     except (OSError, EOFError, wave.Error) as error:
         why = str(error) or "it ends within its header"  # of which EOFError says nothing
-        raise UserError(f"{path}: cannot be read as a .wav file ({why})") from None
+        raise UserError(
+            f"{path}: cannot be read as a .wav file ({why}); if a player plays it, convert it: {CONVERT}"
+        ) from None
     if form != (1, 16):
-        raise UserError(f"{path}: expected 1 channel of 16 bits, found {form[0]} of {form[1]}; convert it")
+        raise UserError(f"{path}: expected 1 channel of 16 bits, found {form[0]} of {form[1]}; convert it: {CONVERT}")
     if not count:
         raise UserError(f"{path}: holds no sound, expected at least one sample")
     if len(data) != 2 * count:
@@ -59,7 +65,10 @@ class AudioField(FieldConfig):
     def read(self, path: Path, size: tuple[int, int] | None = None) -> Tensor:
         sound, rate = read_wav(path)
         if rate != self.rate:
-            raise UserError(f"{path}: expected {self.rate} samples a second, found {rate}; convert it, or set rate")
+            raise UserError(
+                f"{path}: expected {self.rate} samples a second, found {rate}; set rate, or convert it: "
+                f"ffmpeg -i OLD.wav -ac 1 -ar {self.rate} -c:a pcm_s16le NEW.wav"
+            )
         return torch.nn.functional.pad(sound[: self.samples], (0, max(self.samples - len(sound), 0)))
 
 

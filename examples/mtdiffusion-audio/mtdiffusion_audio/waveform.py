@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mtdiffusion import Decoder, Encoder, Features, FeatureSpec, LatentSpec, Modality, Params
-from mtdiffusion_audio.field import read_wav
-from mtdiffusion_registry import ModalityConfig, UserError, hookimpl
+from mtdiffusion_audio.field import AudioField, read_wav
+from mtdiffusion_registry import DataField, ModalityConfig, UserError, hookimpl
 
 MTDIFFUSION_API = 1
 
@@ -169,12 +169,15 @@ class AudioModality(Modality):
         }
 
     def parse(self, text: str) -> Tensor:
-        """A mono 16-bit .wav file of this rate and length."""
+        """A mono 16-bit .wav file of this rate: as the data set reads it, where it reads files; else of this length."""
+        if isinstance(self.data_field, DataField) and isinstance(self.data_field.config, AudioField):
+            return self.data_field.config.read(Path(text))
         sound, rate = read_wav(Path(text))
         if (rate, len(sound)) != (self.rate, self.samples):
+            seconds = f"-af apad -t {self.samples / self.rate:g}"
             raise UserError(
                 f"{text}: expected {self.samples} samples at {self.rate} Hz, found {len(sound)} at {rate} Hz; "
-                "convert it"
+                f"convert it: ffmpeg -i OLD.wav -ac 1 -ar {self.rate} {seconds} -c:a pcm_s16le NEW.wav"
             )
         return sound
 

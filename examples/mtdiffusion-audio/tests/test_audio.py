@@ -121,8 +121,14 @@ def test_bad_files_are_refused_by_name(tmp_path: Path) -> None:
         file.setparams((1, 2, 8000, 0, "NONE", ""))
     cut = modality.write(sounds(1)[0], tmp_path, "cut")
     cut.write_bytes(cut.read_bytes()[:-100])
+    for name, channels, size in (("fine", 1, 3), ("stereo", 2, 2)):
+        with wave.open(str(tmp_path / f"{name}.wav"), "wb") as file:
+            file.setparams((channels, size, 8000, 0, "NONE", ""))
+            file.writeframes(bytes(6 * 1024))
     cases = {
-        "fast.wav": "16000 Hz",
+        "fast.wav": "found 1024 at 16000 Hz; convert it: ffmpeg -i OLD.wav -ac 1 -ar 8000 -af apad -t 0.128",
+        "fine.wav": "1 channel of 16 bits, found 1 of 24; convert it: ffmpeg -i OLD.wav -ac 1 -c:a pcm_s16le NEW.wav",
+        "stereo.wav": "found 2 of 16; convert it: ffmpeg",
         "long.wav": "2048",
         "text.wav": "cannot be read",
         "cut.wav": "cut",
@@ -134,6 +140,14 @@ def test_bad_files_are_refused_by_name(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=said) as error:
             modality.parse(str(tmp_path / name))
         assert name in str(error.value)
+
+
+def test_a_sound_is_observed_as_the_data_set_reads_it(tmp_path: Path) -> None:
+    modality, field = build(), AudioField()
+    build(AudioConfig(samples=2048)).write(torch.linspace(-1, 1, 2048), tmp_path, "long")
+    modality.data_field = FolderConfig(root=tmp_path, fields={"audio": field}).data_field("audio")
+    path = tmp_path / "long.wav"
+    assert torch.equal(modality.parse(str(path)), field.read(path))
 
 
 def test_what_does_not_fold_is_refused() -> None:

@@ -19,39 +19,76 @@ FRAMES_A_SECOND = 50
 RANGE = 60.0
 """Decibels below the loudest cell that are taken for silence."""
 LOWEST = 50.0  # Hz, where the mel bands begin
+CONVERT = "ffmpeg -i OLD.wav -c:a pcm_s16le NEW.wav"
+"""The command that makes a file of whichever form one that can be read."""
 FINER = 4  # steps of synthesis in a frame: Griffin and Lim's method wants windows that overlap much
 
 
 def read_wav(path: Path, rate: int) -> Tensor:
-    """A .wav file of 16 bits at ``rate`` samples a second, float32 ``[n]`` in [-1, 1]: the mean of its channels,
-    resampled if it has another rate.
+    """A .wav file at ``rate`` samples a second, float32 ``[n]`` in [-1, 1]: the mean of its channels, resampled if it
+    has another rate. Its samples are integers of 8, 16, 24 or 32 bits, or floats of 32 or 64.
 
     Raises:
-        UserError: if it is missing, damaged, cut short, empty or not of 16 bits.
+        UserError: if it is missing, damaged, cut short, empty or compressed.
     """
     try:
-        with wave.open(str(path), "rb") as file:
-            channels, bits, found = file.getnchannels(), 8 * file.getsampwidth(), file.getframerate()
-            count = file.getnframes()
-            data = file.readframes(count)
+        samples, found = _samples(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; speech is given as a .wav file") from None
-    except (OSError, EOFError, wave.Error) as error:
+    except (OSError, EOFError, wave.Error, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         why = str(error) or "it ends within its header"  # of which EOFError says nothing
-        raise UserError(f"{path}: cannot be read as a .wav file ({why})") from None
-    if bits != 16:
-        raise UserError(f"{path}: expected samples of 16 bits, found {bits}; convert it")
-    if not count:
+        raise UserError(
+            f"{path}: cannot be read as a .wav file ({why}); if a player plays it, convert it: {CONVERT}"
+        ) from None
+    if not len(samples):
         raise UserError(f"{path}: holds no sound, expected at least one sample")
-    if len(data) != 2 * channels * count:
-        raise UserError(f"{path}: cut short: expected {count} samples, found {len(data) // (2 * channels)}")
-    sound = np.frombuffer(data, "<i2").reshape(-1, channels).mean(1) / 32768
+    sound = samples.mean(1)
+    if not np.isfinite(sound).all():
+        raise UserError(f"{path}: expected finite samples, found NaN or infinity")
     if found != rate:
         from scipy.signal import resample_poly
 
         common = math.gcd(rate, found)
         sound = resample_poly(sound, rate // common, found // common)
     return torch.from_numpy(sound.astype(np.float32)).clamp(-1, 1)
+
+
+def _samples(path: Path) -> tuple[np.ndarray, int]:
+    """A file's samples, float64 ``[n, channels]`` in [-1, 1], and how many there are a second."""
+    try:
+        with wave.open(str(path), "rb") as file:
+            channels, size, rate = file.getnchannels(), file.getsampwidth(), file.getframerate()
+            count = file.getnframes()
+            data = file.readframes(count)
+    except wave.Error as error:
+        if "unknown format" not in str(error):
+            raise
+        return _samples_of_scipy(path)  # floats, and integers with a header of more than stereo's
+    if len(data) != size * channels * count:
+        raise UserError(f"{path}: cut short: expected {count} samples, found {len(data) // (size * channels)}")
+    octets = np.frombuffer(data, np.uint8).reshape(-1, channels, size)
+    if size == 1:  # the only ones without a sign
+        return (octets[..., 0].astype(np.float64) - 128) / 128, rate
+    wide = np.zeros((*octets.shape[:2], 4), np.uint8)
+    wide[..., 4 - size :] = octets  # as the upper bytes of 32 bits
+    return wide.view("<i4")[..., 0] / 2**31, rate
+
+
+def _samples_of_scipy(path: Path) -> tuple[np.ndarray, int]:
+    """:func:`_samples` of what the standard library does not read."""
+    from scipy.io import wavfile
+
+    with path.open("rb") as file:
+        stated = 8 + int.from_bytes(file.read(8)[4:], "little")
+    if path.stat().st_size < stated < 2**32:  # scipy only warns of it
+        raise UserError(f"{path}: cut short: expected {stated} bytes, found {path.stat().st_size}")
+    rate, samples = wavfile.read(path)
+    samples = samples.reshape(len(samples), -1)
+    if samples.dtype == np.uint8:
+        return (samples.astype(np.float64) - 128) / 128, rate
+    return samples / (1 if samples.dtype.kind == "f" else -float(np.iinfo(samples.dtype).min)), rate
 
 
 def write_wav(sound: Tensor, path: Path, rate: int) -> None:

@@ -1,4 +1,5 @@
 import math
+import struct
 import wave
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from mtdiffusion_speech.field import LogMelField
 from mtdiffusion_speech.logmel import LogMelConfig, LogMelModality
 from mtdiffusion_speech.spectrogram import RANGE, LogMel, read_wav, write_wav
 from mtdiffusion_speech.spoken_digits import SpokenDigitsConfig, pair
+from scipy.io import wavfile
 from torch import Tensor
 
 from mtdiffusion import FeatureSpec, LatentSpec
@@ -124,19 +126,56 @@ def test_recordings_of_another_rate_are_resampled_and_channels_averaged(tmp_path
     torch.testing.assert_close(sound[inside], expected, atol=2e-3, rtol=0)
 
 
+@pytest.mark.parametrize(("form", "error"), [("u1", 2**-7), ("i2", 2**-14), ("i3", 2**-22), ("i4", 1e-7)])
+def test_integers_of_any_width_are_read(form: str, error: float, tmp_path: Path) -> None:
+    """Written by the standard library alone; with the header of many channels, read by scipy."""
+    sound, size = 0.9 * tone(500, rate=8000).double().numpy(), int(form[1])
+    scaled = (sound * (2 ** (8 * size - 1) - 1)).round().astype(np.int64) + (128 if form == "u1" else 0)
+    data = b"".join(int(value).to_bytes(size, "little", signed=form != "u1") for value in scaled)
+    with wave.open(str(tmp_path / "plain.wav"), "wb") as file:
+        file.setparams((1, size, 8000, 0, "NONE", ""))
+        file.writeframes(data)
+    plain = (tmp_path / "plain.wav").read_bytes()
+    # WAVE_FORMAT_EXTENSIBLE: the format, its bits and its channels follow in 24 bytes.
+    guid = bytes.fromhex("0100000000001000800000aa00389b71")
+    form_chunk = struct.pack("<HHIIHHHHI", 0xFFFE, *struct.unpack("<HIIHH", plain[22:36]), 22, 8 * size, 4) + guid
+    chunks = b"WAVEfmt " + struct.pack("<I", len(form_chunk)) + form_chunk + plain[36:]
+    (tmp_path / "extensible.wav").write_bytes(b"RIFF" + struct.pack("<I", len(chunks)) + chunks)
+    for name in ("plain.wav", "extensible.wav"):
+        read = read_wav(tmp_path / name, 8000)
+        assert read.dtype == torch.float32
+        torch.testing.assert_close(read.double(), torch.from_numpy(sound), atol=error, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_floats_are_read(dtype: type, tmp_path: Path) -> None:
+    left, right = tone(500).double().numpy(), 1.5 * tone(1500).double().numpy()
+    wavfile.write(tmp_path / "a.wav", 8000, np.stack([left, right], 1).astype(dtype))
+    expected = torch.from_numpy((left + right) / 2).clamp(-1, 1).float()
+    torch.testing.assert_close(read_wav(tmp_path / "a.wav", 8000), expected, atol=1e-6, rtol=0)
+    modality = build()
+    read = modality.parse(str(tmp_path / "a.wav"))
+    modality.check(read[None])
+
+
 def test_bad_files_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "text.wav").write_text("no sound")
     (tmp_path / "header.wav").write_bytes(b"RIFF\0\0")
     write_wav(tone(500), tmp_path / "cut.wav", 8000)
     (tmp_path / "cut.wav").write_bytes((tmp_path / "cut.wav").read_bytes()[:-100])
-    with wave.open(str(tmp_path / "coarse.wav"), "wb") as file:
-        file.setparams((1, 1, 8000, 0, "NONE", ""))
-        file.writeframes(bytes(100))
+    wavfile.write(tmp_path / "float.wav", 8000, tone(500).numpy())
+    (tmp_path / "half.wav").write_bytes((tmp_path / "float.wav").read_bytes()[:-100])
+    content = bytearray((tmp_path / "float.wav").read_bytes())
+    content[20] = 7  # µ-law, by the header
+    (tmp_path / "law.wav").write_bytes(content)
+    wavfile.write(tmp_path / "nan.wav", 8000, np.array([0.5, np.nan], np.float32))
     write_wav(torch.zeros(0), tmp_path / "empty.wav", 8000)
     cases = {
         "text": "cannot be read",
         "cut": "cut short",
-        "coarse": "16 bits, found 8",
+        "half": r"cut short: expected \d+ bytes",
+        "law": "convert it: ffmpeg -i OLD.wav -c:a pcm_s16le NEW.wav",
+        "nan": "expected finite samples",
         "empty": "holds no sound",
         "header": "it ends within its header",
         "no": "no such",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,13 @@ from torch import Tensor
 from mtdiffusion_plugins.datasets._decoded import given
 from mtdiffusion_plugins.fields import FIELDS
 from mtdiffusion_registry.cache import config_key
-from mtdiffusion_registry.configs import FieldConfig
+from mtdiffusion_registry.configs import DataField, FieldConfig
 from mtdiffusion_registry.errors import UserError, did_you_mean
 from mtdiffusion_registry.pictures import Encoded, Source
 from mtdiffusion_registry.registry import Registry
+
+SOME = 32
+"""Rows that are looked at for what contradicts one another."""
 
 
 def by_kind(fields: Mapping[str, FieldConfig | str]) -> dict[str, FieldConfig | str]:
@@ -141,6 +145,32 @@ class Cells:
         """What identifies how cells are read."""
         return repr([(name, self.columns[name], config_key(each)) for name, each in self.fields.items()] + [self.size])
 
+    def require_agreement(self, count: int, row_of: Callable[[int], Mapping[str, Any]]) -> None:
+        """Raise ``UserError`` if fields find that some rows contradict one another (:meth:`FieldConfig.check_files`).
+
+        Args:
+            count: how many rows there are, of which a few are looked at.
+            row_of: a row by its index.
+        """
+        checked = {
+            name: each
+            for name, each in self.fields.items()
+            if each.encoded and type(each).check_files is not FieldConfig.check_files
+        }
+        found: dict[str, list[Source]] = {name: [] for name in checked}
+        for index in range(0, count if checked else 0, -(-count // SOME)):
+            with suppress(ValueError, OSError):  # what cannot be read is told when its turn comes
+                row = row_of(index)
+                for name, each in checked.items():
+                    column = self.columns[name]
+                    content = _plain(row.get(column), each, f"sample {index}, {self.what} {column!r}")
+                    found[name] += [content] if isinstance(content, Path | Encoded) else []
+        for name, each in checked.items():
+            try:
+                each.check_files(found[name])  # type: ignore[arg-type]  # an encoded field takes files in memory
+            except ValueError as error:
+                raise UserError(f"field {name!r}: {error}") from error
+
     def sample(self, row: Mapping[str, Any]) -> dict[str, Tensor | str]:
         """A sample of a row; of fields that it may lack, those that the row has.
 
@@ -203,6 +233,20 @@ def resolved(each: FieldConfig | str, name: str) -> FieldConfig:
         raise UserError(f"data.fields.{name}: {error}") from error
     assert issubclass(cls, FieldConfig)
     return cls()
+
+
+def data_field(
+    fields: Mapping[str, FieldConfig | str], name: str, files: Callable[[int], list[Path]] | None = None
+) -> DataField | None:
+    """One of the fields that a configuration lists, for files that are given beside the data; None if it lists no such
+    field, or the kind is of a plugin that is not here."""
+    if name not in fields:
+        return None
+    try:
+        config = resolved(fields[name], name)
+    except UserError:
+        return None
+    return DataField(config) if files is None else DataField(config, files)
 
 
 def _plain(content: Any, field: FieldConfig, where: str) -> Any:

@@ -86,7 +86,7 @@ class Decoded:
 
 
 def decode(
-    name: str, field: FieldConfig, paths: Sequence[str], size: tuple[int, int] | None
+    name: str, field: FieldConfig, paths: Sequence[str], size: tuple[int, int] | None, beside: Sequence[Path] = ()
 ) -> Decoded | list[Tensor | str]:
     """The values of a field's files: all of them read, this time or before.
 
@@ -94,6 +94,7 @@ def decode(
         name: of the field, for errors.
         paths: absolute.
         size: of spatial fields.
+        beside: further files that they must agree with (:meth:`FieldConfig.check_files`).
 
     Returns:
         Tensors by place; or, of a field that reads texts or single numbers, these in a list.
@@ -113,7 +114,7 @@ def decode(
         return Decoded(field, paths, size, key, None)
     if type(field).check_files is not FieldConfig.check_files:  # tens of thousands of Paths take a while to make
         try:
-            field.check_files([Path(path) for path in paths])
+            field.check_files([*beside, *map(Path, paths)])
         except ValueError as error:
             raise UserError(f"field {name!r}: {error}") from error
     return _decode(name, field, paths, size, key)

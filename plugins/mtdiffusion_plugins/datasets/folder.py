@@ -10,7 +10,8 @@ import zipfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
-from functools import cache
+from functools import cache, partial
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import ClassVar, Literal
 
@@ -24,10 +25,10 @@ from torch import Tensor
 
 from mtdiffusion.interfaces import Dataset
 from mtdiffusion_plugins import tables
-from mtdiffusion_plugins.datasets._cells import by_kind, require_fields, resolved
+from mtdiffusion_plugins.datasets._cells import by_kind, data_field, require_fields, resolved
 from mtdiffusion_plugins.datasets._decoded import Decoded, decode, stamp, stamped
 from mtdiffusion_plugins.sizes import Size, positive_size, sides
-from mtdiffusion_registry.configs import DatasetConfig, FieldConfig
+from mtdiffusion_registry.configs import DataField, DatasetConfig, FieldConfig
 from mtdiffusion_registry.errors import EmptySplit, UserError
 from mtdiffusion_registry.hookspecs import hookimpl
 from mtdiffusion_registry.pace import LOGGER
@@ -41,6 +42,8 @@ Value = Tensor | str
 ARRAYS = (".safetensors", ".npz")
 HELD_OUT = ("test", "val", "validation")
 """Names of the folder with the test split, in order of preference."""
+BESIDE = 32
+"""Files of the training split with which those of another must agree, where all files of a field must."""
 METADATA = "metadata"
 """A table of this name holds columns for several fields; its ``file_name`` is the picture's, from its own folder."""
 _UNPACKED = 100  # times the size of a file that its content may have
@@ -201,6 +204,25 @@ class FolderConfig(DatasetConfig):
             _say_once(f"data.fields: {_list(left)} left out, since no modality reads it")
         return attrs.evolve(self, fields=kept, allow_missing=[n for n in self.allow_missing if n in kept])
 
+    def data_field(self, name: str) -> DataField | None:
+        return data_field(self.fields, name, partial(self._some_files, name))
+
+    def _some_files(self, name: str, most: int) -> list[Path]:
+        """At most so many files of a field in the training split."""
+        try:
+            folder = self._base("train")[0] / name
+            suffixes = resolved(self.fields[name], name).suffixes
+        except UserError:  # the data are elsewhere
+            return []
+        found: list[Path] = []
+        for where, folders, names in os.walk(folder, followlinks=True):
+            folders[:] = sorted(filter(_is_data, folders))
+            paths = (Path(where, each) for each in sorted(filter(_is_data, names)))
+            found += islice((path for path in paths if path.suffix.lower() in suffixes), most - len(found))
+            if len(found) == most:
+                break
+        return found
+
     def build(self, split: Literal["train", "test"]) -> FolderDataset:
         base, by_hash = self._base(split)
         return self._read(base, split, by_hash)
@@ -223,8 +245,11 @@ class FolderConfig(DatasetConfig):
                 f"data out in {base / 'train'} and {base / 'test'}"
             )
         columns = {}
+        held_out = split != "train" and not by_hash  # which is read apart from what it is to agree with
         for name, source in sources.items():
-            column = _column(name, fields[name], source, stems, None if self.size is None else sides(self.size))
+            beside = self._some_files(name, BESIDE) if held_out and fields[name].encoded else []
+            size = None if self.size is None else sides(self.size)
+            column = _column(name, fields[name], source, stems, size, beside)
             if name not in self.allow_missing and (blank := [stem for stem in stems if stem not in column]):
                 raise UserError(
                     f"{source.where}: {len(blank)} of {len(stems)} samples have nothing in {name!r}: {_list(blank)}. "
@@ -482,13 +507,19 @@ def _arrays(path: Path) -> dict[str, object]:
 
 
 def _column(
-    name: str, each: FieldConfig, source: _Source, stems: Iterable[str], size: tuple[int, int] | None
+    name: str,
+    each: FieldConfig,
+    source: _Source,
+    stems: Iterable[str],
+    size: tuple[int, int] | None,
+    beside: Sequence[Path],
 ) -> _Column:
-    """A field's values of the stems that have it."""
+    """A field's values of the stems that have it; ``beside``: files of the training split that they are to agree
+    with."""
     if source.files is not None:
         chosen = [stem for stem in stems if stem in source.files]
         paths = [source.files[stem] for stem in chosen]
-        values = decode(name, each, paths, size if each.spatial else None)
+        values = decode(name, each, paths, size if each.spatial else None, beside)
         if isinstance(values, Decoded):
             return _Column({stem: row for row, stem in enumerate(chosen)}, values, paths)
         kept = [(stem, value, path) for stem, value, path in zip(chosen, values, paths, strict=True) if value != ""]

@@ -19,9 +19,9 @@ from attrs.validators import and_, deep_mapping, ge, instance_of, le, min_len
 from torch import Tensor
 
 from mtdiffusion.interfaces import Dataset
-from mtdiffusion_plugins.datasets._cells import Cells, by_kind, choice, names, of_fields, only
+from mtdiffusion_plugins.datasets._cells import Cells, by_kind, choice, data_field, names, of_fields, only
 from mtdiffusion_plugins.sizes import Size, positive_size, sides
-from mtdiffusion_registry.configs import DatasetConfig, FieldConfig
+from mtdiffusion_registry.configs import DataField, DatasetConfig, FieldConfig
 from mtdiffusion_registry.errors import EmptySplit, UserError, did_you_mean
 from mtdiffusion_registry.hookspecs import hookimpl
 
@@ -62,7 +62,7 @@ class HuggingFaceDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
-        return self._cells.sample(self._row(index))
+        return self._cells.sample(self.row(index))
 
     def without(self, fields: Collection[str]) -> HuggingFaceDataset:
         other = copy(self)
@@ -76,7 +76,8 @@ class HuggingFaceDataset(Dataset):
         other._cells = attrs.evolve(self._cells, taken=dtypes)
         return other
 
-    def _row(self, index: int) -> dict[str, Any]:
+    def row(self, index: int) -> dict[str, Any]:
+        """What the columns that are read hold of a sample."""
         row: dict[str, Any] = self._table[int(self.rows[index])]
         for column in self._classes.keys() & row.keys():
             if row[column] == -1:  # what the library writes where the class is not known
@@ -88,7 +89,7 @@ class HuggingFaceDataset(Dataset):
         column = self._cells.columns.get(field or "")
         if column is None:
             return where
-        if column in self._classes and (label := self._row(index)[column]) is not None:
+        if column in self._classes and (label := self.row(index)[column]) is not None:
             return f"{where}, column {column!r} ({label}, which is {self._classes[column].int2str(label)!r})"
         return f"{where}, column {column!r}"
 
@@ -174,6 +175,9 @@ class HuggingFaceConfig(DatasetConfig):
     def reading(self, fields: Collection[str]) -> HuggingFaceConfig:
         return attrs.evolve(self, **only(fields, self.fields, self.columns, self.allow_missing))
 
+    def data_field(self, name: str) -> DataField | None:
+        return data_field(self.fields, name)
+
     def build(self, split: Literal["train", "test"]) -> HuggingFaceDataset:
         cells = Cells.of(self.fields, self.columns, None if self.size is None else sides(self.size), self.allow_missing)
         library = _library()
@@ -193,7 +197,9 @@ class HuggingFaceConfig(DatasetConfig):
         if not len(rows):
             more = f": change test_fraction (now {self.test_fraction:g})" if shared else ""
             raise EmptySplit(f"the {split} split of {where} is empty{more}")
-        return HuggingFaceDataset(table, rows, cells, where)
+        data = HuggingFaceDataset(table, rows, cells, where)
+        cells.require_agreement(len(data), data.row)
+        return data
 
     def validation(self) -> HuggingFaceDataset | None:
         splits = self._splits(_library())

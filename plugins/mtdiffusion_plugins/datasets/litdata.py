@@ -29,11 +29,11 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from mtdiffusion.interfaces import Dataset
-from mtdiffusion_plugins.datasets._cells import Cells, by_kind, names, of_fields, only
+from mtdiffusion_plugins.datasets._cells import SOME, Cells, by_kind, data_field, names, of_fields, only
 from mtdiffusion_plugins.files import from_levels
 from mtdiffusion_plugins.sizes import Size, positive_size, sides
 from mtdiffusion_registry.cache import cached
-from mtdiffusion_registry.configs import DatasetConfig, FieldConfig
+from mtdiffusion_registry.configs import DataField, DatasetConfig, FieldConfig
 from mtdiffusion_registry.errors import EmptySplit, UserError
 from mtdiffusion_registry.hookspecs import hookimpl
 
@@ -216,6 +216,10 @@ class LitDataDataset(Dataset):
         except (SafetensorError, TypeError, ValueError) as error:
             raise UserError(f"{self._shards.shard(index)} of {self._shards.where}: is damaged ({error})") from error
 
+    def row(self, index: int) -> dict[str, Any]:
+        """A sample's leaves by column, of shards that were made elsewhere."""
+        return _row(self._shards[index])
+
     def stored(self, dtypes: Mapping[str, Collection[torch.dtype]]) -> LitDataDataset:
         other = copy(self)
         other._taken = dtypes
@@ -284,6 +288,9 @@ class LitDataConfig(DatasetConfig):
     def reading(self, fields: Collection[str]) -> LitDataConfig:
         return attrs.evolve(self, **only(fields, self.fields, self.columns, self.allow_missing))
 
+    def data_field(self, name: str) -> DataField | None:
+        return data_field(self.fields, name)
+
     def build(self, split: Literal["train", "test"]) -> LitDataDataset:
         _library()
         cells = None
@@ -305,7 +312,10 @@ class LitDataConfig(DatasetConfig):
         if isinstance(self.root, Path):
             _require_shards(folder, index)
         url = None if isinstance(self.root, Path) else _join(self.root, name)
-        return LitDataDataset(_Shards(f"{self.root} ({name})", folder, url, index), cells, fingerprint)
+        data = LitDataDataset(_Shards(f"{self.root} ({name})", folder, url, index), cells, fingerprint)
+        if cells is not None:  # of an object store, the first shard is fetched for it
+            cells.require_agreement(len(data) if url is None else min(len(data), SOME), data.row)
+        return data
 
     def _contents(self) -> dict[str, Any]:
         """What the packed splits hold, as :meth:`pack` wrote it.

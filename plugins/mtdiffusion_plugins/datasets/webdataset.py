@@ -26,10 +26,10 @@ from attrs.validators import and_, deep_mapping, ge, instance_of, le, min_len
 from torch import Tensor
 
 from mtdiffusion.interfaces import Dataset
-from mtdiffusion_plugins.datasets._cells import Cells, by_kind, names, of_fields, only
+from mtdiffusion_plugins.datasets._cells import Cells, by_kind, data_field, names, of_fields, only
 from mtdiffusion_plugins.sizes import Size, positive_size, sides
 from mtdiffusion_registry.cache import cached, load_kept, save_kept
-from mtdiffusion_registry.configs import DatasetConfig, FieldConfig
+from mtdiffusion_registry.configs import DataField, DatasetConfig, FieldConfig
 from mtdiffusion_registry.errors import EmptySplit, UserError
 from mtdiffusion_registry.hookspecs import hookimpl
 from mtdiffusion_registry.pace import Pace
@@ -201,9 +201,9 @@ class WebDatasetDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return self._cells.sample(self._row(index))
+        return self._cells.sample(self.row(index))
 
-    def _row(self, index: int) -> dict[str, Any]:
+    def row(self, index: int) -> dict[str, Any]:
         """What the members of a sample hold, by column."""
         places = self._places
         row: dict[str, Any] = {}
@@ -323,6 +323,9 @@ class WebDatasetConfig(DatasetConfig):
     def reading(self, fields: Collection[str]) -> WebDatasetConfig:
         return attrs.evolve(self, **only(fields, self.fields, self.columns, self.allow_missing))
 
+    def data_field(self, name: str) -> DataField | None:
+        return data_field(self.fields, name)
+
     def build(self, split: Literal["train", "test"]) -> WebDatasetDataset:
         root, there = self._folders()
         if not there:
@@ -374,7 +377,9 @@ class WebDatasetConfig(DatasetConfig):
         named = {name: "/".join([";".join(each), *keys.get(name, ())]) for name, each in columns.items()}
         cells = attrs.evolve(cells, columns=named, what="member")
         digest.update(f"\0{cells.key()}\0{share}".encode())
-        return WebDatasetDataset(places, list(columns), keys, cells, digest.hexdigest()[:32])
+        data = WebDatasetDataset(places, list(columns), keys, cells, digest.hexdigest()[:32])
+        cells.require_agreement(len(data), data.row)
+        return data
 
     def _columns(
         self, base: Path, fields: Mapping[str, FieldConfig], there: Collection[str], optional: Collection[str]

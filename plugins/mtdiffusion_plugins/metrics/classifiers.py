@@ -4,6 +4,7 @@
 
     CACHE/judges/KEY/classifier.safetensors     weights and statistics
     CACHE/judges/KEY/classifier.json            what they were trained as, and the digest of the file beside
+    CACHE/judges/KEY.progress                   where a training is, until it is done
 
 An entry is written under another name and renamed, so it is there whole or not at all. One that is damaged or cannot be
 read is made again, without a word: nothing but time depends on it.
@@ -25,8 +26,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mtdiffusion_plugins.metrics.fitting import Progress, fit
 from mtdiffusion_registry.cache import cache_folder
-from mtdiffusion_registry.pace import Pace
 from mtdiffusion_registry.partial import partial_of
 
 RECIPE = 1
@@ -74,38 +75,43 @@ class Classifier(nn.Module):
         return self.head(F.dropout(self.features(x), 0.3, self.training))
 
 
-def train_classifier(x: Tensor, y: Tensor, *, width: int, epochs: int, seed: int) -> Classifier:
-    """Fit to pictures ``[B, C, h, w]`` and classes ``[B]``, with shifts by a pixel and a little noise; seeded."""
+def train_classifier(
+    x: Tensor, y: Tensor, *, width: int, epochs: int, seed: int, progress: Progress | None = None
+) -> Classifier:
+    """Fit to pictures ``[B, C, h, w]`` and classes ``[B]``, with shifts by a pixel and a little noise; seeded.
+
+    Args:
+        progress: of a training with equal arguments, with which it goes on; None: it begins, and none is kept.
+    """
+    height, width_ = x.shape[-2:]
+
+    def loss_of(rows: Tensor) -> Tensor:
+        down, right = torch.randint(-1, 2, (2,)).tolist()
+        padded = F.pad(x[rows], (1, 1, 1, 1), mode="replicate")
+        moved = padded[..., 1 + down : 1 + down + height, 1 + right : 1 + right + width_]
+        return F.cross_entropy(model(moved + 0.1 * torch.randn_like(moved)), y[rows])
+
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         model = Classifier(x.shape[1], int(y.max()) + 1, width)
-        steps_per_epoch = max(len(x) // 128, 1)
-        pace = Pace("training a judge", epochs * steps_per_epoch)
-        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=epochs * steps_per_epoch)
-        model.train()
-        for epoch in range(epochs):
-            order = torch.randperm(len(x))
-            for step in range(steps_per_epoch):
-                rows = order[step * 128 : (step + 1) * 128]
-                shift = torch.randint(-1, 2, (2,)).tolist()
-                padded = F.pad(x[rows], (1, 1, 1, 1), mode="replicate")
-                height, width_ = x.shape[-2:]
-                moved = padded[..., 1 + shift[0] : 1 + shift[0] + height, 1 + shift[1] : 1 + shift[1] + width_]
-                loss = F.cross_entropy(model(moved + 0.1 * torch.randn_like(moved)), y[rows])
-                optimizer.zero_grad()
-                torch.autograd.backward(loss)
-                optimizer.step()
-                schedule.step()
-                pace.tell(epoch * steps_per_epoch + step + 1)
+        fit(
+            model,
+            loss_of,
+            len(x),
+            batch=128,
+            epochs=epochs,
+            weight_decay=0.05,
+            what="training a judge",
+            progress=progress or Progress(),
+        )
     return model.eval()
 
 
 def kept_classifier(x: Tensor, y: Tensor, *, width: int, epochs: int, seed: int) -> Classifier:
     """:func:`train_classifier`, or what it gave for equal arguments before, from the cache folder."""
 
-    def train() -> Classifier:
-        return train_classifier(x, y, width=width, epochs=epochs, seed=seed)
+    def train(progress: Progress) -> Classifier:
+        return train_classifier(x, y, width=width, epochs=epochs, seed=seed, progress=progress)
 
     about = {"recipe": RECIPE, "width": width, "epochs": epochs, "seed": seed, "x": digest(x), "y": digest(y)}
     with torch.random.fork_rng(devices=[]):  # its first weights are drawn, and forgotten
@@ -113,13 +119,19 @@ def kept_classifier(x: Tensor, y: Tensor, *, width: int, epochs: int, seed: int)
     return kept(model, about, train)
 
 
-def kept(model: N, about: dict[str, Any], train: Callable[[], N]) -> N:
-    """What ``train`` gives, or gave before for an equal ``about``; ``model`` is of that kind, to take the weights."""
+def kept(model: N, about: dict[str, Any], train: Callable[[Progress], N]) -> N:
+    """What ``train`` gives, or gave before for an equal ``about``; ``model`` is of that kind, to take the weights.
+
+    Args:
+        train: is given the progress of such a training that was stopped, to go on with.
+    """
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
     entry = cache_folder() / "judges" / key
     if not _load(model, entry, about):
-        model = train()
+        progress = Progress(entry.with_suffix(".progress"))
+        model = train(progress)
         _keep(model, entry, about)
+        progress.remove()
     return model.eval()
 
 

@@ -18,11 +18,11 @@ from torch.nn import functional as F
 from mtdiffusion_plugins.mask import MaskConfig
 from mtdiffusion_plugins.metrics.classifiers import digest, kept
 from mtdiffusion_plugins.metrics.distances import TrainingFeatures
+from mtdiffusion_plugins.metrics.fitting import Progress, fit
 from mtdiffusion_registry.configs import EvaluatorConfig, ModalityConfig
 from mtdiffusion_registry.errors import UserError
 from mtdiffusion_registry.evaluation import Evaluator
 from mtdiffusion_registry.hookspecs import hookimpl
-from mtdiffusion_registry.pace import Pace
 
 MTDIFFUSION_API = 1
 
@@ -66,32 +66,36 @@ class SegmentationNetwork(nn.Module):
         return self.head(self.last(torch.cat([F.interpolate(up, size=first.shape[-2:]), first], 1)))
 
 
-def train_network(x: Tensor, y: Tensor, *, classes: int, width: int, epochs: int, seed: int) -> SegmentationNetwork:
+def train_network(
+    x: Tensor, y: Tensor, *, classes: int, width: int, epochs: int, seed: int, progress: Progress | None = None
+) -> SegmentationNetwork:
     """Fit to pictures ``[n, C, h, w]`` and masks ``[n, h, w]``, −1 where they do not count; mirrored at random, with a
-    little noise; seeded."""
+    little noise; seeded.
+
+    Args:
+        progress: of a training with equal arguments, with which it goes on; None: it begins, and none is kept.
+    """
+
+    def loss_of(rows: Tensor) -> Tensor:
+        pictures, masks = x[rows], y[rows]
+        if torch.rand(()) < 0.5:
+            pictures, masks = pictures.flip(-1), masks.flip(-1)
+        logits = model(pictures + 0.05 * torch.randn_like(pictures))
+        return F.cross_entropy(logits, masks, ignore_index=-1)
+
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         model = SegmentationNetwork(x.shape[1], classes, width)
-        batch = min(16, len(x))
-        steps = max(len(x) // batch, 1)
-        pace = Pace("training a segmentation network", epochs * steps)
-        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=epochs * steps)
-        model.train()
-        for epoch in range(epochs):
-            order = torch.randperm(len(x))
-            for step in range(steps):
-                rows = order[step * batch : (step + 1) * batch]
-                pictures, masks = x[rows], y[rows]
-                if torch.rand(()) < 0.5:
-                    pictures, masks = pictures.flip(-1), masks.flip(-1)
-                logits = model(pictures + 0.05 * torch.randn_like(pictures))
-                loss = F.cross_entropy(logits, masks, ignore_index=-1)
-                optimizer.zero_grad()
-                torch.autograd.backward(loss)
-                optimizer.step()
-                schedule.step()
-                pace.tell(epoch * steps + step + 1)
+        fit(
+            model,
+            loss_of,
+            len(x),
+            batch=min(16, len(x)),
+            epochs=epochs,
+            weight_decay=0.01,
+            what="training a segmentation network",
+            progress=progress or Progress(),
+        )
     return model.eval()
 
 
@@ -123,7 +127,9 @@ class Segmenter(Evaluator):
         self.network = kept(
             network,
             {"segmenter": about},
-            lambda: train_network(x, y, classes=self.classes, width=width, epochs=epochs, seed=seed),
+            lambda progress: train_network(
+                x, y, classes=self.classes, width=width, epochs=epochs, seed=seed, progress=progress
+            ),
         )
         self.reference = TrainingFeatures(self._features(x), self.name, config.neighbours)
         self.metric_directions = {
@@ -221,7 +227,8 @@ class SegmenterConfig(EvaluatorConfig):
         return self.train_samples
 
     def preparation(self) -> str:
-        return f"a segmentation network of {self.target} by {self.input}, trained for {self.epochs} epochs"
+        what = f"a segmentation network of {self.target} by {self.input}"
+        return f"{what}, trained for {self.epochs} epochs unless kept from before"
 
     def build(self, train: Mapping[str, Tensor]) -> Evaluator:
         return Segmenter(self, train)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from attrs import evolve
-from PIL import Image
+from PIL import Image, ImageColor
 from safetensors.torch import save_file
 from tests.engine.tiny import toy
 
@@ -563,6 +563,62 @@ def test_palettes_that_contradict_one_another_are_refused(tmp_path):
         image.putpalette(palette)
         image.save(tmp_path / "mask" / f"{stem}.png")
     fails(tmp_path, {"mask": "mask"}, r"b\.png: index 1 of its palette is #00ff00, and #ff0000 in .*a\.png")
+
+
+def test_an_unknown_colour_is_named_by_its_place_in_the_file(tmp_path):
+    (tmp_path / "mask").mkdir()
+    image = Image.new("RGB", (40, 20), "black")
+    image.paste("red", (24, 8, 40, 20))
+    image.save(tmp_path / "mask" / "a.png")
+    for size in (4, (8, 16), None):  # whatever it is scaled and cropped to
+        config = FolderConfig(root=tmp_path, fields={"mask": MaskField(colours=("black", "blue"))}, size=size)
+        with pytest.raises(UserError, match=r"a\.png: 24\.0% .* #ff0000 in row 8, column 24; add it"):
+            config.build("train")
+
+
+def palette_masks(folder, *palettes, indices=(0, 1, 2)):
+    """Masks a, b, ... of these indices, with these palettes; None: in grey."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for stem, palette in zip("abc", palettes, strict=False):
+        image = Image.fromarray(np.array([indices], np.uint8))
+        if palette is not None:
+            image.putpalette([value for colour in palette for value in ImageColor.getrgb(colour)[:3]])
+        image.save(folder / f"{stem}.png")
+
+
+RAMP = [f"#{i:02x}{i:02x}{i:02x}" for i in range(256)]
+
+
+@pytest.mark.parametrize(
+    "palettes",
+    [
+        (("black", "red", "lime"), ("black", "red", "lime", "blue")),  # an index that is not used
+        (("black", "red", "lime"), ("black", "#f80203", "#04ff00")),  # saved again by another program
+        (("black", "red", "lime"), RAMP),  # Pillow's own
+        (("black", "red", "lime"), None),
+        (("black", "red", "lime"), ("red", "red", "red")),  # of one colour
+        (("black", "#808080", "white"), ("black", "#404040", "#808080")),  # greys that grow with the index
+    ],
+)
+def test_palettes_that_say_no_more_than_the_indices_are_no_contradiction(tmp_path, palettes):
+    palette_masks(tmp_path / "mask", *palettes)
+    data = build(tmp_path, {"mask": "mask"})
+    assert [data[i]["mask"].tolist() for i in (0, 1)] == [[[0, 1, 2]]] * 2
+
+
+@pytest.mark.parametrize(("first", "second"), [("black", "white"), ("red", "blue")])
+def test_a_palette_in_another_order_is_refused(tmp_path, first, second):
+    palette_masks(tmp_path / "mask", (first, second), (second, first), indices=(0, 1))
+    fails(tmp_path, {"mask": "mask"}, r"b\.png: index 0 of its palette is .*, and .* in .*a\.png.* in grey")
+
+
+def test_held_out_masks_must_have_the_palette_of_the_training(tmp_path):
+    palette_masks(tmp_path / "train" / "mask", ("black", "red", "lime"))
+    palette_masks(tmp_path / "test" / "mask", ("black", "lime", "red"))
+    config = FolderConfig(root=tmp_path, fields={"mask": "mask"})
+    assert len(config.build("train")) == 1
+    with pytest.raises(UserError, match=r"test/mask/a\.png: index 1 .* #00ff00, and #ff0000 in .*train/mask/a\.png"):
+        config.build("test")
 
 
 def test_masks_of_many_classes(tmp_path):

@@ -280,3 +280,17 @@ def test_without_the_library_it_says_how_to_install_it(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install 'mtdiffusion\[huggingface\]'"):
         HuggingFaceConfig(path="a/b", fields={"image": "image"}).build("train")
+
+
+def test_palettes_of_a_column_must_agree(library: Any, tmp_path: Path) -> None:
+    masks = []
+    for palette in ([0, 0, 0, 255, 0, 0], [255, 0, 0, 0, 0, 0]):
+        image = Image.fromarray(np.array([[0, 1]], np.uint8))
+        image.putpalette(palette)
+        masks.append({"bytes": encoded(image), "path": None})
+    features = library.Features(mask=library.Image())
+    library.Dataset.from_dict({"mask": masks}, features=features).to_parquet(str(tmp_path / "one.parquet"))
+    config = HuggingFaceConfig(path=tmp_path / "one.parquet", fields={"mask": "mask"}, test_fraction=0.0)
+    expected = r"field 'mask': sample 1, column 'mask': index 0 of its palette is #ff0000, and #000000 in sample 0"
+    with pytest.raises(UserError, match=expected):
+        config.build("train")

@@ -27,7 +27,7 @@ from mtdiffusion_engine.cli import main
 from mtdiffusion_plugins.datasets import webdataset
 from mtdiffusion_plugins.datasets.folder import FolderConfig
 from mtdiffusion_plugins.datasets.webdataset import WebDatasetConfig
-from mtdiffusion_plugins.fields import ImageField
+from mtdiffusion_plugins.fields import ImageField, MaskField
 from mtdiffusion_registry import EmptySplit, UserError
 from mtdiffusion_registry.configs import FieldConfig
 
@@ -390,3 +390,19 @@ def test_what_does_not_fit_is_said_in_a_sentence(tmp_path: Path) -> None:
     assert watched is not None and (len(config.build("test")), len(watched)) == (1, 2)
     assert evolve(config, root=tmp_path / "val").validation() is None
     assert list(config.reading(["label"]).fields) == ["label"]
+
+
+def test_palettes_of_members_must_agree(tmp_path: Path) -> None:
+    members = []
+    for stem, palette in (("a", [0, 0, 0, 255, 0, 0]), ("b", [255, 0, 0, 0, 0, 0])):
+        image = Image.fromarray(np.array([[0, 1]], np.uint8))
+        image.putpalette(palette)
+        buffer = io.BytesIO()
+        image.save(buffer, "png")
+        members.append((f"{stem}.mask.png", buffer.getvalue()))
+    archive(tmp_path / "a.tar", [*members])
+    expected = r"field 'mask': a\.tar: b\.mask\.png: index 0 of its palette is #ff0000, and #000000 in a\.tar: a\.mask"
+    fails(tmp_path, expected, {"mask": "mask"})
+    colours = MaskField(colours=("black", "red"))
+    data = build(tmp_path, {"mask": colours})
+    assert [data[i]["mask"].tolist() for i in (0, 1)] == [[[0, 1]], [[1, 0]]]  # type: ignore[union-attr]
