@@ -221,8 +221,8 @@ class Trainer:
             self.resolved = resolved(experiment, registry)
             self.objective: nn.Module = objective
             if not self.sharded:
-                with without_training_variables():
-                    self.objective = self.accelerator.prepare_model(objective)
+                with without_training_variables():  # it is placed; to see whether that is to be done takes an import
+                    self.objective = self.accelerator.prepare_model(objective, device_placement=False)
         self._made = None if resume or not self.main else not run.exists()
         if self.main:
             for message in messages:
