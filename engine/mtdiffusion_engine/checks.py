@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from mtdiffusion import MultimodalDiffusion
 from mtdiffusion.process import terminal_warning
-from mtdiffusion_engine.data import load_data
+from mtdiffusion_engine.data import ModalityData, load_data
 from mtdiffusion_engine.evaluation import planned
 from mtdiffusion_engine.experiment import Experiment
 from mtdiffusion_engine.judging import check_evaluators
@@ -25,12 +25,12 @@ def doubts_of(experiment: Experiment, model: MultimodalDiffusion) -> Iterator[st
         yield warning
 
 
-def check_held_out(experiment: Experiment, model: MultimodalDiffusion) -> tuple[int, list[str]]:
+def check_held_out(experiment: Experiment, model: MultimodalDiffusion) -> tuple[ModalityData | None, list[str]]:
     """Look through the test split, and at what is to be measured and what the evaluators need.
 
     Returns:
-        How many samples are held out, and what a person should know that does not keep a training from being evaluated
-        altogether.
+        The test split, None if there is none, and what a person should know that does not keep a training from being
+        evaluated altogether.
 
     Raises:
         UserError: if a held-out sample is damaged or does not fit its modality, something is to be measured that
@@ -42,11 +42,11 @@ def check_held_out(experiment: Experiment, model: MultimodalDiffusion) -> tuple[
         data = load_data(experiment, model, "test")
     except EmptySplit as error:
         said = f"{error}. Without held-out samples the run can be sampled from, but not evaluated, and has no gallery"
-        return 0, [said]
+        return None, [said]
     data.verify()
     there = [name for name in data.modalities if data.has(name)]
     lacking = [name for name in data.modalities if name not in there]
     if lacking:
         said = f"no held-out sample has {', '.join(lacking)}: what is asked of it, or given it, cannot be evaluated"
-        return len(data), [said]
-    return len(data), []
+        return data, [said]
+    return data, []

@@ -60,7 +60,8 @@ def check_config(args: Namespace) -> dict[str, Any] | None:
     model = build_model(experiment, weightless=True)
     train = load_data(experiment, model, "train")
     train.verify()
-    held_out, warnings = check_held_out(experiment, model)
+    test, warnings = check_held_out(experiment, model)
+    held_out = 0 if test is None else len(test)
     warnings = [*warnings, *doubts_of(experiment, model)]
     latent = model.layout.latent
     cost = count_cost(experiment, model)

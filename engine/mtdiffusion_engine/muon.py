@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mtdiffusion import Decoder, Encoder
+from mtdiffusion_engine.adamw import AdamW
 from mtdiffusion_engine.checkpoint import as_it_lies
 
 MOMENTUM = 0.95
@@ -56,7 +57,7 @@ def _factor(gram: Tensor) -> Tensor:
     return factor
 
 
-class Muon(torch.optim.AdamW):
+class Muon(AdamW):
     """Muon (Jordan et al. 2024) for some matrices, AdamW for all other parameters, at one learning rate.
 
     A kernel ``[out, in, ...]`` is taken as a matrix ``[out, in · ...]``. A step has the root mean square that AdamW's

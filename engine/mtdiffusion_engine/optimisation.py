@@ -9,8 +9,8 @@ from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from mtdiffusion_engine.adamw import AdamW
 from mtdiffusion_engine.experiment import TrainingConfig
 from mtdiffusion_engine.muon import Muon, hidden_matrices
 
@@ -29,11 +29,11 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def optimizer_of(module: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """As configured: AdamW (Loshchilov & Hutter 2019), or Muon beside it, which :func:`step_if_finite` can skip."""
+def optimizer_of(module: nn.Module, config: TrainingConfig) -> AdamW:
+    """As configured: AdamW, or Muon beside it, which :func:`step_if_finite` can skip."""
     rate, decay, beta2 = config.learning_rate, config.weight_decay, config.beta2
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(module.parameters(), lr=rate, betas=(0.9, beta2), weight_decay=decay, fused=True)
+        return AdamW(module.parameters(), lr=rate, betas=(0.9, beta2), weight_decay=decay, fused=True)
     matrices = hidden_matrices(module)
     theirs = set(map(id, matrices))
     return Muon(matrices, [each for each in module.parameters() if id(each) not in theirs], rate, decay, beta2)
@@ -45,8 +45,7 @@ def clip_gradient(module: nn.Module, largest: float) -> Tensor:
     Of parameters that are split over processes it is the norm of the whole.
     """
     norm = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    norm = getattr(norm, "full_tensor", lambda: norm)()  # of a DTensor, whose import takes a while
     nn.utils.clip_grads_with_norm_(module.parameters(), largest, norm)
     return norm
 
@@ -90,4 +89,5 @@ class Average(Generic[M]):
 
 def own_part(parameter: Tensor) -> Tensor:
     """What this process has of a parameter: all of it, unless it is split over processes."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    local: Tensor = getattr(parameter, "to_local", lambda: parameter)()  # of a DTensor
+    return local

@@ -34,6 +34,7 @@ from mtdiffusion_engine.chance import StepChance
 from mtdiffusion_engine.checks import check_held_out, doubts_of
 from mtdiffusion_engine.data import (
     Batch,
+    ModalityData,
     StepSampler,
     derive_seed,
     load_data,
@@ -203,7 +204,7 @@ class Trainer:
         self.step = 0
         self._saved = -1
         self._require_even_shares()
-        held_out = check_held_out(experiment, self.model)[1] if evaluated else []
+        test, held_out = check_held_out(experiment, self.model) if evaluated else (None, [])
         warnings = [
             *held_out,
             *left_alone(os.environ),
@@ -211,7 +212,7 @@ class Trainer:
             *doubts_of(experiment, self.model),
         ]
         messages = [f"warning: {said}" for said in warnings]
-        self.watched = self._watched() if evaluated and self.main else None
+        self.watched = self._watched(test) if evaluated and self.main else None
         self.ema = Average(self.model, self.config.ema)
         if self.config.checkpoint_activations:
             recompute_activations(self.model.backbone)
@@ -232,8 +233,8 @@ class Trainer:
             self.resolved = resolved(experiment, registry)
             self.objective: nn.Module = objective
             if not self.sharded:
-                with without_training_variables():
-                    self.objective = self.accelerator.prepare_model(objective)
+                with without_training_variables():  # it is placed; to see whether that is to be done takes an import
+                    self.objective = self.accelerator.prepare_model(objective, device_placement=False)
         self._made = None if resume or not self.main else not run.exists()
         if self.main:
             for message in messages:
@@ -370,9 +371,9 @@ class Trainer:
             "on other samples come next than if it had stayed"
         ]
 
-    def _watched(self) -> HeldOutLoss | None:
+    def _watched(self, test: ModalityData | None) -> HeldOutLoss | None:
         config = self.config
-        data = load_watched(self.experiment, self.model) if config.held_out_every else None
+        data = load_watched(self.experiment, self.model, test) if config.held_out_every else None
         if data is None or not all(data.has(name) for name in self.model.names):
             return None  # parts of the loss would be missing, and it would be another one
         micro = max(config.batch_size // config.accumulate, 1)

@@ -127,10 +127,13 @@ def _decode(
     array: np.ndarray | None = None
     shape: tuple[torch.Size, torch.dtype] | None = None
     with partial_of(_place(key)) as partial:
-        for place, stored in enumerate(_all(name, field, paths, size)):
-            if isinstance(stored, str) or stored.ndim == 0:  # a class may be a name here and an index there
-                few.append(stored)
+        place = 0
+        for found in _all(name, field, paths, size):
+            if isinstance(found, str) or found.ndim == 1:  # a class may be a name here and an index there
+                few += [found] if isinstance(found, str) else found.unbind()
+                place += 1 if isinstance(found, str) else len(found)
                 continue
+            stored = found[0]
             if shape is None:
                 shape = stored.shape, stored.dtype
                 array = _room(partial, len(paths), stored)
@@ -141,7 +144,8 @@ def _decode(
                     array = _widened(partial, array, place, stored)
                 shape = shape[0], stored.dtype
             if array is not None:
-                array[place] = stored.numpy()
+                array[place : place + len(found)] = found.numpy()
+            place += len(found)
         if few:
             return few
         if array is None:
@@ -175,7 +179,7 @@ def _widened(path: Path, array: np.ndarray, done: int, stored: Tensor) -> np.nda
 
 
 def _all(name: str, field: FieldConfig, paths: Sequence[str], size: tuple[int, int] | None) -> Iterator[Tensor | str]:
-    """What the files hold, in order.
+    """What the files hold, in order: texts, or values ``[n, ...]`` of some files side by side.
 
     Raises:
         UserError: at the end, if some cannot be read.
@@ -194,7 +198,8 @@ def _all(name: str, field: FieldConfig, paths: Sequence[str], size: tuple[int, i
         found: list[Tensor | str | UserError] = []
         for path in part:
             try:
-                found.append(_read(field, path, size))
+                stored = _read(field, path, size)
+                found.append(stored if isinstance(stored, str) else stored[None])
             except UserError as error:
                 found.append(error)
         return found
@@ -212,14 +217,14 @@ def _all(name: str, field: FieldConfig, paths: Sequence[str], size: tuple[int, i
         ahead = deque(threads.submit(read, part) for part in islice(parts, _AHEAD))
         done = 0
         while ahead:
-            found = ahead.popleft().result()
+            answers = ahead.popleft().result()
             ahead.extend(threads.submit(read, part) for part in islice(parts, 1))
-            for stored in found:
-                if isinstance(stored, UserError):
-                    wrong.append(str(stored))
+            for each in answers:
+                if isinstance(each, UserError):
+                    wrong.append(str(each))
                 elif not wrong:
-                    yield stored
-            done += len(found)
+                    yield each
+            done = min(done + _PART, len(paths))
             pace.tell(done)
     if wrong:
         more = f"\nand {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""

@@ -12,17 +12,17 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
 
 from mtdiffusion_registry.errors import UserError
 from mtdiffusion_registry.pictures import Encoded, Source
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from mtdiffusion_registry.configs import Reader
 
 WORTH = 1000
@@ -30,6 +30,7 @@ WORTH = 1000
 _MOST = 16  # each takes 30 MiB
 _SMALL = 2**20  # bytes
 _BUFFER = 2**18  # bytes; a whole answer for small pictures
+_TOGETHER = 2**18  # bytes of arrays that are handed over as one
 Read = TypeVar("Read")
 _PROGRAM = f"from {__name__} import main; main()"
 
@@ -66,7 +67,8 @@ class ReadingProcess:
         )
 
     def read(self, paths: Sequence[str]) -> list[np.ndarray | UserError]:
-        """What the files hold, in order, or what is wrong with them.
+        """What the files hold, in order, or what is wrong with them; files side by side whose arrays are alike come as
+        one, ``[n, ...]``.
 
         Raises:
             EOFError, OSError, pickle.UnpicklingError: if the process is gone.
@@ -74,8 +76,13 @@ class ReadingProcess:
         assert self._process.stdin is not None and self._process.stdout is not None
         pickle.dump((*self._how, paths), self._process.stdin)
         self._process.stdin.flush()
-        answers = [pickle.load(self._process.stdout) for _ in paths]
-        return [UserError(each) if isinstance(each, str) else each for each in answers]
+        answers: list[np.ndarray | UserError] = []
+        missing = len(paths)
+        while missing:
+            found = pickle.load(self._process.stdout)
+            answers.append(UserError(found) if isinstance(found, str) else found)
+            missing -= 1 if isinstance(found, str) else len(found)
+        return answers
 
     def end(self) -> None:
         """End the process, whatever it is doing."""
@@ -103,12 +110,51 @@ def read_by(
 def _source(path: str) -> Source:
     """A small file in memory, where Pillow, which reads piece by piece, reads it sooner; another as its path."""
     try:
-        with open(path, "rb", buffering=0) as file:  # noqa: PTH123  # a Path takes as long to make as it to read
-            if os.fstat(file.fileno()).st_size <= _SMALL:
-                return Encoded(file.readall(), path)
+        file = os.open(path, os.O_RDONLY)  # a file object takes as long to make as a small file to read
+        try:
+            size = os.fstat(file).st_size
+            if size <= _SMALL and len(content := os.read(file, size + 1)) == size:
+                return Encoded(content, path)
+        finally:
+            os.close(file)
     except OSError:
         pass  # the reader runs into it again, and has a sentence for it
     return Path(path)
+
+
+def _together(answers: Iterable[np.ndarray | str]) -> Iterator[np.ndarray | str]:
+    """The same in as few parts as can be, as a part of its own takes longer to hand over than a small picture to
+    decode: arrays side by side that are alike as one, ``[n, ...]``, of some size at most."""
+    alike: list[np.ndarray] = []
+    for each in answers:
+        if alike and not (
+            isinstance(each, np.ndarray)
+            and (each.shape, each.dtype) == (alike[0].shape, alike[0].dtype)
+            and each.nbytes * (len(alike) + 1) <= _TOGETHER
+        ):
+            yield _stacked(alike)
+            alike = []
+        if isinstance(each, str):
+            yield each
+        else:
+            alike.append(each)
+    if alike:
+        yield _stacked(alike)
+
+
+def _stacked(alike: list[np.ndarray]) -> np.ndarray:
+    return np.stack(alike) if len(alike) > 1 else alike[0][None]  # a large one is not copied
+
+
+def _answers(
+    reader: Reader, kind: str, size: tuple[int, int] | None, paths: Sequence[str]
+) -> Iterator[np.ndarray | str]:
+    """What each file holds, or what is wrong with it."""
+    for path in paths:
+        try:
+            yield read_by(reader, kind, _source(path), size)
+        except UserError as error:
+            yield str(error)
 
 
 def main() -> None:
@@ -118,13 +164,7 @@ def main() -> None:
     os.dup2(2, 1)  # what a library prints must not come between the answers
     try:
         while True:
-            reader, kind, size, paths = pickle.load(sys.stdin.buffer)
-            for path in paths:
-                found: np.ndarray | str
-                try:
-                    found = read_by(reader, kind, _source(path), size)
-                except UserError as error:
-                    found = str(error)
+            for found in _together(_answers(*pickle.load(sys.stdin.buffer))):
                 pickle.dump(found, out, protocol=pickle.HIGHEST_PROTOCOL)
             out.flush()
     except (EOFError, BrokenPipeError):

@@ -483,7 +483,7 @@ def test_a_validation_folder_stands_for_the_test_split(tmp_path):
     (tmp_path / "test" / "label.json").write_text(json.dumps({"e": 1}))
     assert config.build("test").stems == ["e"]
     assert config.validation().stems == ["d"]
-    assert load_watched(watching(config), build_model(watching(config))).what == "data (validation)"
+    assert load_watched(watching(config), build_model(watching(config)), None).what == "data (validation)"
 
 
 def watching(data):

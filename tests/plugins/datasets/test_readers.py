@@ -91,6 +91,27 @@ def test_where_no_process_can_be_started_files_are_read_without(paths, tmp_path,
     assert np.array_equal(found[99], read_levels(Path(paths[99]), (6, 6), 3))
 
 
+def test_alike_pictures_side_by_side_are_handed_over_together(tmp_path):
+    rng = np.random.default_rng(0)
+    paths = [str(tmp_path / f"{index}.png") for index in range(100)]
+    sides = [4, 4, 4, 6, None, 6, 6, *(64 for _ in paths[7:])]
+    for path, side in zip(paths, sides, strict=True):
+        if side:
+            Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).save(path)
+    process = ReadingProcess(partial(read_levels, channels=3), "image", None)
+    try:
+        found = process.read(paths)
+    finally:
+        process.end()
+    assert [len(each) for each in found if isinstance(each, np.ndarray)][:3] == [3, 1, 2]
+    assert str(found[2]) == f"{paths[4]}: no such file"
+    large = found[4:]
+    assert len(large) > 1 and max(each.nbytes for each in large) <= 2**18  # a long lot is not kept until its end
+    values = [value for each in found if isinstance(each, np.ndarray) for value in each]
+    expected = [read_levels(Path(path), None, 3) for path, side in zip(paths, sides, strict=True) if side]
+    assert all(np.array_equal(one, other) for one, other in zip(values, expected, strict=True))
+
+
 def broken(path, size, wrong):
     raise wrong
 
