@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from mtdiffusion_benchmarks import perf, reading, solvers, startup
 from mtdiffusion_benchmarks.gpu import tables as gpu
@@ -58,39 +59,124 @@ FEW = (
     "real/fid_judge",
 )
 """What of a run stands in README.md."""
-ANSWERS: Sequence[tuple[str, str, str, str, str]] = (
-    ("**Street scenes** (CamVid): picture → mask, mean IoU ↑", "camvid/image+mask", "mask|image/readout_miou",
-     "segmentation", ""),
-    ("mask → picture, Fréchet distance ↓", "camvid/image+mask", "image|mask/fid_segmenter", "from-mask",
-     "real/fid_segmenter"),
-    ("picture and mask together, Fréchet distance ↓", "camvid/image+mask", "joint/fid_segmenter", "",
-     "real/fid_segmenter"),
-    ("the same: a segmenter agrees with the mask, mean IoU ↑", "camvid/image+mask", "joint/segmenter_agreement", "",
-     "real/segmenter_miou"),
-    ("**Objects** (CIFAR-10): picture → label, accuracy ↑", "cifar10/image+label", "label|image/readout_accuracy",
-     "classifier", ""),
-    ("label → picture, Fréchet distance ↓", "cifar10/image+label", "image|label/fid_judge", "from-label",
-     "real/fid_judge"),
-    ("picture → embedding, cosine ↑", "cifar10-embedding/image+clip", "clip|image/readout_cosine", "embedding", ""),
-    ("embedding → picture, Fréchet distance ↓", "cifar10-embedding/image+clip", "image|clip/fid_judge",
-     "from-embedding", "real/fid_judge"),
-    ("three quarters hidden and filled in, Fréchet distance ↓", "cifar10/masked-image",
-     "image|image:75%box/fid_judge", "filling", "real/fid_judge"),
-    ("**Spoken digits** (FSDD): speech → label, accuracy ↑", "speech/image+label+speech",
-     "label|speech/readout_accuracy", "hearing", ""),
-    ("speech → picture, a judge reads the digit ↑", "speech/image+label+speech", "image|speech/judge_accuracy",
-     "drawing", "real/judge_accuracy"),
-    ("label → speech, a listener hears the digit ↑", "speech/image+label+speech", "speech|label/listener_accuracy",
-     "speaking", "real/listener_accuracy"),
-    ("picture → speech, a listener hears the digit ↑", "speech/image+label+speech", "speech|image/listener_accuracy",
-     "", "real/listener_accuracy"),
-    ("all three together: the listener hears the label ↑", "speech/image+label+speech", "joint/listener_agreement", "",
-     "real/listener_accuracy"),
-)  # fmt: skip
-"""What the profile of real data answers: a question, SETTING/TASK, its metric, its control, the metric of real data.
 
-A control or value of real data that is "" was not asked for.
-"""
+
+class Answer(NamedTuple):
+    """A row of the table of answers.
+
+    Attributes:
+        title: what was asked.
+        where: setting and task.
+        key: of the metric.
+        control: the method that was trained for this question alone; "": none.
+        real: the key of the same metric of real held-out data; "": none.
+        joint: the method whose answer it is.
+    """
+
+    title: str
+    where: str
+    key: str
+    control: str = ""
+    real: str = ""
+    joint: str = "joint"
+
+
+ANSWERS: Sequence[Answer] = (
+    Answer(
+        "**Street scenes** (CamVid): picture → mask, mean IoU ↑",
+        "camvid/image+mask",
+        "mask|image/readout_miou",
+        "segmentation",
+    ),
+    Answer(
+        "mask → picture, Fréchet distance ↓",
+        "camvid/image+mask",
+        "image|mask/fid_segmenter",
+        "from-mask",
+        "real/fid_segmenter",
+    ),
+    Answer(
+        "the same, [guided](sampling.md#more-like-what-was-asked) by the mask",
+        "camvid/image+mask",
+        "image|mask/fid_segmenter",
+        "from-mask",
+        "real/fid_segmenter",
+        joint="joint-guided",
+    ),
+    Answer(
+        "picture and mask together, Fréchet distance ↓",
+        "camvid/image+mask",
+        "joint/fid_segmenter",
+        real="real/fid_segmenter",
+    ),
+    Answer(
+        "the same: a segmenter agrees with the mask, mean IoU ↑",
+        "camvid/image+mask",
+        "joint/segmenter_agreement",
+        real="real/segmenter_miou",
+    ),
+    Answer(
+        "**Objects** (CIFAR-10): picture → label, accuracy ↑",
+        "cifar10/image+label",
+        "label|image/readout_accuracy",
+        "classifier",
+    ),
+    Answer(
+        "label → picture, Fréchet distance ↓",
+        "cifar10/image+label",
+        "image|label/fid_judge",
+        "from-label",
+        "real/fid_judge",
+    ),
+    Answer("picture → embedding, cosine ↑", "cifar10-embedding/image+clip", "clip|image/readout_cosine", "embedding"),
+    Answer(
+        "embedding → picture, Fréchet distance ↓",
+        "cifar10-embedding/image+clip",
+        "image|clip/fid_judge",
+        "from-embedding",
+        "real/fid_judge",
+    ),
+    Answer(
+        "three quarters hidden and filled in, Fréchet distance ↓",
+        "cifar10/masked-image",
+        "image|image:75%box/fid_judge",
+        "filling",
+        "real/fid_judge",
+    ),
+    Answer(
+        "**Spoken digits** (FSDD): speech → label, accuracy ↑",
+        "speech/image+label+speech",
+        "label|speech/readout_accuracy",
+        "hearing",
+    ),
+    Answer(
+        "speech → picture, a judge reads the digit ↑",
+        "speech/image+label+speech",
+        "image|speech/judge_accuracy",
+        "drawing",
+        "real/judge_accuracy",
+    ),
+    Answer(
+        "label → speech, a listener hears the digit ↑",
+        "speech/image+label+speech",
+        "speech|label/listener_accuracy",
+        "speaking",
+        "real/listener_accuracy",
+    ),
+    Answer(
+        "picture → speech, a listener hears the digit ↑",
+        "speech/image+label+speech",
+        "speech|image/listener_accuracy",
+        real="real/listener_accuracy",
+    ),
+    Answer(
+        "all three together: the listener hears the label ↑",
+        "speech/image+label+speech",
+        "joint/listener_agreement",
+        real="real/listener_accuracy",
+    ),
+)
+"""What the profile of real data answers."""
 RESULTS = Path("benchmarks/results")
 TARGETS = (Path("README.md"), Path("docs/results.md"), Path("docs/performance.md"))
 START, END = "<!-- {} -->", "<!-- /{} -->"
@@ -140,8 +226,8 @@ def answers_table(results: Results) -> str:
         return "not measured" if summary is None else f"{summary.mean:.3g}"
 
     lines = ["| | one joint model | a network for this question alone | real held-out data |", "|---|---|---|---|"]
-    for title, where, key, control, real in ANSWERS:
-        cells = (value(where, "joint", key), value(where, control, key), value(where, "joint", real))
+    for title, where, key, control, real, joint in ANSWERS:
+        cells = (value(where, joint, key), value(where, control, key), value(where, "joint", real))
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
