@@ -30,7 +30,7 @@ class Observation(NamedTuple):
         """Predicted codes by name, with the true ones where they are seen."""
         return {
             name: torch.where(self.seen[:, i : i + 1] > 0.5, self.codes[name], codes[name])
-            if name in self.codes
+            if name in self.codes and self.codes[name] is not codes[name]
             else codes[name]
             for i, name in enumerate(names)
         }

@@ -86,7 +86,7 @@ class Layout(ABC):
 
     @abstractmethod
     def spread(self, values: Tensor) -> Tensor:
-        """Values by modality ``[B, N, h, w]``, as they apply to z ``[B, C, H, W]``: ``[B, C or 1, h, w]``."""
+        """Values by modality ``[B, N, h, w]`` as they apply to z ``[B, C, H, W]``: ``[B, C or 1, h, w]``, same dtype."""
 
     @abstractmethod
     def take(self, name: str, z: Tensor) -> Tensor:
@@ -123,10 +123,12 @@ class Layout(ABC):
         """
 
 
-def _in_order(codes: Codes, names: tuple[str, ...]) -> list[Tensor]:
+def _weighted(weights: Tensor, codes: Codes, names: tuple[str, ...]) -> list[Tensor]:
+    """The codes in order, each times its weight ``[B, N, h, w]``."""
     for name in names:
         require_computable(f"codes[{name!r}]", codes[name].dtype)
-    return [codes[name] for name in names]
+    parts = zip(torch.split(weights, 1, 1), (codes[name] for name in names), strict=True)
+    return [weight.to(code.dtype) * code for weight, code in parts]
 
 
 @frozen(eq=False)
@@ -162,8 +164,7 @@ class OwnLayout(Layout):
         return LatentSpec(self.channels[name], self.height, self.width)
 
     def meet(self, weights: Tensor, codes: Codes) -> Tensor:
-        side_by_side = torch.cat(_in_order(codes, self.names), 1)
-        return self.spread(weights).to(side_by_side.dtype) * side_by_side
+        return torch.cat(_weighted(weights, codes, self.names), 1)
 
     def spread(self, values: Tensor) -> Tensor:
         shares = zip(torch.split(values, 1, 1), self.channels.values(), strict=True)
@@ -203,11 +204,11 @@ class OwnLayout(Layout):
     ) -> Shown:
         batch, n = len(z), len(self.channels)
         scale = (standing.signal.square() + standing.variance).rsqrt()
-        scaled = z * self.spread(scale * ~standing.hidden).to(z.dtype)
+        scaled = z * self.spread((scale * ~standing.hidden).to(z.dtype))
         level = standing.level.to(single_or_wider(z.dtype))  # of which there are up to 64 turns below
         maps, sources = [scaled], [scaled]
         if self.show_clean:
-            sources.append(scaled * self.spread(standing.variance == 0))
+            sources.append(torch.where(self.spread(standing.variance == 0), scaled, 0))
             maps.append(sources[1])
         maps.append(level.to(z.dtype).expand(batch, n, self.height, self.width))
         clock = level.amax((2, 3)).expand(batch, n)  # of what is not seen of a modality
@@ -239,11 +240,10 @@ class SharedLayout(Layout):
     def meet(self, weights: Tensor, codes: Codes) -> Tensor:
         # Products and a sum, not an einsum: autocast would run that in half precision, and 1e-3 of M_t is not small
         # beside σ_t near t = 0.
-        parts = zip(torch.split(weights, 1, 1), _in_order(codes, self.names), strict=True)
-        return torch.stack([weight.to(code.dtype) * code for weight, code in parts]).sum(0)
+        return torch.stack(_weighted(weights, codes, self.names)).sum(0)
 
     def spread(self, values: Tensor) -> Tensor:
-        return widened(values).mean(1, keepdim=True)
+        return widened(values).mean(1, keepdim=True).to(values.dtype)
 
     def take(self, name: str, z: Tensor) -> Tensor:
         return z

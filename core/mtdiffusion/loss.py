@@ -151,11 +151,11 @@ def transition_kl(
     else:
         gain, of_epsilon = process.epsilon_error_gains(t, s, presence)
         missed = at_least_single(process.epsilon(z, codes, t, presence) - prediction.epsilon)
-        difference = layout.meet(gain, wrong) - layout.spread(of_epsilon).to(missed.dtype) * missed
+        difference = layout.meet(gain, wrong) - layout.spread(of_epsilon.to(missed.dtype)) * missed
     counts = layout.spread(_where_present((s > 0) & (s < t), presence))
     dtype = difference.dtype
-    variance = layout.spread(process.posterior_variance(t, s)).to(dtype).clamp(min=torch.finfo(dtype).tiny)
-    return torch.where(counts > 0, difference.square() / (2 * variance), 0).sum((1, 2, 3))
+    variance = layout.spread(process.posterior_variance(t, s).to(dtype)).clamp(min=torch.finfo(dtype).tiny)
+    return torch.where(counts, difference.square() / (2 * variance), 0).sum((1, 2, 3))
 
 
 def _where_present(counts: Tensor, presence: Tensor | None) -> Tensor:
@@ -225,9 +225,10 @@ def composite_loss(
     l3: dict[str, Tensor] = {}
     counted: dict[str, Tensor] = {}
     snr = process.snr(t.clamp(min=1))
+    counts = presence * (~observation.complete & (t > 0))
     for i, name in enumerate(names):
         modality, params = model.modality(name), _at_least_single(heads.params[name])
-        counted[name] = presence[:, i] * (~observation.complete[:, i] & (t[:, i] > 0))
+        counted[name] = counts[:, i]
         l2[name] = torch.where(counted[name] > 0, modality.decoder.objective(params, x[name]), 0)
         scale = modality.loss_weight * snr_weight(snr[:, i], modality.snr_clamp)
         total = total + weights.l2 * scale.to(total.dtype) * l2[name]
@@ -277,7 +278,7 @@ def _snr_weighted(
     layout = process.layout
     error = at_least_single(process.epsilon(z, codes, t, presence) - prediction.epsilon)
     snr = layout.spread(process.snr(t.clamp(min=1))).clamp(min=torch.finfo(error.dtype).tiny)  # a target may reach 0
-    counts = layout.spread(_where_present(t > 0, presence)) > 0
+    counts = layout.spread(_where_present(t > 0, presence))
     scale = counts * snr_weight(snr, weights.l1_clamp) / snr
     return 0.5 * (scale.to(error.dtype) * error.square()).sum((1, 2, 3))
 

@@ -41,7 +41,6 @@ class DiffusionProcess:
     layout: Layout
     _variance_table: Tensor = field(init=False, repr=False)
     _level_table: Tensor = field(init=False, repr=False)
-    _modalities: Tensor = field(init=False, repr=False)
     ends_in_noise: bool = field()  # on another device it stays as it is
 
     @_variance_table.default
@@ -51,10 +50,6 @@ class DiffusionProcess:
     @_level_table.default
     def _levels(self) -> Tensor:
         return noise_level(self.signal_table, self._variance_table[:, None])
-
-    @_modalities.default
-    def _columns(self) -> Tensor:
-        return torch.arange(self.signal_table.shape[1], device=self.signal_table.device)
 
     @ends_in_noise.default
     def _ends_in_noise(self) -> bool:
@@ -98,7 +93,8 @@ class DiffusionProcess:
 
     def _look_up(self, table: Tensor, t: Tensor) -> Tensor:
         """Entries of a table ``[T + 1, N]`` at clocks ``[B, N, ...]``."""
-        return table[t, self._modalities.reshape(-1, *[1] * (t.ndim - 2))]
+        flat = t.reshape(*t.shape[:2], -1)
+        return table.T.expand(len(t), -1, -1).gather(2, flat).reshape(t.shape)
 
     def signal(self, t: Tensor, presence: Tensor | None = None) -> Tensor:
         """m_t^(i), in the shape of t (float64)."""
@@ -107,7 +103,7 @@ class DiffusionProcess:
 
     def variance(self, t: Tensor) -> Tensor:
         """σ_t² = 1 − ᾱ_t, in the shape of t (float64)."""
-        return self._variance_table[t]
+        return self._variance_table.index_select(0, t.flatten()).reshape(t.shape)
 
     def snr(self, t: Tensor) -> Tensor:
         """(m_t^(i))² / σ_t², in the shape of t (float64); inf at t = 0."""
@@ -203,7 +199,7 @@ class DiffusionProcess:
 
     def _spread(self, values: Tensor, like: Tensor) -> Tensor:
         require_computable("what is in the diffusion space", like.dtype)
-        return self.layout.spread(_over_places(values)).to(like.dtype)
+        return self.layout.spread(_over_places(values).to(like.dtype))  # a float32 of each place, not a float64
 
 
 def _over_places(values: Tensor) -> Tensor:

@@ -21,11 +21,14 @@ class MapHead(nn.Module):
     def __init__(self, features: FeatureSpec, out: int, patch: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(features.channels, out * patch**2, 3, padding=1)
-        self.shuffle = nn.PixelShuffle(patch)
+        self.patch = patch
         nn.init.normal_(self.conv.weight, std=0.01)
 
     def forward(self, feature_map: Tensor) -> Tensor:
-        return self.shuffle(self.conv(feature_map))
+        patches, p = self.conv(feature_map), self.patch
+        b, _, h, w = patches.shape
+        # A pixel shuffle. nn.PixelShuffle leaves channels last where they are, and likelihoods copy what it returns.
+        return patches.reshape(b, -1, p, p, h, w).permute(0, 1, 4, 2, 5, 3).reshape(b, -1, h * p, w * p)
 
 
 class VectorHead(nn.Module):
@@ -156,6 +159,11 @@ def patch_channels(size: Size, height: int, width: int) -> int:
     tall, wide = (size, None) if isinstance(size, int) else size
     down = max(tall // height, 1)
     return down * (down if wide is None else max(wide // width, 1))
+
+
+def with_spare(code: Tensor, spare: int, value: float = 0.0) -> Tensor:
+    """A code ``[B, c, H, W]`` with so many channels more, of one value."""
+    return F.pad(code, (0, 0, 0, 0, 0, spare), value=value) if spare else code  # by nothing, it would still copy
 
 
 def check_channels(kind: str, latent: LatentSpec, needed: int) -> None:

@@ -31,6 +31,7 @@ from mtdiffusion_plugins.heads import (
     patch_channels,
     picture_size,
     scale_of,
+    with_spare,
 )
 from mtdiffusion_plugins.sizes import Size, positive_size
 from mtdiffusion_registry.configs import ModalityConfig
@@ -54,7 +55,7 @@ class PatchEncoder(Encoder):
         self.spare = latent.channels - channels * patch**2
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pad(F.pixel_unshuffle(x, self.patch), (0, 0, 0, 0, 0, self.spare))
+        return with_spare(F.pixel_unshuffle(x, self.patch), self.spare)
 
 
 class ConvEncoder(Encoder):

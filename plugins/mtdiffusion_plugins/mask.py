@@ -42,6 +42,7 @@ from mtdiffusion_plugins.heads import (
     check_shape,
     patch_channels,
     picture_size,
+    with_spare,
 )
 from mtdiffusion_plugins.metrics.calibration import expected_calibration_error
 from mtdiffusion_plugins.sizes import Size, positive_size
@@ -85,24 +86,24 @@ class MaskEncoder(Encoder):
 
     def code(self, probabilities: Tensor) -> Tensor:
         """The expected code of class probabilities ``[B, h, w, K]``."""
-        return self._placed(probabilities @ self.corners.to(probabilities.dtype))
-
-    def _placed(self, points: Tensor) -> Tensor:
-        """A point of each pixel ``[B, h, w, K − 1]``, laid out in the latent."""
-        return F.pad(F.pixel_unshuffle(points.permute(0, 3, 1, 2), self.patch), (0, 0, 0, 0, 0, self.spare))
+        points = probabilities @ self.corners.to(probabilities.dtype)
+        return with_spare(F.pixel_unshuffle(points.permute(0, 3, 1, 2), self.patch), self.spare)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = F.pixel_unshuffle(x[:, None], self.patch)  # [B, p², H, W]: one number a pixel is less to move than K − 1
         if self.ignore is None:
-            return self._placed(F.embedding(x, self.corners))
-        counts = x != self.ignore
-        return self._placed(F.embedding(x * counts, self.corners) * counts[..., None])
+            points = F.embedding(x, self.corners)
+        else:
+            counts = x != self.ignore
+            points = F.embedding(x * counts, self.corners) * counts[..., None]
+        return with_spare(points.movedim(-1, 1).flatten(1, 2), self.spare)
 
     def known(self, x: Tensor) -> Tensor | None:
         if self.ignore is None:
             return None
         counts = (x != self.ignore)[:, None].expand(-1, self.corners.shape[1], -1, -1)
         patches = F.pixel_unshuffle(counts.to(self.corners.dtype), self.patch)
-        return F.pad(patches, (0, 0, 0, 0, 0, self.spare), value=1.0) > 0
+        return with_spare(patches, self.spare, value=1.0) > 0
 
 
 class CategoricalMaskDecoder(Decoder):

@@ -86,13 +86,31 @@ class ResidualBlock(nn.Module):
         return self.attention(self.shortcut(x) + self.conv2(self.dropout(h)))
 
 
+def _channels_last(x: Tensor) -> Tensor:
+    """x laid out as a CPU's convolutions of this size are 1.4 times faster."""
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+
+
+class Narrowing(nn.Conv2d):
+    """A 1 × 1 convolution, on a CPU of channels as they lie: with so many, to bring them last takes as long as it."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return super().forward(x)
+        weight, bias = self.weight.flatten(1).expand(len(x), -1, -1), self.bias[:, None]  # type: ignore[index]
+        return _channels_last(torch.baddbmm(bias, weight, x.flatten(2)).unflatten(2, x.shape[2:]))
+
+
 def _stem(inputs: int, outputs: int, narrow: int | None) -> nn.Module:
     if narrow is None:
         narrow = outputs if inputs > _MANY * outputs else 0
     if not narrow:
         return nn.Conv2d(inputs, outputs, 3, padding=1)
     # One place's codes say little that its neighbours' do not: most of nine times as many weights would be wasted.
-    return nn.Sequential(nn.Conv2d(inputs, narrow, 1), nn.Conv2d(narrow, outputs, 3, padding=1))
+    return nn.Sequential(Narrowing(inputs, narrow), nn.Conv2d(narrow, outputs, 3, padding=1))
 
 
 class UNet(Backbone):
@@ -153,9 +171,7 @@ class UNet(Backbone):
 
     def forward(self, z: Tensor, noise: Tensor, vector: Tensor) -> Features:
         condition = self.embedding(noise, vector)
-        if z.device.type == "cpu":
-            z = z.contiguous(memory_format=torch.channels_last)  # convolutions of this size: 1.4 times faster
-        h = self.stem(z)
+        h = self.stem(z if isinstance(self.stem, nn.Sequential) else _channels_last(z))
         skips = []
         for level, blocks in enumerate(self.down):
             for block in blocks:  # type: ignore[attr-defined]
