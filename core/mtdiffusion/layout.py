@@ -86,7 +86,8 @@ class Layout(ABC):
 
     @abstractmethod
     def spread(self, values: Tensor) -> Tensor:
-        """Values by modality ``[B, N, h, w]`` as they apply to z ``[B, C, H, W]``: ``[B, C or 1, h, w]``, same dtype."""
+        """Values by modality ``[B, N, h, w]``, as they apply to z ``[B, C, H, W]``: ``[B, C or 1, h, w]`` of the same
+        dtype."""
 
     @abstractmethod
     def take(self, name: str, z: Tensor) -> Tensor:

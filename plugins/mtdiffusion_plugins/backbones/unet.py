@@ -101,7 +101,7 @@ class Narrowing(nn.Conv2d):
         if x.device.type != "cpu":
             return super().forward(x)
         weight, bias = self.weight.flatten(1).expand(len(x), -1, -1), self.bias[:, None]  # type: ignore[index]
-        return _channels_last(torch.baddbmm(bias, weight, x.flatten(2)).unflatten(2, x.shape[2:]))
+        return _channels_last(torch.baddbmm(bias, weight, x.flatten(2)).reshape(len(x), -1, *x.shape[2:]))
 
 
 def _stem(inputs: int, outputs: int, narrow: int | None) -> nn.Module:
