@@ -1,4 +1,4 @@
-"""The tables of README.md, docs/results.md and docs/performance.md, from the committed results alone.
+"""The tables of README.md and of docs/ (results, their details, performance), from the committed results alone.
 
 ::
 
@@ -178,7 +178,7 @@ ANSWERS: Sequence[Answer] = (
 )
 """What the profile of real data answers."""
 RESULTS = Path("benchmarks/results")
-TARGETS = (Path("README.md"), Path("docs/results.md"), Path("docs/performance.md"))
+TARGETS = (Path("README.md"), Path("docs/results.md"), Path("docs/results-details.md"), Path("docs/performance.md"))
 START, END = "<!-- {} -->", "<!-- /{} -->"
 
 
