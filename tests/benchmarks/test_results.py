@@ -44,7 +44,7 @@ def test_a_changed_result_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     assert main(["--check"]) == 1
     assert main([]) == 0
-    assert "| image → label: accuracy | 0.123 |" in (tmp_path / "docs/results.md").read_text()
+    assert "| image → label: accuracy | 0.123 |" in (tmp_path / "docs/results-details.md").read_text()
     assert main(["--check"]) == 0
 
 
