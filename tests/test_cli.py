@@ -325,7 +325,7 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(
         ("modalities.image.size=9", "modalities.image: image: size 9 does not fit a latent of 8 × 8"),
         (
             "modalities.image.channels=3",
-            "'image': image: expected shape [batch, 3, 8, 8], found [1, 1, 8, 8]; set channels = 1 of the modality\n",
+            "'image': image: expected shape [batch, 3, 8, 8], found [1, 1, 8, 8]; set channels = 1 of the modality",
         ),
         ("modalities.label.classes=5", "'label': label of 5 classes: expected values from 0 to 4, found 5"),
         ('modalities.depth={kind="mask", size=8}', "no sample has the field 'depth' that modality 'depth' reads"),

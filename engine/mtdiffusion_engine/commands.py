@@ -23,8 +23,17 @@ from mtdiffusion_engine import packing, sampling
 from mtdiffusion_engine.checks import check_held_out, doubts_of
 from mtdiffusion_engine.cost import count_cost, describe_cost
 from mtdiffusion_engine.data import load_data
-from mtdiffusion_engine.environment import left_alone
-from mtdiffusion_engine.experiment import Experiment, TrainingConfig, build_model, load_experiment, require_resumable
+from mtdiffusion_engine.environment import choose_device, left_alone, native_bfloat16
+from mtdiffusion_engine.experiment import (
+    Experiment,
+    TrainingConfig,
+    build_model,
+    load_experiment,
+    require_resumable,
+    resolved,
+    with_precision,
+)
+from mtdiffusion_engine.explaining import explain, lines_of
 from mtdiffusion_engine.given import parsed
 from mtdiffusion_engine.hanging import HangWatch
 from mtdiffusion_engine.hub import CARD, GALLERY, METRICS
@@ -65,6 +74,8 @@ def check_config(args: Namespace) -> dict[str, Any] | None:
     warnings = [*warnings, *doubts_of(experiment, model)]
     latent = model.layout.latent
     cost = count_cost(experiment, model)
+    settled = with_precision(experiment, native_bfloat16(choose_device(None)))
+    explained = explain(settled, model, cost, len(train), held_out)
     if args.json:
         modalities = {
             name: {
@@ -79,6 +90,8 @@ def check_config(args: Namespace) -> dict[str, Any] | None:
             "data": {"kind": experiment.data.kind, "training_samples": len(train), "held_out_samples": held_out},
             "modalities": modalities,
             "latent": list(latent.shape),
+            "explained": explained,
+            "resolved": resolved(experiment, registry),
             "batch_size": experiment.training.batch_size,
             "cost": {**asdict(cost), "parameters": cost.parameters, "memory": cost.memory},
             "warnings": warnings,
@@ -89,7 +102,7 @@ def check_config(args: Namespace) -> dict[str, Any] | None:
         shape = " × ".join(map(str, modality.placeholder(1).shape[1:])) or "one value"
         print(f"  {name} ({experiment.modalities[name].kind}): {shape}, as a code of {code.channels} channels")
     print(f"latent: {latent.channels} × {latent.height} × {latent.width}")
-    for line in describe_cost(cost, experiment.training):
+    for line in (*lines_of(explained), *describe_cost(cost, experiment.training)):
         print(line)
     for warning in warnings:
         print(f"warning: {warning}")

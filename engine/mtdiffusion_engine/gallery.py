@@ -70,13 +70,13 @@ def draw_gallery(
     drawn_blocks: list[Block] = []
     for block in drawable:
         name = block.removesuffix(":part")
-        told = by_step(pace.tell, len(drawn_blocks), 1)
+        on_step = by_step(pace.tell, len(drawn_blocks), 1)
         if block == "joint":
-            drawn_blocks.append(_joint(run, names, columns, generator, told))
+            drawn_blocks.append(_joint(run, names, columns, generator, on_step))
         elif block == name:
-            drawn_blocks.append(_given(run, names, name, test[name], generator, told))
+            drawn_blocks.append(_given(run, names, name, test[name], generator, on_step))
         else:
-            drawn_blocks.append(_with_holes(run, name, test[name], generator, told))
+            drawn_blocks.append(_with_holes(run, name, test[name], generator, on_step))
         pace.tell(len(drawn_blocks))
     path.parent.mkdir(parents=True, exist_ok=True)
     title = f"One model, {len(model.names)} modalities: {', '.join(model.names)}"
