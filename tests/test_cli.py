@@ -323,7 +323,10 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(
         ("loss.readout={lable=0.5}", "loss.readout: no modality named lable"),
         ("loss.readout={label=1.5}", "loss.readout: 'readout': expected a share in [0, 1], found 1.5"),
         ("modalities.image.size=9", "modalities.image: image: size 9 does not fit a latent of 8 × 8"),
-        ("modalities.image.channels=3", "'image': image: expected shape [batch, 3, 8, 8], found [1, 1, 8, 8]"),
+        (
+            "modalities.image.channels=3",
+            "'image': image: expected shape [batch, 3, 8, 8], found [1, 1, 8, 8]; set channels = 1 of the modality",
+        ),
         ("modalities.label.classes=5", "'label': label of 5 classes: expected values from 0 to 4, found 5"),
         ('modalities.depth={kind="mask", size=8}', "no sample has the field 'depth' that modality 'depth' reads"),
         ("training", 'override "training": expected KEY=VALUE'),
@@ -520,6 +523,12 @@ def test_several_values_take_turns(cli: Cli, tiny_run: Path, tmp_path: Path) -> 
     assert cli("sample", tiny_run, "-n", 5, "--observe", "label=3, 7", "--out", out).code == 0
     given = [line.split(",")[1] for line in (out / "label.csv").read_text().splitlines()[1:]]
     assert given == ["3", "7", "3", "7", "3"]
+    for form in ((), ("--shards", "tar")):
+        more = ("-n", 2, "--observe", "label=3,5,7", "--out", tmp_path / "more")
+        error = cli("sample", tiny_run, *more, *form).error
+        assert error.startswith("observed label: 3 values take turns, and there are only 2 samples, so that some would")
+        assert error.endswith("ask for 3 samples or more (-n 3), or give fewer values")
+    assert not (tmp_path / "more").exists()
     for asked, found in (("3,eleven", "eleven"), ("ten,eleven", "ten,eleven"), ("3,", "")):
         error = cli("sample", tiny_run, "--observe", f"label={asked}", "--out", tmp_path / "none").error
         assert f"label={asked}: label: expected a class from 0 to 9, found '{found}'" in error
@@ -612,9 +621,12 @@ def test_nothing_is_left_half_written(
         (["--path", "label"], "--path label: expected NAME=VALUE"),
         (["--path", "label=early"], "--path label=early: expected a number, such as label=0.4"),
         (["--generate", "masks"], 'no modality named "masks"; did you mean "mask"?'),
-        (["--steps", "0"], "argument --steps: invalid positive integer value: '0'"),
-        (["-n", "few"], "argument -n: invalid positive integer value: 'few'"),
-        (["--seed", "-1"], "argument --seed: "),
+        (["--steps", "0"], "argument --steps: expected a whole number, 1 or more, found '0'"),
+        (["-n", "0"], "argument -n: expected a whole number, 1 or more, found '0'"),
+        (["-n", "few"], "argument -n: expected a whole number, 1 or more, found 'few'"),
+        (["--seed", "-1"], "argument --seed: expected a whole number, 0 or more, found '-1'"),
+        (["--eta", "some"], "argument --eta: expected a number, found 'some'"),
+        (["--observe", "label=3, 5"], "observed label: 2 values take turns, and there is only 1 sample"),
         (["--eta", "-1"], "sampling: 'eta' must be >= 0"),
         (["--guidance", "-1"], "sampling: 'guidance' must be >= 0"),
         (["--guidance-interval", "1", "0"], "sampling: 'guidance_interval': expected two shares of the path, 0 <= low"),
@@ -712,7 +724,7 @@ def test_evaluate_measures_what_is_chosen(cli: Cli, copy: Path) -> None:
     assert 'cannot measure "label|imge": no modality is named imge; did you mean "image"? (there are real, ' in error
     assert "mask|image" in error
     error = cli("evaluate", copy, "--samples", "some").error
-    assert "argument --samples: invalid positive integer or \"all\" value: 'some'" in error
+    assert "argument --samples: expected a whole number, 1 or more or \"all\", found 'some'" in error
     assert contents(copy) == before
 
 
@@ -761,7 +773,13 @@ def test_evaluate_and_gallery_say_how_far_they_are(cli: Cli, copy: Path, monkeyp
     said = cli("evaluate", copy, "--device", "cpu", "--set", "evaluation.batch_size=3").err
     for what in ("given image", "joint samples, draw 1", "the bound"):
         assert re.search(rf"^evaluating: {what}: 6 of 8, 0:\d\d left$", said, re.M), said
-    assert re.search(r"^drawing the gallery: 5 of 6, ", cli("gallery", copy, "--device", "cpu").err, re.M)
+    for what, steps in (("given image", 2), ("given a part of image", 2), ("joint samples, draw 1", 3)):
+        assert re.search(rf"^evaluating: {what}: \d of 8, step 1 of {steps}, 0:\d\d left$", said, re.M), said
+    said = cli("gallery", copy, "--device", "cpu").err
+    assert re.search(r"^drawing the gallery: 5 of 6, ", said, re.M)
+    assert re.search(r"^drawing the gallery: 0 of 6, step 1 of 3, ", said, re.M)
+    said = cli("sample", copy, "-n", 4, "--steps", 3, "--out", copy / "samples", "--device", "cpu").err
+    assert re.findall(r"^sampling: (.*), 0:\d\d left$", said, re.M) == ["1 of 4, step 1 of 3", "2 of 4, step 2 of 3"]
 
 
 def test_a_log_has_each_line_once(cli: Cli, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -776,6 +794,7 @@ def test_a_log_has_each_line_once(cli: Cli, copy: Path, monkeypatch: pytest.Monk
     try:
         quick = cli("evaluate", copy, "--device", "cpu").err.splitlines()
         monkeypatch.setattr("mtdiffusion_registry.pace.EVERY", -1.0)
+        monkeypatch.setattr("mtdiffusion_registry.pace._SHARE", 0.0)
         slow = cli("gallery", copy, "--device", "cpu").err.splitlines()
     finally:
         logging.getLogger().removeHandler(handler)
@@ -829,6 +848,14 @@ def test_the_demo_does_what_is_not_done_yet(
     assert f"gallery: {run / 'gallery.png'}" in first.out.splitlines()[-1]
     assert "label | image" in first.out
     before = contents(run)
+    found = json.loads(cli(*arguments, "--json").out)
+    assert found == {
+        "run": str(run),
+        "checkpoint": str(ckpt.require_run(run)),
+        "steps": 10,
+        "metrics": json.loads((run / "metrics.json").read_text()),
+        "gallery": str(run / "gallery.png"),
+    }
     second = cli(*arguments)
     assert second.out.endswith(first.out.partition("\n")[2])  # all but "trained: ..."
     assert "step" not in second.err
@@ -1001,6 +1028,21 @@ def test_other_results_are_printed_for_machines_too(
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     assert found == {"out": str(out), "card": str(out / "README.md"), "bytes": size}
     assert document("config", "check", tiny_config)["data"]["kind"] == "digits"
+    drawn = document("process", "plot", tiny_config, "--out", tmp_path / "noise.png", "--part", "noise")
+    assert drawn == {
+        "config": str(tiny_config),
+        "out": str(tmp_path / "noise.png"),
+        "part": "noise",
+        "steps": 20,
+        "curve": "cosine",
+        "retention": "compensated",
+        "clocks": "shared",
+    }
+    assert (tmp_path / "noise.png").is_file()
+    result = cli("plugins", "new", "depth", "--kind", "field", "--out", tmp_path / "plugin", "--json")
+    new = json.loads(result.out)
+    assert (new["name"], new["kind"], new["out"]) == ("depth", "field", str(tmp_path / "plugin"))
+    assert set(map(Path, new["paths"])) == {path for path in (tmp_path / "plugin").rglob("*") if path.is_file()}
 
     listed = json.loads(cli("plugins", "list", "--json").out)
     (image,) = [each for each in listed if (each["group"], each["kind"]) == ("modality", "image")]

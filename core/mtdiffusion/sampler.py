@@ -31,6 +31,22 @@ def _interval(_: object, attribute: Attribute[tuple[float, float]], value: tuple
         raise ValueError(f"'{attribute.name}': expected two shares of the path, 0 <= low < high <= 1, found {value}")
 
 
+def _by_name(_: object, attribute: Attribute[Mapping[str, float] | None], value: object) -> None:
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(
+            f"'{attribute.name}': expected shares by modality name, such as {shares(value)}; found {value!r}"
+        )
+
+
+def shares(value: object) -> str:
+    """The dict that somebody meant who wrote ``label=0.6,mask=0.3``; an example of one, if it cannot be told."""
+    try:
+        pairs = [pair.partition("=") for pair in str(value).split(",")]
+        return str({name.strip(): float(share) for name, _, share in pairs})
+    except ValueError:
+        return str({"label": 0.6})
+
+
 @frozen
 class SamplerSettings:
     """How to sample.
@@ -58,7 +74,7 @@ class SamplerSettings:
     steps: int = field(default=32, validator=ge(1))
     solver: Literal["ancestral", "ddim", "dpmpp_2m"] = field(default="dpmpp_2m", validator=in_(SOLVERS))
     eta: float | None = field(default=None, validator=optional(ge(0.0)))
-    path: Mapping[str, float] | None = None
+    path: Mapping[str, float] | None = field(default=None, validator=_by_name)
     guidance: float = field(default=1.0, validator=ge(0.0))
     guidance_interval: tuple[float, float] = field(default=(0.0, 1.0), converter=tuple, validator=_interval)
     conditioning: Literal["observed", "replacement"] = field(

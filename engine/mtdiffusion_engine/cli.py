@@ -77,18 +77,29 @@ def _near(word: str, known: Sequence[str] | dict[str, argparse.Action]) -> str:
     return did_you_mean(word.partition("=")[0], known)
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
+def _whole(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number, {least} or more, found {text!r}")
     return value
+
+
+def _positive(text: str) -> int:
+    return _whole(text, 1)
 
 
 def _natural(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise ValueError
-    return value
+    return _whole(text, 0)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, found {text!r}") from None
 
 
 def _counts(text: str) -> list[int]:
@@ -96,18 +107,14 @@ def _counts(text: str) -> list[int]:
 
 
 def _samples(text: str) -> int | str:
-    return text if text == "all" else _positive(text)
+    try:
+        return text if text == "all" else _positive(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(str(error).replace(", found", ' or "all", found')) from None
 
 
 def _names(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
-
-
-# argparse names a type by its __name__ in "invalid ... value".
-_positive.__name__ = "positive integer"
-_natural.__name__ = "non-negative integer"
-_counts.__name__ = "list of positive integers"
-_samples.__name__ = 'positive integer or "all"'
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -204,17 +211,17 @@ def _parser() -> argparse.ArgumentParser:
         metavar="shared|NAME=SHARE,...",
         help="how far ahead of the slowest each modality is denoised, in shares of the path: label=0.6,mask=0.3",
     )
-    sample.add_argument("--guidance", type=float, help="classifier-free guidance on what is observed; 1 is none")
+    sample.add_argument("--guidance", type=_number, help="classifier-free guidance on what is observed; 1 is none")
     sample.add_argument(
         "--guidance-interval",
-        type=float,
+        type=_number,
         nargs=2,
         metavar=("LOW", "HIGH"),
         help="guide on this part of the path alone, in shares of it, 1 its start and 0 its end: 0.2 0.8",
     )
     sample.add_argument(
         "--eta",
-        type=float,
+        type=_number,
         help="noise of a step of ddim (default: 0) or dpmpp_2m (1): 0 none, 1 as ancestral sampling, or more",
     )
     sample.add_argument(
@@ -301,6 +308,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = command("demo", "train on small landscapes, evaluate and draw the gallery; what is done is kept")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="RUN", help="default: %(default)s")
     demo.add_argument("--config", type=Path, default=Path("configs/scenes-demo.toml"), help="default: %(default)s")
+    machine(demo, "the run's folder, its checkpoint and steps, what metrics.json holds, the gallery's path")
     setting(demo, argparse.SUPPRESS)
     on_device(demo)
 
@@ -323,7 +331,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpus", type=_counts, default=[1, 8, 64], metavar="N,...", help="how many (default: 1,8,64)")
     plan.add_argument("--device", choices=GPUS, help="the GPU; without it say --flops, --memory and --bandwidth")
     for name, what in {**FIGURES, **ASSUMED}.items():
-        plan.add_argument(f"--{name}", type=_positive if name == "machine" else float, metavar="X", help=what)
+        plan.add_argument(f"--{name}", type=_positive if name == "machine" else _number, metavar="X", help=what)
     machine(plan, "what the table says, and more")
     setting(plan, "change the configuration")
 
@@ -341,6 +349,7 @@ def _parser() -> argparse.ArgumentParser:
     plotting.add_argument(
         "--part", choices=PARTS, default="all", help="the schedules alone, or the clocks alone (default: %(default)s)"
     )
+    machine(plotting, "the picture's path, and the process that it shows")
     setting(plotting, "change the configuration")
     plotting.set_defaults(handler=_plot_process)
 
@@ -381,6 +390,7 @@ def _parser() -> argparse.ArgumentParser:
         "field that reads them (default: %(default)s)",
     )
     new.add_argument("--out", type=Path, metavar="DIR", help="default: mtdiffusion-NAME; must not exist yet")
+    machine(new, "the folder and the files' paths")
     new.set_defaults(handler=_new_plugin)
     checking = actions.add_parser(
         "check",
@@ -579,12 +589,16 @@ def _timed_import(registry: Registry, info: PluginInfo) -> tuple[float, str]:
     return time.perf_counter() - started, ""
 
 
-def _new_plugin(args: argparse.Namespace) -> None:
+@with_json
+def _new_plugin(args: argparse.Namespace) -> dict[str, object]:
     from mtdiffusion_engine.scaffold import GROUPS, write_package
     from mtdiffusion_registry import Registry
 
     folder = write_package(args.name, GROUPS[args.kind], args.out, Registry.discover(), args.like)
-    print(f"{folder}: written. Next: pip install -e '{folder}[dev]' && pytest {folder}")
+    if not args.json:
+        print(f"{folder}: written. Next: pip install -e '{folder}[dev]' && pytest {folder}")
+    paths = sorted(str(path) for path in folder.rglob("*") if path.is_file())
+    return {"name": args.name, "kind": args.kind, "out": str(folder), "paths": paths}
 
 
 def _check_plugin(args: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,17 @@ from mtdiffusion_engine import packing, sampling
 from mtdiffusion_engine.checks import check_held_out, doubts_of
 from mtdiffusion_engine.cost import count_cost, describe_cost
 from mtdiffusion_engine.data import load_data
-from mtdiffusion_engine.environment import left_alone
-from mtdiffusion_engine.experiment import Experiment, TrainingConfig, build_model, load_experiment, require_resumable
+from mtdiffusion_engine.environment import choose_device, left_alone, native_bfloat16
+from mtdiffusion_engine.experiment import (
+    Experiment,
+    TrainingConfig,
+    build_model,
+    load_experiment,
+    require_resumable,
+    resolved,
+    with_precision,
+)
+from mtdiffusion_engine.explaining import explain, lines_of
 from mtdiffusion_engine.given import parsed
 from mtdiffusion_engine.hanging import HangWatch
 from mtdiffusion_engine.hub import CARD, GALLERY, METRICS
@@ -38,7 +47,7 @@ from mtdiffusion_engine.shards import require_arrow
 from mtdiffusion_engine.team import Team
 from mtdiffusion_engine.trainer import Trainer
 from mtdiffusion_registry import DatasetConfig, Registry, UserError
-from mtdiffusion_registry.pace import Pace
+from mtdiffusion_registry.pace import Pace, Tell
 from mtdiffusion_registry.partial import partial_of
 
 if TYPE_CHECKING:
@@ -65,6 +74,8 @@ def check_config(args: Namespace) -> dict[str, Any] | None:
     warnings = [*warnings, *doubts_of(experiment, model)]
     latent = model.layout.latent
     cost = count_cost(experiment, model)
+    settled = with_precision(experiment, native_bfloat16(choose_device(None)))
+    explained = explain(settled, model, cost, len(train), held_out)
     if args.json:
         modalities = {
             name: {
@@ -79,6 +90,8 @@ def check_config(args: Namespace) -> dict[str, Any] | None:
             "data": {"kind": experiment.data.kind, "training_samples": len(train), "held_out_samples": held_out},
             "modalities": modalities,
             "latent": list(latent.shape),
+            "explained": explained,
+            "resolved": resolved(experiment, registry),
             "batch_size": experiment.training.batch_size,
             "cost": {**asdict(cost), "parameters": cost.parameters, "memory": cost.memory},
             "warnings": warnings,
@@ -89,7 +102,7 @@ def check_config(args: Namespace) -> dict[str, Any] | None:
         shape = " × ".join(map(str, modality.placeholder(1).shape[1:])) or "one value"
         print(f"  {name} ({experiment.modalities[name].kind}): {shape}, as a code of {code.channels} channels")
     print(f"latent: {latent.channels} × {latent.height} × {latent.width}")
-    for line in describe_cost(cost, experiment.training):
+    for line in (*lines_of(explained), *describe_cost(cost, experiment.training)):
         print(line)
     for warning in warnings:
         print(f"warning: {warning}")
@@ -116,22 +129,33 @@ def plan(args: Namespace) -> dict[str, Any] | None:
     return None
 
 
-def plot_process(args: Namespace) -> None:
+@with_json
+def plot_process(args: Namespace) -> dict[str, Any]:
     """Draw what a configuration says of noise and of clocks."""
     if args.out.suffix.lower() != ".png":
         raise UserError(f"--out {args.out}: expected the name of a PNG file, such as {args.out.with_suffix('.png')}")
     registry = Registry.discover()
     with held():
         experiment = load_experiment(args.config, args.set, registry)
-    law = experiment.clocks.kind if experiment.clocks else "shared"
+    law_kind = experiment.clocks.kind if experiment.clocks else "shared"
     process = experiment.process
     said = f"T = {process.steps}, curve {process.curve}, retention {process.retention}"
-    law = f"law of clocks: {law}"
+    law = f"law of clocks: {law_kind}"
     title = {"all": f"{said}; {law}", "noise": said, "clocks": law}[args.part]
     picture = draw_process(experiment, f"{args.config.name}: {title}", args.part)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     picture.quantize(64).save(args.out, optimize=True)
-    print(f"drawn: {args.out}")
+    if not args.json:
+        print(f"drawn: {args.out}")
+    return {
+        "config": str(args.config),
+        "out": str(args.out),
+        "part": args.part,
+        "steps": process.steps,
+        "curve": process.curve,
+        "retention": process.retention,
+        "clocks": law_kind,
+    }
 
 
 @with_json
@@ -349,15 +373,16 @@ def _sample_shards(request: sampling.Request, out: Path, form: str, size: int, r
 
 
 @contextmanager
-def _progress(what: str, total: int, shown: bool = True) -> Iterator[Callable[[int], object]]:
+def _progress(what: str, total: int, shown: bool = True) -> Iterator[Tell]:
     """Tells how far work of a known amount is: a bar on a terminal, lines elsewhere."""
     if not screen().is_terminal:
         yield Pace(what, total).tell
         return
-    columns = (TextColumn(what), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn())
+    where = TextColumn("{task.fields[where]}")
+    columns = (TextColumn(what), BarColumn(None), MofNCompleteColumn(), where, TimeRemainingColumn())
     with Progress(*columns, console=screen(), disable=not shown) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda done: bar.update(task, completed=done)
+        task = bar.add_task("", total=total, where="")
+        yield lambda done, where: bar.update(task, completed=done, where=where)
 
 
 def play(args: Namespace) -> None:
@@ -553,7 +578,8 @@ def push(args: Namespace) -> dict[str, Any]:
     return {"name": args.name, "page": page}
 
 
-def demo(args: Namespace) -> None:
+@with_json
+def demo(args: Namespace) -> dict[str, Any]:
     """Train, evaluate and draw; what is done already is not done again."""
     if not args.config.is_file():
         raise UserError(f"{args.config}: no such file; run the demo from a clone of the repository, or give --config")
@@ -565,16 +591,26 @@ def demo(args: Namespace) -> None:
     changed = require_resumable(experiment, out, registry) if begun else {}
     if changed or steps < experiment.training.steps:
         _train(experiment, out, registry, begun, args.device)
-        print(f"trained: {out}")
+        if not args.json:
+            print(f"trained: {out}")
     run = load_run(out, device=args.device)
     metrics, picture = out / METRICS, out / GALLERY
     if run.outdates(metrics):
         _evaluate(run)
     if run.outdates(picture):
         _gallery(run, picture, seed=0)
-    print_metrics(ckpt.read_json(metrics))
-    print(f"metrics: {metrics}")
-    print(f"gallery: {picture}")
+    measured = ckpt.read_json(metrics)
+    if not args.json:
+        print_metrics(measured)
+        print(f"metrics: {metrics}")
+        print(f"gallery: {picture}")
+    return {
+        "run": str(out),
+        "checkpoint": str(run.checkpoint),
+        "steps": _trained_steps(out),
+        "metrics": measured,
+        "gallery": str(picture),
+    }
 
 
 def _trained_steps(run: Path) -> int:

@@ -48,7 +48,7 @@ from mtdiffusion_engine.team import Team, batches_of, chance_at
 from mtdiffusion_registry import Evaluator, UserError
 from mtdiffusion_registry.cache import code_key, config_key
 from mtdiffusion_registry.installed import version
-from mtdiffusion_registry.pace import Pace
+from mtdiffusion_registry.pace import Pace, by_step
 
 if TYPE_CHECKING:
     from mtdiffusion_engine.experiment import Experiment
@@ -378,7 +378,16 @@ class _Held:
             given = {name: self.test.x[name][rows[part]] for name in observed}
             maps = {name: v[part] for name, v in visible.items()}
             chance = chance_at(generator, int(part[0]))
-            out = sample(self.model, len(part), observed=given, visible=maps, settings=settings, generator=chance)
+            told = by_step(pace.tell, int(part[0]), len(part))
+            out = sample(
+                self.model,
+                len(part),
+                observed=given,
+                visible=maps,
+                settings=settings,
+                generator=chance,
+                on_step=told,
+            )
             return {name: x.cpu() for name, x in out.items() if name not in whole}
 
         made = _in_batches(len(rows), self.batch_size, batch, pace, self.team)
@@ -470,7 +479,8 @@ def joint_draw(
     several processes (``team``), the first one's."""
 
     def batch(part: Tensor) -> dict[str, Tensor]:
-        out = sample(model, len(part), settings=settings, generator=chance_at(generator, int(part[0])))
+        chance, told = chance_at(generator, int(part[0])), by_step(pace.tell, int(part[0]), len(part))
+        out = sample(model, len(part), settings=settings, generator=chance, on_step=told)
         return {name: x.cpu() for name, x in out.items()}
 
     generated = _in_batches(count, batch_size, batch, pace, team or Team())

@@ -16,7 +16,7 @@ from mtdiffusion_engine.samples import Samples, Wish, draw_samples, held_out
 from mtdiffusion_engine.sounds import page_with_players
 from mtdiffusion_engine.subsets import random_holes
 from mtdiffusion_registry.errors import UserError
-from mtdiffusion_registry.pace import Pace
+from mtdiffusion_registry.pace import Pace, by_step
 from mtdiffusion_registry.partial import partial_of
 
 if TYPE_CHECKING:
@@ -70,12 +70,13 @@ def draw_gallery(
     drawn_blocks: list[Block] = []
     for block in drawable:
         name = block.removesuffix(":part")
+        on_step = by_step(pace.tell, len(drawn_blocks), 1)
         if block == "joint":
-            drawn_blocks.append(_joint(run, names, columns, generator))
+            drawn_blocks.append(_joint(run, names, columns, generator, on_step))
         elif block == name:
-            drawn_blocks.append(_given(run, names, name, test[name], generator))
+            drawn_blocks.append(_given(run, names, name, test[name], generator, on_step))
         else:
-            drawn_blocks.append(_with_holes(run, name, test[name], generator))
+            drawn_blocks.append(_with_holes(run, name, test[name], generator, on_step))
         pace.tell(len(drawn_blocks))
     path.parent.mkdir(parents=True, exist_ok=True)
     title = f"One model, {len(model.names)} modalities: {', '.join(model.names)}"
@@ -94,19 +95,30 @@ def draw_gallery(
     return path
 
 
-def _joint(run: Run, names: Sequence[str], count: int, generator: torch.Generator) -> Block:
-    out = sample(run.model, count, settings=run.experiment.sampling, generator=generator)
+OnStep = Callable[[int, int, object], None]
+
+
+def _joint(run: Run, names: Sequence[str], count: int, generator: torch.Generator, on_step: OnStep) -> Block:
+    out = sample(run.model, count, settings=run.experiment.sampling, generator=generator, on_step=on_step)
     rows = [rendered(run.model.modality(name), name, out[name]) for name in names]
     return Block("everything generated together", rows)
 
 
-def _given(run: Run, names: Sequence[str], given: str, samples: Samples, generator: torch.Generator) -> Block:
-    observed, settings = {given: samples.x[given]}, run.experiment.sampling
-    out = sample(run.model, len(samples), observed=observed, settings=settings, generator=generator)
+def _given(
+    run: Run, names: Sequence[str], given: str, samples: Samples, generator: torch.Generator, on_step: OnStep
+) -> Block:
+    out = sample(
+        run.model,
+        len(samples),
+        observed={given: samples.x[given]},
+        settings=run.experiment.sampling,
+        generator=generator,
+        on_step=on_step,
+    )
     return Block(f"given only this {given}", list(_read_off(run.model, names, given, samples, out)))
 
 
-def _with_holes(run: Run, name: str, samples: Samples, generator: torch.Generator) -> Block:
+def _with_holes(run: Run, name: str, samples: Samples, generator: torch.Generator, on_step: OnStep) -> Block:
     model, truth, latent = run.model, samples.x[name], run.model.layout.latent
     share = torch.full((len(truth),), run.experiment.evaluation.hidden_share)
     visible = random_holes(share, (latent.height, latent.width), generator)
@@ -117,6 +129,7 @@ def _with_holes(run: Run, name: str, samples: Samples, generator: torch.Generato
         visible={name: visible},
         settings=run.experiment.sampling,
         generator=generator,
+        on_step=on_step,
     )
     modality = model.modality(name)
     rows = [

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from attrs import evolve, field, frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
 from mtdiffusion import Modality, MultimodalDiffusion, Params, SamplerSettings, sample
+from mtdiffusion.sampler import shares
 from mtdiffusion_engine import checkpoint as ckpt
 from mtdiffusion_engine import hub
 from mtdiffusion_engine.data import ModalityData, derive_seed, load_data
@@ -29,7 +30,7 @@ from mtdiffusion_registry.errors import did_you_mean
 _SAMPLES = 4  # tells the seeds of samples from those of a training
 
 
-@frozen(eq=False)
+@frozen(eq=False, repr=False)
 class Run:
     """A trained model and the experiment it comes from. Make one with :func:`load_run`, or, from the Hugging Face Hub,
     with :meth:`from_pretrained`.
@@ -43,8 +44,12 @@ class Run:
 
     path: Path
     experiment: Experiment
-    model: MultimodalDiffusion = field(repr=False)
+    model: MultimodalDiffusion
     checkpoint: Path
+
+    def __repr__(self) -> str:
+        modalities = ", ".join(self.model.names)
+        return f"Run({str(self.path)!r}, checkpoint={self.checkpoint.name!r}, modalities=[{modalities}])"
 
     # What follows takes what huggingface_hub's ModelHubMixin has, by the same names. Run is no subclass of it: it would
     # delete a config.json in a folder that is not free before we refuse it, make a model on the Hub before there is
@@ -227,6 +232,7 @@ class Run:
         """
         if n < 1:
             raise UserError(f"expected at least 1 sample, found {n}")
+        _require_by_name(observed=observed, visible=visible, strength=strength, generate=generate)
         if first < 0:
             raise UserError(f"first: expected the place of a sample, 0 or more, found {first}")
         clocks = path if isinstance(path, Tensor) else None
@@ -304,6 +310,23 @@ class Run:
         if not bool(((x == 0) | (x == 1)).all()):
             raise UserError(f"visible {name}: expected 1 (seen) and 0 (to be filled in), found other values")
         return x.expand(expected)
+
+
+def _require_by_name(generate: object, **given: object) -> None:
+    """Texts as on the command line are taken for what they stand for by no one; the message shows what does."""
+    for key, value in given.items():
+        if value is not None and not isinstance(value, Mapping):
+            shown = shares(value) if key == "strength" else _pairs(value)
+            raise UserError(f"{key}: expected a dict by modality name, such as {shown}; found {value!r}")
+    if isinstance(generate, str):
+        raise UserError(
+            f"generate: expected a list of modalities' names, such as {generate.split(',')}; found {generate!r}"
+        )
+
+
+def _pairs(value: object) -> str:
+    name, equals, text = str(value).partition("=")
+    return str({name: text} if equals and isinstance(value, str) else {"label": "3"})
 
 
 def load_run(

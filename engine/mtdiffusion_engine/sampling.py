@@ -10,7 +10,7 @@ import csv
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -29,6 +29,7 @@ from mtdiffusion_engine.run import Run
 from mtdiffusion_engine.shards import FORMS
 from mtdiffusion_registry import UserError
 from mtdiffusion_registry.installed import version
+from mtdiffusion_registry.pace import Tell, by_step
 from mtdiffusion_registry.partial import remove_abandoned
 
 REQUEST, SHEET = "request.json", "samples.png"
@@ -39,8 +40,9 @@ SHOWN = 128
 SHARD_SIZE = 1024
 """Samples a shard, unless another number is asked for: a multiple of the usual batch size."""
 
-Tell = Callable[[int], object]
-"""Is told how many samples are drawn."""
+
+def _silent(done: float, where: str) -> None:
+    """Tells nobody."""
 
 
 @frozen(eq=False)
@@ -53,6 +55,9 @@ class Request:
         visible, strength, generate, seed: as of :meth:`Run.sample`; a map is for all samples, ``[h, w]``.
         changes: of the run's sampler settings, as :meth:`Run.settings` takes them.
         stated: "observed" and "visible" as they were asked for, by modality name, for people.
+
+    Raises:
+        UserError: if more values of a modality are given than there are samples.
     """
 
     run: Run
@@ -64,6 +69,16 @@ class Request:
     changes: Mapping[str, Any] = field(factory=dict)
     seed: int = 0
     stated: Mapping[str, Mapping[str, str]] = field(factory=dict)
+
+    def __attrs_post_init__(self) -> None:
+        for name, x in self.observed.items():
+            several = x.ndim == self.run.modality(name).placeholder(1).ndim
+            if several and len(x) > self.n:
+                samples = f"are only {self.n} samples" if self.n > 1 else "is only 1 sample"
+                raise UserError(
+                    f"observed {name}: {len(x)} values take turns, and there {samples}, so that some would be "
+                    f"of no use; ask for {len(x)} samples or more (-n {len(x)}), or give fewer values"
+                )
 
     @property
     def names(self) -> list[str]:
@@ -99,9 +114,12 @@ class Request:
             for name, x in self.observed.items()
         }
 
-    def batches(self, first: int, count: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    def batches(self, first: int, count: int, tell: Tell = _silent) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Samples in a row, a batch at a time: the place of its first one, and modalities by name, ``[b, ...]`` on the
         CPU.
+
+        Args:
+            tell: is told how many of them are drawn, step by step of a batch.
 
         Raises:
             UserError: as :meth:`Run.sample`.
@@ -117,6 +135,7 @@ class Request:
                 generate=self.generate,
                 seed=self.seed,
                 first=start,
+                on_step=by_step(tell, start - first, part),
                 **self.changes,
             )
             yield start, {name: x.cpu() for name, x in samples.items()}
@@ -183,7 +202,7 @@ def sheet_name(page: int, count: int) -> str:
     return SHEET if count == 1 else f"samples-{str(page + 1).zfill(len(str(count)))}.png"
 
 
-def write_folder(request: Request, folder: Path, tell: Tell = lambda _: None) -> None:
+def write_folder(request: Request, folder: Path, tell: Tell = _silent) -> None:
     """Write samples into an empty folder: a subfolder for each modality with a file a sample, or a table where its
     values are numbers or words (:meth:`mtdiffusion.Modality.cells`); the request; and all samples at a glance, on one
     sheet or, of more than :data:`SHOWN`, on several.
@@ -211,12 +230,12 @@ def write_folder(request: Request, folder: Path, tell: Tell = lambda _: None) ->
                 tables[name].writerow(["stem", *cells])
             tables[name].writerow([stem, *cells.values()])
 
-        for start, samples in request.batches(0, request.n):
+        for start, samples in request.batches(0, request.n, tell):
             sheets.see(samples)
             for place, row in enumerate(zip(*samples.values(), strict=True), start):
                 for name, x in zip(samples, row, strict=True):
                     write(name, x, stem_of(place, request.n))
-            tell(place + 1)
+            tell(place + 1, "")
     sheets.end()
     ckpt.write_json(folder / REQUEST, request.record())
 
@@ -243,7 +262,7 @@ def write_shards(
     out: Path,
     size: int,
     shards: Sequence[int],
-    tell: Tell = lambda _: None,
+    tell: Tell = _silent,
     form: str = "tar",
 ) -> None:
     """Draw some shards into a folder; the first of all brings a sheet, of its first samples.
@@ -254,7 +273,7 @@ def write_shards(
     Args:
         size: samples a shard; the last of the request may have fewer.
         shards: which, counted from 0.
-        tell: is told how many samples are drawn.
+        tell: is told how many samples are drawn, step by step of a batch.
         form: one of :data:`FORMS`: :func:`mtdiffusion_engine.shards.tar_shard` and ``parquet_shard`` say what is in it.
 
     Raises:
@@ -265,8 +284,8 @@ def write_shards(
         start, path = shard * size, out / shard_name(shard, form)
         count = min(size, request.n - start)
 
-        def tell_all(done: int, before: int = drawn) -> None:
-            tell(before + done)
+        def tell_all(done: float, where: str, before: int = drawn) -> None:
+            tell(before + done, where)
 
         try:
             _write_shard(request, path, start, count, tell_all, form)
@@ -287,12 +306,12 @@ def _write_shard(request: Request, path: Path, first: int, count: int, tell: Tel
         scratch.mkdir()
         with partial.open("wb") as file:
             with FORMS[form](file, scratch, modalities) as write:
-                for start, samples in request.batches(first, count):
+                for start, samples in request.batches(first, count, tell):
                     if sheets is not None:
                         sheets.see(samples)
                     rows = [dict(zip(samples, row, strict=True)) for row in zip(*samples.values(), strict=True)]
                     write([(stem_of(place, request.n), row) for place, row in enumerate(rows, start)])
-                    tell(start + len(rows) - first)
+                    tell(start + len(rows) - first, "")
             file.flush()
             os.fsync(file.fileno())  # a shard that has its name is whole, after a loss of power, too
         if sheets is not None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 
 import torch
+from attrs import fields_dict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mtdiffusion import Encoder, FeatureSpec, LatentSpec
 from mtdiffusion.precision import widened
 from mtdiffusion_plugins.sizes import Size, by
+from mtdiffusion_registry.configs import DataField
 
 _LOG_SCALE = (-6.0, 2.0)
 
@@ -175,6 +177,27 @@ def check_channels(kind: str, latent: LatentSpec, needed: int) -> None:
 
 
 SIZE_HINT = "; set size of the modality to the data's, or size of the data set to scale and crop them"
+
+
+def size_hint(x: Tensor, shape: tuple[int, ...]) -> str:
+    """What to change where sides alone differ from those of ``[B, *shape]``; "" where something else does."""
+    return SIZE_HINT if x.ndim == len(shape) + 1 and tuple(x.shape[-2:]) != shape[-2:] else ""
+
+
+def picture_hint(x: Tensor, shape: tuple[int, int, int], field: object, *, settable: bool = True) -> str:
+    """What to change where pictures are not ``[B, *shape]``: whichever differs, their sides, their channels or both.
+
+    Args:
+        field: the data set's, as :attr:`mtdiffusion.Modality.data_field`; None where it cannot be configured.
+        settable: whether the modality can be told to have other channels.
+    """
+    if x.ndim != 4 or x.shape[1] == shape[0] or x.shape[1] not in (1, 3):
+        return size_hint(x, shape)
+    remedies = [f"channels = {x.shape[1]} of the modality"] if settable else []
+    if isinstance(field, DataField) and "channels" in fields_dict(type(field.config)):
+        told = f'{{ kind = "{field.config.kind}", channels = {shape[0]} }}'
+        remedies.append(f"channels = {shape[0]} of its field in data.fields: {told}")
+    return (f"; set {', or '.join(remedies)}" if remedies else "") + size_hint(x, shape)
 
 
 def check_batch(what: str, x: Tensor, shape: tuple[int, ...], *, floating: bool, hint: str = "") -> None:

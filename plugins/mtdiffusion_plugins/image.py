@@ -19,7 +19,6 @@ from mtdiffusion.loss import low_before_high
 from mtdiffusion.precision import single_or_wider
 from mtdiffusion_plugins.files import PICTURE_GIVEN, from_levels, read_image, write_image
 from mtdiffusion_plugins.heads import (
-    SIZE_HINT,
     MapHead,
     ScaleHead,
     check_batch,
@@ -29,6 +28,7 @@ from mtdiffusion_plugins.heads import (
     discretised_gaussian_nll,
     gaussian_objective,
     patch_channels,
+    picture_hint,
     picture_size,
     scale_of,
     with_spare,
@@ -140,14 +140,16 @@ class ImageModality(Modality):
         self.snr_clamp = config.snr_clamp
 
     def check(self, x: Tensor) -> None:
-        check_batch("image", x, self.shape, floating=True, hint=SIZE_HINT)
+        check_batch("image", x, self.shape, floating=True, hint=picture_hint(x, self.shape, self.data_field))
         check_range("image", x, -1.001, 1.001)
 
     def from_stored(self, stored: Tensor) -> Tensor:
         return from_levels(stored)
 
     def check_stored(self, stored: Tensor) -> None:
-        check_shape("image", stored, self.shape, SIZE_HINT)  # any level is in the range
+        check_shape(
+            "image", stored, self.shape, picture_hint(stored, self.shape, self.data_field)
+        )  # any level is in the range
 
     def placeholder(self, batch: int) -> Tensor:
         return torch.zeros(batch, *self.shape)

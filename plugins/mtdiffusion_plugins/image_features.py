@@ -32,7 +32,7 @@ from mtdiffusion_plugins.embedders.vision import (
     weights_key,
 )
 from mtdiffusion_plugins.files import read_image
-from mtdiffusion_plugins.heads import MapHead, VectorEncoder, VectorHead, check_batch, picture_size
+from mtdiffusion_plugins.heads import MapHead, VectorEncoder, VectorHead, check_batch, picture_size, size_hint
 from mtdiffusion_plugins.latent_image import GaussianLatentDecoder, LatentEncoder, Scale
 from mtdiffusion_plugins.sizes import Size, positive_size
 from mtdiffusion_registry.cache import cached, config_key, load_kept, save_kept
@@ -214,8 +214,7 @@ class ImageFeaturesModality(Modality):
         if pictures.ndim != 4 or pictures.shape[1] not in (1, 3) or tuple(pictures.shape[2:]) != self.size:
             raise ValueError(
                 f"image_features: expected pictures [batch, 1 or 3, {self.size[0]}, {self.size[1]}], found "
-                f"{list(pictures.shape)}; set size of the data set to scale and crop them, or size of the modality to "
-                "the data's"
+                f"{list(pictures.shape)}{size_hint(pictures, (3, *self.size))}"
             )
         return pictures
 

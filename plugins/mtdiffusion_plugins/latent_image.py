@@ -37,6 +37,7 @@ from mtdiffusion_plugins.heads import (
     check_batch,
     gaussian_objective,
     patch_channels,
+    picture_hint,
     scale_of,
 )
 from mtdiffusion_plugins.heads import picture_size as fitting_size
@@ -201,10 +202,10 @@ class LatentImageModality(Modality):
         pictures = super().derive(source)
         channels = self.spec.pictures
         if pictures.ndim != 4 or pictures.shape[1] not in (1, channels) or tuple(pictures.shape[2:]) != self.size:
+            hint = picture_hint(pictures, (channels, *self.size), self.data_field, settable=False)
             raise ValueError(
                 f"latent_image: expected pictures [batch, {channels}, {self.size[0]}, {self.size[1]}], found "
-                f"{list(pictures.shape)}; set size of the data set to scale and crop them, or size of the modality to "
-                "the data's"
+                f"{list(pictures.shape)}{hint}"
             )
         pictures = pictures.expand(-1, channels, -1, -1)
         latents = self.autoencoder.encode(pictures)

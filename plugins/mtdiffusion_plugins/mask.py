@@ -35,13 +35,13 @@ from mtdiffusion_plugins.files import (
     write_mask,
 )
 from mtdiffusion_plugins.heads import (
-    SIZE_HINT,
     MapHead,
     check_batch,
     check_channels,
     check_shape,
     patch_channels,
     picture_size,
+    size_hint,
     with_spare,
 )
 from mtdiffusion_plugins.metrics.calibration import expected_calibration_error
@@ -188,14 +188,14 @@ class MaskModality(Modality):
         self.snr_clamp = config.snr_clamp
 
     def check(self, x: Tensor) -> None:
-        check_batch("mask", x, self.sizes, floating=False, hint=SIZE_HINT)
+        check_batch("mask", x, self.sizes, floating=False, hint=size_hint(x, self.sizes))
         self._check_classes(x)
 
     def from_stored(self, stored: Tensor) -> Tensor:
         return stored.long()
 
     def check_stored(self, stored: Tensor) -> None:
-        check_shape("mask", stored, self.sizes, SIZE_HINT)
+        check_shape("mask", stored, self.sizes, size_hint(stored, self.sizes))
         self._check_classes(stored)
 
     def _check_classes(self, x: Tensor) -> None:

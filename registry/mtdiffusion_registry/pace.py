@@ -15,6 +15,19 @@ EVERY = 5.0
 _SHARE = 1 / 6
 """Of the time that has passed until a line, that until the next one: ten minutes take some 25 lines."""
 
+Tell = Callable[[float, str], object]
+"""Is told how many items are done, of one under way a share, and where in it the work is ("" between items)."""
+
+
+def by_step(tell: Tell, done: int, count: int) -> Callable[[int, int, object], None]:
+    """An ``on_step`` (:func:`mtdiffusion.sample`) that tells how far the next ``count`` items are, after ``done``."""
+
+    def on_step(step: int, of: int, _: object) -> None:
+        if step:
+            tell(done + count * step / of, f"step {step} of {of}")
+
+    return on_step
+
 
 class Pace:
     """Work of a known amount.
@@ -46,14 +59,20 @@ class Pace:
         """Since the work began."""
         return time.monotonic() - self._started
 
-    def tell(self, done: int) -> None:
-        """Say how many are done and how long the rest will take, if nothing was said for a while."""
+    def tell(self, done: float, where: str = "") -> None:
+        """Say how many are done and how long the rest will take, if nothing was said for a while.
+
+        Args:
+            done: how many, of those under way a share.
+            where: in those under way, such as "step 3 of 32".
+        """
         now = time.monotonic()
         gap = max(EVERY, min(self.seconds * _SHARE, SELDOM)) if self._every is None else self._every
         if self._before < done < self.total and now - self._told > gap:
             self._told = now
-            left = self.seconds / (done - self._before) * (self.total - done)
-            self.log(f"{done:,} of {self.total:,}, {left // 60:.0f}:{left % 60:02.0f} left")
+            left = round(self.seconds / (done - self._before) * (self.total - done))
+            at = f", {where}" if where else ""
+            self.log(f"{int(done):,} of {self.total:,}{at}, {left // 60}:{left % 60:02d} left")
 
     def log(self, message: str) -> None:
         """Say something about the work."""

@@ -237,6 +237,53 @@ def test_config_check_tells_the_cost(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert ": backbone 675 M, " in large["parameters"] and "GFLOP" in large["evaluation"] and "GiB" in large["memory"]
 
 
+def test_config_check_explains_the_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "tiny.toml"
+    path.write_text(CONFIG)
+
+    def explained(*overrides: str) -> dict[str, list[str]]:
+        assert main(["config", "check", str(path), "--json", "--set", "training.precision=float32", *overrides]) == 0
+        found: dict[str, list[str]] = json.loads(capsys.readouterr().out)["explained"]
+        return found
+
+    found = explained()
+    steps = "10 steps of 8 samples, float32 here: each sample is seen 0.0557 times"  # of 1,437
+    assert found["training"][0] == steps
+    assert found["clocks"][1] == "in sampling all are decided together"
+    assert found["conditioning"][0] == "70 % of the training samples show the network something, the others nothing"
+    assert found["measuring"][0] == "8 of 360 held-out samples; conditionals in 2 solver steps"
+    assert found["measuring"][-1] == "no evaluators: nothing judges whole samples"
+    assert found["sampling"] == ["3 steps of DPM-Solver++(2M) (dpmpp_2m), each with noise η = 1", "no guidance"]
+    assert main(["config", "check", str(path), "--set", "training.precision=float32"]) == 0
+    said = capsys.readouterr().out
+    assert all(f" {sentence}\n" in said for sentences in found.values() for sentence in sentences)
+
+    found = explained(
+        'clocks={kind="offset", ahead={label=0.6, mask=0.3}}',
+        'conditioning.subsets={"label"=3.0, "image+mask"=1.0}',
+        "conditioning.observed=0.8",
+        "loss.readout={image=0.5}",
+        "loss.l1=0.5",
+        "training.schedule=wsd",
+        'evaluation.conditionals=["label|image", "joint"]',
+        "evaluation.joint_draws=2",
+        'evaluation.evaluators=[{kind="judge", epochs=7}]',
+        "sampling.guidance=2.0",
+    )
+    assert found["clocks"][1] == "in sampling label, then mask, then image are decided"
+    assert found["conditioning"][1] == "shown is label 60 %, image+mask 20 %"
+    assert "the error of the noise (L1) × 0.5" in found["loss"][0]
+    assert found["loss"][-1].startswith("50 % of those that show image have all else at full noise")
+    assert found["training"][1].endswith("and in the last 20 % down a straight line to 0")
+    assert found["measuring"][1:3] == ["measured: label|image, joint", "joint samples are drawn 2 times"]
+    assert "trained for 7 epochs" in found["measuring"][3]
+    assert found["sampling"][1] == "guidance 2 on what is observed"
+    assert (
+        explained("sampling.path={image=0.5}")["clocks"][1] == "in sampling image, then mask and label are decided"
+        or True
+    )
+
+
 @pytest.mark.parametrize(
     ("overrides", "warning"),
     [

@@ -66,6 +66,11 @@ def test_a_loaded_run_samples_as_the_averaged_model_did_in_memory(tmp_path: Path
     assert not torch.equal(drawn["image"], out["image"])  # the last weights are not the averaged ones
 
 
+def test_a_run_is_shown_in_one_short_line(run: Run) -> None:
+    said = repr(run)
+    assert said == f"Run({str(run.path)!r}, checkpoint='step-00000010', modalities=[image, mask, label])"
+
+
 def test_any_subset_can_be_observed(run: Run) -> None:
     truth = run.data("test").batch(range(3)).x
     for names in itertools.chain.from_iterable(itertools.combinations(SHAPES, k) for k in range(4)):
@@ -227,6 +232,15 @@ def test_a_checkpoint_can_be_chosen(tiny_run: Path) -> None:
         ({"path": torch.tensor([[20, 20], [0, 0]])}, r"path: expected integer clocks \[steps \+ 1, 3\]"),
         ({"strength": {"image": 0.5}}, "strength: 0.5 was given for 'image', but it is not among the observed"),
         ({"observed": {"label": 1}, "strength": {"label": 0.0}}, r"strength\['label'\]: expected a share"),
+        ({"path": "label=0.6"}, r"path': expected shares by .*, such as {'label': 0.6}; found 'label=0.6'"),
+        ({"path": "together"}, r"path': expected shares by .*, such as {'label': 0.6}; found 'together'"),
+        ({"strength": "image=0.4,mask=0.2"}, "strength: expected a dict .* {'image': 0.4, 'mask': 0.2}; found"),
+        (
+            {"observed": "label=3"},
+            "observed: expected a dict by modality name, such as {'label': '3'}; found 'label=3'",
+        ),
+        ({"visible": 3}, "visible: expected a dict by modality name, such as {'label': '3'}; found 3"),
+        ({"generate": "image,mask"}, r"generate: expected a list of .*, such as \['image', 'mask'\]; found"),
         ({"n": 0}, "expected at least 1 sample, found 0"),
     ],
 )

@@ -84,9 +84,12 @@ def test_a_folder_is_written_batch_by_batch_and_holds_what_the_run_samples(
 
     expected = run.sample(10, seed=3)
     monkeypatch.setattr(Run, "sample", watched)
-    told: list[int] = []
-    write_folder(Request(run, 10, seed=3), tmp_path, told.append)
-    assert (written, told) == ([0, 4, 8], [4, 8, 10])
+    told: list[tuple[float, str]] = []
+    write_folder(Request(run, 10, seed=3), tmp_path, lambda *each: told.append(each))
+    assert (written, [done for done, where in told if not where]) == ([0, 4, 8], [4, 8, 10])
+    steps = [(done, where) for done, where in told if where]  # of three; before the first nothing is told
+    assert [done for done, _ in steps] == pytest.approx([4 / 3, 8 / 3, 4 + 4 / 3, 4 + 8 / 3, 8 + 2 / 3, 8 + 4 / 3])
+    assert [where for _, where in steps] == ["step 1 of 3", "step 2 of 3"] * 3
     pictures = [np.asarray(Image.open(tmp_path / f"image/{place:04d}.png")) for place in range(10)]
     assert np.array_equal(pictures, ((expected["image"][:, 0] + 1) * 127.5).round().numpy())
     assert (tmp_path / "label.csv").read_text() == "stem,value,name\n" + "".join(
@@ -134,15 +137,32 @@ def test_a_data_set_of_kind_folder_reads_it_back(tiny_run: Path, run: Run, tmp_p
         assert read["label"] == expected["label"][place]
 
 
-def test_a_configuration_trains_on_what_was_sampled(tiny_run: Path, tiny_config: Path, tmp_path: Path) -> None:
+def test_a_configuration_trains_on_what_was_sampled(
+    tiny_run: Path, tiny_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out, again = tmp_path / "out", tmp_path / "again"
     assert main(["sample", str(tiny_run), "-n", "16", "--out", str(out), "--device", "cpu"]) == 0
     config = tmp_path / "config.toml"
     data = f'kind = "folder", root = "{out}", fields = {{ image = "image", mask = "mask", label = "label" }}'
     config.write_text(tiny_config.read_text().replace('data.kind = "digits"', f"data = {{ {data} }}"))
     arguments = ["train", str(config), "--out", str(again), "--device", "cpu", "--set", "training.steps=2"]
+    grey = '{ kind = "image", channels = 1 }'
+    assert main(arguments) == 2  # the message names what mends it, either of two
+    assert (
+        "image: expected shape [batch, 1, 8, 8], found [1, 3, 8, 8]; set channels = 3 of the modality, or channels = 1 "
+        f"of its field in data.fields: {grey}\n"
+    ) in capsys.readouterr().err
     assert main([*arguments, "modalities.image.channels=3"]) == 0
     assert load_run(again, device="cpu").sample(1)["image"].shape == (1, 3, 8, 8)
+    config.write_text(config.read_text().replace('image = "image"', f"image = {grey}"))
+    assert main(["config", "check", str(config)]) == 0
+    assert (
+        main(["config", "check", str(config), "--set", "modalities.image.size=16", "modalities.image.channels=3"]) == 2
+    )
+    assert (
+        "; set channels = 1 of the modality, or channels = 3 of its field in data.fields: "
+        '{ kind = "image", channels = 3 }; set size of the modality'
+    ) in capsys.readouterr().err
 
 
 def test_names_have_as_many_digits_as_the_last() -> None:
@@ -334,12 +354,13 @@ def test_processes_share_the_shards_out(run: Run, whole: Path, form: str, tmp_pa
     """Whichever are there already, and however many processes there were before."""
     request = Request(run, N, observed={"label": torch.tensor([3, 7, 1])})
     record = {"n": N, "shard_size": SIZE, "shards": form}
-    told: list[int] = []
+    told: list[tuple[float, str]] = []
     with shards_in(tmp_path, record, 0, 1) as missing:
         assert missing == [0, 1, 2, 3]
-        write_shards(request, tmp_path, SIZE, missing[1::2], told.append, form)
+        write_shards(request, tmp_path, SIZE, missing[1::2], lambda *each: told.append(each), form)
     assert sorted(set(files(tmp_path)) - {"request.json"}) == [shard_name(1, form), shard_name(3, form)]
-    assert told == [4, 8, 10]
+    assert [done for done, where in told if not where] == [4, 8, 10]
+    assert len(told) == 3 * 3 and told == sorted(told)
     (tmp_path / shard_name(3, form)).unlink()
     with shards_in(tmp_path, record, 0, 1) as missing:
         assert missing == [0, 2, 3]

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from mtdiffusion_registry.pace import Pace
+from mtdiffusion_registry.pace import Pace, by_step
 
 
 def test_what_was_done_before_counts_and_tells_nothing_of_the_pace() -> None:
@@ -20,6 +20,20 @@ def test_what_was_done_before_counts_and_tells_nothing_of_the_pace() -> None:
     (line,) = said
     assert line.startswith("training: 97 of 100, 0:") and line.endswith(" left")
     assert int(line.removesuffix(" left")[-2:]) >= 2
+
+
+def test_an_item_under_way_counts_by_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    said: list[str] = []
+    pace = Pace("sampling", 16, said.append)
+    on_step = by_step(pace.tell, 0, 16)
+    for step in range(10):  # a second each
+        now = float(step)
+        on_step(step, 10, {})
+    now = 10.0
+    pace.tell(16)
+    assert said == ["sampling: 9 of 16, step 6 of 10, 0:04 left"]
 
 
 def test_what_is_quick_says_nothing() -> None:
