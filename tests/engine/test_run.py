@@ -264,7 +264,7 @@ def test_a_checkpoint_can_be_chosen(tiny_run: Path) -> None:
         ({"observed": {"label": [1, 2]}}, "expected one value or a batch of 3, found a batch of 2"),
         (
             {"observed": {"image": torch.zeros(1, 9, 9)}},
-            r"observed image: .*\[1, 8, 8\] .*; found float32 \[3, 1, 9, 9\]",
+            r"observed image: .*\[1, 8, 8\] .*; found float32 \[1, 9, 9\]",
         ),
         ({"observed": {"image": torch.zeros(8)}}, r"observed image: .*\[1, 8, 8\] .*; found float32 \[8\]"),
         ({"observed": {"image": torch.full((1, 8, 8), torch.nan)}}, "observed image: .*found NaN"),
