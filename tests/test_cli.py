@@ -159,6 +159,11 @@ def test_no_command_shows_the_help(cli: Cli) -> None:
     assert result.out.startswith("usage: mtdiffusion")
 
 
+@pytest.mark.parametrize("command", ["train", "sample", "evaluate", "gallery", "demo", "export", "push", "play"])
+def test_settings_that_a_command_takes_are_in_its_help(cli: Cli, command: str) -> None:
+    assert "--set KEY=VALUE" in cli(command, "--help").out
+
+
 def test_the_solvers_are_those_of_the_sampler() -> None:
     assert set(SOLVERS) == set(CORE_SOLVERS)
 

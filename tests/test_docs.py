@@ -152,3 +152,10 @@ def test_each_row_of_what_data_may_look_like_is_a_test() -> None:
     tests = "".join(path.read_text() for room in ("tests", "examples") for path in (ROOT / room).rglob("test_*.py"))
     assert len(rows) > 20
     assert [name for name in rows if f"def {name}(" not in tests] == []
+
+
+def test_a_yes_of_the_comparison_leads_to_what_shows_it() -> None:
+    text = (ROOT / "docs/comparison.md").read_text()
+    cells = [cell.strip() for row in re.findall(r"^\|(.*)\|$", text, re.M) for cell in row.split("|")]
+    assert sum(cell.startswith("[yes](") for cell in cells) > 20
+    assert [cell for cell in cells if re.match(r"yes\b", cell)] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -243,3 +244,14 @@ def test_a_circle_of_imports_is_found(sources: dict[str, str], circle: set[str])
 )
 def test_imports_without_a_circle_are_allowed(sources: dict[str, str]) -> None:
     assert circle_of_imports(sources) == []
+
+
+def test_what_is_committed_stays_small() -> None:
+    """A clone is to take seconds: pictures of the documents and small data, no weights and no results of runs."""
+    try:
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no clone")
+    sizes = {name: (ROOT / name).lstat().st_size for name in listed.decode().split("\0") if (ROOT / name).is_file()}
+    largest = sorted(sizes.items(), key=lambda each: -each[1])[:5]
+    assert sum(sizes.values()) < 10_000_000, f"the largest: {largest}"

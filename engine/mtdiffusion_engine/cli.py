@@ -309,7 +309,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="RUN", help="default: %(default)s")
     demo.add_argument("--config", type=Path, default=Path("configs/scenes-demo.toml"), help="default: %(default)s")
     machine(demo, "the run's folder, its checkpoint and steps, what metrics.json holds, the gallery's path")
-    setting(demo, argparse.SUPPRESS)
+    setting(demo, "change the configuration, such as training.steps=300; of a new demo alone")
     on_device(demo)
 
     config = command("config", "look at a configuration")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import inspect
 import json
+import re
 import shutil
 import threading
 import tomllib
@@ -78,6 +79,8 @@ def test_the_card_says_what_the_run_is_and_what_was_measured(run_folder: Path, e
     assert "| image | image | 1 × 8 × 8, float32 |" in text
     assert "![" in text and "](gallery.png)" in text
     assert 'Run.from_pretrained("FOLDER")' in text
+    (install,) = re.findall(r"^pip install (.*)$", text, re.M)
+    assert not re.search(r"(^| )mtdiffusion\b", install)  # of no index yet
     from huggingface_hub import ModelCard
 
     assert ModelCard.load(exported / "README.md").data.license == "apache-2.0"  # the Hub's own reader

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import socket
 import sys
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +29,8 @@ from mtdiffusion_registry.config import structure
 from tests.pages import chromium, served
 
 pytest.importorskip("gradio")
+
+ROOT = Path(__file__).parents[2]
 
 
 def modality(kind: str, **keys: Any) -> Modality:
@@ -162,7 +167,8 @@ class Page:
     def __init__(self, run: Path, folder: Path) -> None:
         from mtdiffusion_engine.play.page import build_page
 
-        self.blocks = build_page(load_run(run, device="cpu"), folder)
+        self.run = load_run(run, device="cpu")
+        self.blocks = build_page(self.run, folder)
         (self.event,) = (fn for fn in self.blocks.fns.values() if fn.api_name == "sample")
         self.controls = {each.elem_id: each for each in self.event.inputs if each.elem_id}
 
@@ -232,6 +238,26 @@ def test_the_samples_are_those_of_the_command_line(page: Page, tiny_run: Path, t
     assert "label 3" in last["status"]
 
 
+def test_as_much_noise_as_the_documents_advise_can_be_asked_for(page: Page) -> None:
+    text = "".join((ROOT / name).read_text() for name in ("docs/sampling.md", "docs/plugins.md", "docs/results.md"))
+    advised = [float(value) for value in re.findall(r"(?:--eta |\beta ?= ?)(\d+(?:\.\d+)?)", text)]
+    assert len(advised) > 2 and max(advised) > 1
+    eta = page.controls["eta"]
+    for value in advised:
+        assert eta.minimum <= eta.preprocess(value) == value <= eta.maximum
+
+
+def test_the_time_left_is_told_once_there_is_a_step_to_go_by(page: Page) -> None:
+    step = page.run.model.backbone.register_forward_hook(lambda *_: time.sleep(0.4))
+    try:
+        said = [each["status"] for each in page.sample(count=1, steps=8) if "step" in each.get("status", "")]
+    finally:
+        step.remove()
+    assert "left" not in said[0] and "left" not in said[1]
+    left = [int(found[1]) for each in said if (found := re.search(r", 0:(\d\d) left<", each))]
+    assert left == sorted(left, reverse=True) and 1 <= left[-1] < left[0] <= 6
+
+
 def test_a_new_seed_is_drawn_unless_it_is_kept(page: Page) -> None:
     seeds = [page.sample(count=1, steps=1, seed=7, fresh=fresh)[0]["seed"] for fresh in (True, True, False)]
     assert seeds[0] != seeds[1]
@@ -256,6 +282,7 @@ def test_what_is_given_is_shown_once_and_what_is_started_from_is_sampled(page: P
     assert started["shown-image"].count("<img") == 3
     with zipfile.ZipFile(started["archive"]) as archive, archive.open("image/0001.png") as file:
         assert (np.array(Image.open(file)) != 255).any()
+    assert ", started from image at clock 0.3." in started["status"]
 
 
 @pytest.mark.parametrize(
@@ -415,4 +442,26 @@ def test_an_error_is_a_sentence_on_the_page(browser: Any, address: str, tmp_path
     view.click("#use-image label:nth-child(2)")
     view.set_input_files('#card-image input[data-testid="Open a file-upload-button"]', tmp_path / "notes.png")
     view.wait_for_selector("text=image: notes.png: cannot be read as a picture")
+    view.close()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("width", [1280, 390, 330])
+def test_the_tools_cover_nothing_of_the_picture(browser: Any, address: str, width: int) -> None:
+    """What is below the tools is white margin: the canvas, black here, ends beside them."""
+    view = browser.new_page(viewport={"width": width, "height": 1200})
+    view.goto(address)
+    view.click("#use-image label:nth-child(2)")
+    view.wait_for_selector("#canvas-image canvas")
+    view.wait_for_timeout(1500)
+    tools = view.locator("#canvas-image .toolbar-wrap").bounding_box()
+    whole = view.locator("#canvas-image").bounding_box()
+    view.add_style_tag(content="#canvas-image .toolbar-wrap, #canvas-image .top-panel {visibility: hidden}")
+    drawn = Image.open(io.BytesIO(view.locator("#canvas-image").screenshot())).convert("L")
+    dark = Image.eval(drawn, lambda level: 255 * (level < 60)).getbbox()
+    assert dark is not None and dark[2] - dark[0] > 150
+    x, y = tools["x"] - whole["x"], tools["y"] - whole["y"]
+    assert x >= 0 and y >= 0 and x + tools["width"] <= whole["width"] and y + tools["height"] <= whole["height"]
+    beside = x + tools["width"] <= dark[0] + 1 or x >= dark[2] - 1
+    assert beside or y + tools["height"] <= dark[1] + 1 or y >= dark[3] - 1
     view.close()

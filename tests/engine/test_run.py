@@ -113,6 +113,56 @@ def test_names_paths_and_pictures_are_given_as_they_are(run: Run, tmp_path: Path
     assert torch.equal(seen[0]["image"], seen[1]["image"])
 
 
+@pytest.mark.filterwarnings("error")
+def test_arrays_are_given_in_the_layouts_that_pictures_have(run: Run) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8), np.uint8)
+    grey = Image.fromarray(pixels[0])
+    own = torch.tensor(pixels / 127.5 - 1, dtype=torch.float32)[:, None]
+    floats = own.numpy()
+    frozen = np.asarray(grey)
+    assert not frozen.flags.writeable
+    colours = np.repeat(pixels[..., None], 3, -1)
+    one = (frozen, frozen[..., None], colours[0], floats[0], floats[0, 0], floats[0, 0, ..., None], own[0, 0])
+    batch = (pixels, pixels[..., None], colours, floats, floats[:, 0], floats[:, 0, ..., None], own)
+    lists = (list(pixels), list(colours), list(floats), list(own), [Image.fromarray(each) for each in pixels])
+    for given in one:
+        assert torch.allclose(run._batch("image", given, 4), own[:1].expand(4, -1, -1, -1), atol=1e-6)
+    for given in (*batch, *lists):
+        assert torch.allclose(run._batch("image", given, 4), own, atol=1e-6)
+    assert torch.allclose(run._batch("image", floats[0, 0, ::-1], 1), own[:1].flip(2), atol=1e-6)
+    assert run._batch("image", np.full((20, 16), 255, np.uint8), 1).eq(1).all()  # scaled, as a file is
+    assert run.sample(4, observed={"image": frozen, "label": np.uint8(7)})["image"].shape == (4, 1, 8, 8)
+
+    classes = pixels // 128
+    for given, count in ((classes[0], 1), (classes, 4), (list(classes), 4), (classes.astype(np.int32), 4)):
+        assert torch.equal(run._batch("mask", given, count), torch.tensor(classes[:count], dtype=torch.int64))
+    assert run._batch("label", [np.array(3), np.array(4)], 2).tolist() == [3, 4]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        (np.zeros((9, 9), np.float32), r"float32 \[9, 9\]"),
+        (np.zeros((9, 9, 1)), r"float64 \[9, 9, 1\]"),
+        (np.zeros((8, 8, 3)), r"float64 \[8, 8, 3\]"),
+        (np.zeros((8, 8), np.int64), r"int64 \[8, 8\]"),
+        (np.zeros((2, 8, 8, 2), np.uint8), r"uint8 \[2, 8, 8, 2\]"),
+        (torch.zeros(8, 8, dtype=torch.uint8), r"uint8 \[8, 8\]"),
+        (np.zeros(8), r"float64 \[8\]"),
+    ],
+)
+def test_an_array_that_is_no_picture_is_told_what_is_one(run: Run, given: object, found: str) -> None:
+    message = rf"^observed image: expected a picture: floats \[8, 8\], .* of uint8, 0 to 255, .*; found {found}$"
+    with pytest.raises(UserError, match=message):
+        run.sample(2, observed={"image": given})
+
+
+def test_an_array_of_another_range_is_told_the_range(run: Run) -> None:
+    with pytest.raises(UserError, match=r"observed image: image: expected values from -1\.001 to 1\.001, found 255"):
+        run.sample(2, observed={"image": np.full((8, 8), 255.0)})
+
+
 def test_what_cannot_be_given_is_said(run: Run) -> None:
     with pytest.raises(UserError, match="observed label: label: expected a class from 0 to 9, found 'horse'"):
         run.sample(1, observed={"label": "horse"})
@@ -217,8 +267,11 @@ def test_a_checkpoint_can_be_chosen(tiny_run: Path) -> None:
         ({"observed": {"label": 10}}, "observed label: .*expected values from 0 to 9, found 10"),
         ({"observed": {"label": 0.5}}, "observed label: .*expected int64, found torch.float32"),
         ({"observed": {"label": [1, 2]}}, "expected one value or a batch of 3, found a batch of 2"),
-        ({"observed": {"image": torch.zeros(1, 9, 9)}}, r"observed image: .*\[batch, 1, 8, 8\], found \[3, 1, 9, 9\]"),
-        ({"observed": {"image": torch.zeros(8)}}, r"observed image: .*\[batch, 1, 8, 8\], found \[8\]"),
+        (
+            {"observed": {"image": torch.zeros(1, 9, 9)}},
+            r"observed image: .*\[1, 8, 8\] .*; found float32 \[1, 9, 9\]",
+        ),
+        ({"observed": {"image": torch.zeros(8)}}, r"observed image: .*\[1, 8, 8\] .*; found float32 \[8\]"),
         ({"observed": {"image": torch.full((1, 8, 8), torch.nan)}}, "observed image: .*found NaN"),
         ({"observed": {"image": torch.full((1, 8, 8), 255.0)}}, "observed image: .*from -1.001 to 1.001, found 255"),
         ({"visible": {"image": torch.ones(8, 8)}}, "'image', but it is not among the observed"),

@@ -45,6 +45,8 @@ GENERATE, GIVEN, START = "generate", "given", "start from"
 AS_TRAINED, TOGETHER, AS_SET = "as the run has it", "all together", "as set here"
 MOST_SAMPLES, KEPT = 64, 8
 """Samples at a time, and results whose files are kept to be looked at."""
+MOST_NOISE = 4.0
+"""η at most: what helps a solver is below it (docs/sampling.md)."""
 
 _PREVIEW = 0.3  # seconds between previews
 _READING = 20  # seconds that an error stays
@@ -52,6 +54,7 @@ _TILES = 16  # of a preview
 _FEW = 12  # choices that are shown side by side
 _DRAWING = ((0, 0, 0), (255, 255, 255), (128, 128, 128), (220, 50, 40), (245, 200, 60), (50, 150, 70), (40, 100, 200))
 _BLANK = (((0, 0, 0), "Black"), ((255, 255, 255), "White"))
+_TOGETHER = ", everything generated together"
 _NOTHING = '<p class="quiet">Its samples will be here.</p>'
 _CSS = """
 .gradio-container > main {max-width: 1180px; margin: 0 auto; padding: 16px}
@@ -75,6 +78,9 @@ _CSS = """
   .gradio-container > main {padding: 10px}
   .card {padding: 10px}
   .uses label {padding: 4px 7px; font-size: 13px}
+  /* The canvas leaves a tenth of the height below it, but of a narrow page less beside it than the tools take. */
+  .card .toolbar-wrap {top: auto; bottom: 1px; left: 1px; right: auto; width: auto; flex-direction: row}
+  .card .toolbar-wrap .half-container {flex-direction: row; padding: 0 4px; border-top: 0}
 }
 .bar {height: 6px; margin-top: 6px; border-radius: 3px; background: var(--border-color-primary)}
 .bar div {height: 6px; border-radius: 3px; background: var(--color-accent)}
@@ -320,7 +326,7 @@ def build_page(run: Run, folder: Path) -> gr.Blocks:
                 solver = gr.Dropdown(list(SOLVERS), value=sampling.solver, label="Solver", elem_id="solver")
                 eta = gr.Slider(
                     0,
-                    max(1.0, sampling.noise),
+                    max(MOST_NOISE, sampling.noise),
                     sampling.noise,
                     step=0.05,
                     label="η: noise of a step",
@@ -388,9 +394,13 @@ def build_page(run: Run, folder: Path) -> gr.Blocks:
                     gr.Info(f"{noted}: {text}")
                 running[key] = Sampling(run, request)
                 yield {seed: request.seed, status: _progress(0, 1), whole: gr.update(visible=False)}
+                began: float | None = None  # after the first step, which is slower: memory and kernels are found then
                 for done, of, estimates in running[key]:
+                    now = time.monotonic()
+                    began = now if began is None else began
+                    left = (now - began) / (done - 1) * (of - done) if done > 1 else None
                     tiles = {c.shown: _tiles(c, estimates[c.name], request) for c in cards if c.name in estimates}
-                    yield {status: _progress(done, of), **tiles}
+                    yield {status: _progress(done, of, left), **tiles}
                 out = _result_folder(folder, results)
                 yield _result(run, cards, request, running[key].samples, out) | {
                     status: _done(request),
@@ -699,19 +709,23 @@ def _legend(palette: Sequence[tuple[str, Colour]]) -> str:
     return f'<div class="legend">{"".join(swatches)}</div>'
 
 
-def _progress(done: int, of: int) -> str:
+def _progress(done: int, of: int, left: float | None = None) -> str:
+    """How far it is, and how many seconds are left, once there is a step to go by and a second to wait."""
+    minutes, seconds = divmod(round(left or 0), 60)
+    told = f", {minutes}:{seconds:02} left" if minutes or seconds else ""
     bar = f'<div class="bar"><div style="width:{100 * done / of:.0f}%"></div></div>'
-    return f'<p class="quiet">step {done} of {of}</p>{bar}'
+    return f'<p class="quiet">step {done} of {of}{told}</p>{bar}'
 
 
 def _done(request: Request) -> str:
     number = "1 sample" if request.count == 1 else f"{request.count} samples"
-    given = [
-        f"{name} {request.said.get(name, '')}".strip() + (" with holes" if name in request.visible else "")
-        for name in request.observed
-    ]
-    told = f", from {_listed(given)}" if given else ", everything generated together"
-    return f'<p class="quiet">{number} with seed {request.seed}{html.escape(told)}.</p>'
+    named = {name: f"{name} {request.said.get(name, '')}".strip() for name in request.observed}
+    holes = {name: " with holes" if name in request.visible else "" for name in named}
+    given = [named[name] + holes[name] for name in named if name not in request.strength]
+    started = [f"{named[name]}{holes[name]} at clock {share:g}" for name, share in request.strength.items()]
+    told = f", from {_listed(given)}" if given else ""
+    told += f", started from {_listed(started)}" if started else ""
+    return f'<p class="quiet">{number} with seed {request.seed}{html.escape(told or _TOGETHER)}.</p>'
 
 
 def _listed(names: Sequence[str]) -> str:
