@@ -98,7 +98,8 @@ class ModalitySubject(Subject):
                 return x
             params = case.params(DRAWN)
             x = case.modality.decoder.mode(params)
-            if isinstance(x, Tensor) and x.shape[:1] == (DRAWN,) and len({*map(tuple, x.reshape(DRAWN, -1).tolist())}) == DRAWN:
+            rows = x.reshape(DRAWN, -1).tolist() if isinstance(x, Tensor) and x.shape[:1] == (DRAWN,) else []
+            if len({*map(tuple, rows)}) == DRAWN:
                 return x
             # Of a few classes modes are alike. Where they are not, draws would make the worse data: the scale of a
             # fresh head differs from number to number, and no small model learns such noise in the steps of the checks.
