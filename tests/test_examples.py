@@ -112,6 +112,33 @@ def test_any_of_them_from_any(site: Path, trained: Path) -> None:
     assert (trained / "heard" / "audio" / "0000.wav").read_bytes() == made["audio"][0].read_bytes()
 
 
+def test_the_page_has_an_input_and_a_player_of_each_by_itself(site: Path, trained: Path) -> None:
+    """As its controls are made and called; a browser clicks them in a test of its own."""
+    code = """
+import json, wave
+from pathlib import Path
+import gradio as gr
+from mtdiffusion_engine import load_run
+from mtdiffusion_engine.play.page import build_page
+page = build_page(load_run("run", device="cpu"), Path("played"))
+(event,) = (fn for fn in page.fns.values() if fn.api_name == "sample")
+inputs = {each.elem_id: type(each).__name__ for each in event.inputs if each.elem_id}
+entered = {each: getattr(each, "value", None) for each in event.inputs}
+for update in event.fn(entered, gr.Request(session_hash="a session")):
+    shown = {each.elem_id: value for each, value in update.items()}
+lengths = []
+for path in Path("played").glob("**/audio/*.wav"):
+    with wave.open(str(path)) as sound:
+        lengths.append(sound.getnframes() / sound.getframerate())
+print(json.dumps([inputs, str(shown["shown-audio"]), str(shown["shown-tokens"]), lengths]))
+"""
+    inputs, audio, tokens, lengths = json.loads(run(site, sys.executable, "-c", code, cwd=trained).splitlines()[-1])
+    assert inputs["sound-audio"] == "Audio" and inputs["text-tokens"] == "Textbox"
+    assert audio.count("<audio controls") == len(lengths) > 0
+    assert lengths == [pytest.approx(1024 / 8000)] * len(lengths)
+    assert tokens.count("<figure><p>") == len(lengths)
+
+
 @pytest.mark.long
 def test_the_page_shows_them_as_it_does_ours(site: Path, trained: Path, tmp_path: Path) -> None:
     """A recording of another rate and length is heard, a text is typed, and what is sampled plays."""

@@ -456,23 +456,33 @@ def load_some(
     """
     modalities = {name: model.modality(name) for name in names}
     _fit(experiment, modalities)
-    dataset = _drawn(experiment, split, {modality.field or name for name, modality in modalities.items()}, most)
+    dataset = _drawn(experiment, split, {name: modality.field or name for name, modality in modalities.items()}, most)
     return ModalityData(dataset, modalities, f"data ({split})")
 
 
-def _drawn(experiment: Experiment, split: Literal["train", "test"], fields: set[str], most: int) -> _Some:
-    """The draw of :func:`load_some`, by the fields that a sample must have."""
+def _drawn(experiment: Experiment, split: Literal["train", "test"], read: Mapping[str, str], most: int) -> _Some:
+    """The draw of :func:`load_some`, by the field that each modality reads, which a sample must have."""
+    fields = set(read.values())
     with _named(split):
         dataset = experiment.data.reading(sorted(fields)).build(split)
     source = Source(dataset, {}, {}, f"data ({split})")
     rows: list[int] = []
+    there: set[str] = set()
     for index in torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist():
-        if fields <= source.raw(index).keys():
+        found = source.raw(index).keys()
+        there |= found
+        if fields <= found:
             rows.append(index)
         if len(rows) == most:
             break
     if not rows and len(dataset):
-        raise EmptySplit(f"data ({split}): no sample has the fields {', '.join(sorted(fields))}, which are read")
+        lacking = [f"{field!r}, which modality {name!r} reads" for name, field in read.items() if field not in there]
+        if not lacking:  # each is there, but never all in one sample
+            lacking = [f"all of {', '.join(sorted(fields))}, which modalities {', '.join(read)} read"]
+        raise EmptySplit(
+            f"data ({split}): no sample has the field {'; or '.join(lacking)}; the samples' fields are "
+            f"{', '.join(sorted(there))}. Set modalities.NAME.field, the field that it reads, to one of them"
+        )
     return _Some(dataset, rows)
 
 
@@ -486,7 +496,7 @@ def _fit(experiment: Experiment, modalities: Mapping[str, Modality]) -> None:
     for name, modality in modalities.items():
         if modality.fit_samples:
             field = modality.field or name
-            some = _drawn(experiment, "train", {field}, modality.fit_samples)
+            some = _drawn(experiment, "train", {name: field}, modality.fit_samples)
             source = [some[index][field] for index in range(len(some))]
             texts = [value for value in source if isinstance(value, str)]
             try:

@@ -13,7 +13,7 @@ from mtdiffusion_engine.conforming import EXAMPLES, contracts
 from mtdiffusion_engine.experiment import Experiment
 from mtdiffusion_registry import UserError
 from mtdiffusion_registry.config import structure
-from mtdiffusion_registry.testing import Contract
+from mtdiffusion_registry.testing import Contract, conformance
 from mtdiffusion_registry.testing.contract import sizes
 from tests.engine.tiny import CONFIG, REGISTRY, toy
 
@@ -64,7 +64,11 @@ def test_a_derived_modality_is_checked_with_what_it_is_derived_from() -> None:
         ("modality.image", ["data.nan_at=3"], "data .train.: sample 3: modality 'image'"),
         ("modality.label", ["modalities.label.classes=2"], "label of 2 classes"),
         ("modality.label", ["data.count=2"], "at least 3 samples that have label, found 2"),
-        ("modality.label", ["modalities.label.field=class"], "no sample has the fields class"),
+        (
+            "modality.label",
+            ["modalities.label.field=class"],
+            "no sample has the field 'class', which modality 'label' reads; .* Set modalities.NAME.field",
+        ),
         ("modality.text", [], "no modality of kind 'text' .it has image, mask, label."),
         ("evaluator.judge", [], "no evaluator of kind 'judge' .it has none."),
         ("evaluator.judge", ['evaluation.evaluators=[{kind="judge", input="sound"}]'], "a modality named 'sound'"),
@@ -91,6 +95,24 @@ def test_the_command_line_checks_an_evaluator_on_both_splits(
     assert "failed   build              it cannot be built here: evaluators.judge: expected" in capsys.readouterr().out
     assert main([*command, "--latent", "4"]) == 2
     assert "--latent: with --data the configuration says it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("plugin", "given"),
+    [
+        ("modality.image", "give --set size=VALUE"),
+        ("modality.latent_image", "give --set size=VALUE and --set autoencoder=VALUE"),
+        ("modality.label", "give --set classes=VALUE"),
+        ("dataset.folder", "--set root=VALUE"),
+    ],
+)
+def test_a_key_without_a_default_is_told_with_how_to_give_it(
+    plugin: str, given: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plugins", "check", plugin]) == 2
+    assert given in capsys.readouterr().err
+    with pytest.raises(UserError, match="missing key"):
+        conformance(plugin).contract()
 
 
 def test_latents_of_one_row_are_halved_along_it() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from accelerate.tracking import GeneralTracker
+from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -84,25 +85,28 @@ def test_what_was_logged_after_the_last_checkpoint_is_dropped_when_a_run_resumes
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 11))  # 5 and 6 once
 
 
+TRACKED = (
+    "import sys\n"
+    "from pathlib import Path\n"
+    "from rich.console import Console\n"
+    "from mtdiffusion_engine.monitor import Monitor\n"
+    "from mtdiffusion_engine.trainer import Trainer\n"
+    "from tests.engine.tiny import CONFIG, REGISTRY, toy\n"
+    "trainer = Trainer(toy('training.steps=4', *sys.argv[2:]), Path(sys.argv[1]), REGISTRY, device='cpu')\n"
+    "with Monitor(trainer, Console()) as monitor:\n"
+    "    trainer.train(monitor.progress, monitor.samples)\n"
+    "trainer.accelerator.end_training()\n"
+)
+"""A training of four steps, in a process of its own: trackers leave threads and hooks behind."""
+
+
 def test_a_training_is_logged_to_the_trackers_that_are_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("trackio")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     asked = ('training.trackers=["trackio"]', "training.project=shelf")
-    code = (
-        "import sys\n"
-        "from pathlib import Path\n"
-        "from rich.console import Console\n"
-        "from mtdiffusion_engine.monitor import Monitor\n"
-        "from mtdiffusion_engine.trainer import Trainer\n"
-        "from tests.engine.tiny import CONFIG, REGISTRY, toy\n"
-        "trainer = Trainer(toy('training.steps=4', *sys.argv[2:]), Path(sys.argv[1]), REGISTRY, device='cpu')\n"
-        "with Monitor(trainer, Console()) as monitor:\n"
-        "    trainer.train(monitor.progress, monitor.samples)\n"
-        "trainer.accelerator.end_training()\n"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "book"), *asked], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-c", TRACKED, str(tmp_path / "book"), *asked], check=True, cwd=ROOT)
     with sqlite3.connect(tmp_path / "trackio" / "shelf.db") as stored:
         told = [(name, step, json.loads(values)) for name, step, values in stored.execute(LOGGED)]
         ((config,),) = stored.execute("SELECT config FROM configs")
@@ -110,6 +114,39 @@ def test_a_training_is_logged_to_the_trackers_that_are_asked_for(
     assert {"train/loss", "train/l2/image", "train/learning_rate"} <= set(told[0][2])
     assert "held_out/loss" in told[3][2] and "held_out/loss" not in told[0][2]
     assert json.loads(config)["training.steps"] == 4 and json.loads(config)["modalities.image.kind"] == "image"
+
+
+def test_weights_and_biases_gets_numbers_settings_and_sample_grids(tmp_path: Path) -> None:
+    """Offline, into a file that its own reader reads."""
+    pytest.importorskip("wandb")
+    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
+    asked = ('training.trackers=["wandb"]', "training.project=shelf", "training.sample_every=2")
+    command = [sys.executable, "-c", TRACKED, str(tmp_path / "book"), *asked]
+    subprocess.run(command, check=True, cwd=ROOT, env=environment)
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    (stored,) = folder.glob("*.wandb")
+    written = stored.read_bytes()
+    for said in (b"shelf", b"book", b"training.steps", b"train/l2/image", b"held_out/loss"):
+        assert said in written
+    sheets = [Image.open(path) for path in (folder / "files" / "media" / "images").glob("samples_*.png")]
+    assert len(sheets) == 2 and all(sheet.width > 8 and sheet.convert("L").getextrema()[1] > 0 for sheet in sheets)
+
+
+def test_mlflow_gets_numbers_settings_and_sample_grids(tmp_path: Path) -> None:
+    """Into its own store of files."""
+    pytest.importorskip("mlflow")
+    store = {"MLFLOW_TRACKING_URI": (tmp_path / "mlruns").as_uri(), "MLFLOW_ALLOW_FILE_STORE": "true"}
+    environment = {**os.environ, **store}
+    asked = ('training.trackers=["mlflow"]', "training.project=shelf", "training.sample_every=2")
+    command = [sys.executable, "-c", TRACKED, str(tmp_path / "book"), *asked]
+    subprocess.run(command, check=True, cwd=ROOT, env=environment)
+    (losses,) = (tmp_path / "mlruns").glob("*/*/metrics/train/loss")
+    assert [line.split()[2] for line in losses.read_text().splitlines()] == ["1", "2", "3", "4"]
+    run = losses.parents[2]
+    assert (run / "params" / "training.steps").read_text() == "4"
+    assert (run / "tags" / "mlflow.runName").read_text() == "book"
+    sheets = list((run / "artifacts" / "images").glob("*.png"))
+    assert len(sheets) == 2 and all(Image.open(path).width > 8 for path in sheets)
 
 
 class Forgetful(GeneralTracker):

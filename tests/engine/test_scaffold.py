@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from mtdiffusion_engine.cli import LIKES, SCAFFOLDS, main
 from mtdiffusion_engine.scaffold import FILES, GROUPS, LONGEST_NAME, write_package
 from mtdiffusion_engine.scaffold import LIKES as TEMPLATES
 from mtdiffusion_registry import Registry, UserError
+from mtdiffusion_registry.testing import conformance
 
 LONGEST = "x-" + "y" * (LONGEST_NAME - 2)
 EACH = {kind: (kind, "vector") for kind in GROUPS} | {like: ("modality", like) for like in LIKES[1:]}
@@ -74,6 +77,28 @@ def test_each_passes_its_own_tests(packages: dict[str, Path], site: Path) -> Non
             for test in ("test_it_keeps_the_contract", "test_it_is_found_by_its_entry_point"):
                 assert f"{f'test-new-{name}'.replace('-', '_')}{part}.py::{test}" in out
     assert "SKIPPED" not in out
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", EACH)
+def test_each_keeps_its_contract_by_the_command_of_its_readme(name: str, packages: dict[str, Path], site: Path) -> None:
+    """Without examples, as a plugin is checked that says none."""
+    commands = re.findall(r"`mtdiffusion (plugins check [^`]+)`", (packages[name] / "README.md").read_text())
+    assert commands
+    for command in commands:
+        assert " 0 failed" in run("mtdiffusion_engine.cli", *shlex.split(command), cwd=site, path=site)
+
+
+def test_a_small_model_learns_what_is_made_up_for_a_map(
+    packages: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(packages["spatial"] / "src")
+    config = import_module("mtdiffusion_new_spatial").NewSpatialConfig()
+    contract = conformance(config, height=4, width=4).contract()
+    checks = {check.id: check for check in contract.checks}
+    for name in ("head_learns", "learns"):
+        outcome = contract.outcome(checks[name])
+        assert outcome.status == "ok", outcome.reason
 
 
 @pytest.mark.parametrize("name", ["x", LONGEST])
@@ -148,6 +173,13 @@ def test_a_folder_that_exists_is_left_as_it_is(tmp_path: Path, capsys: pytest.Ca
     assert main(["plugins", "new", "depth", "--kind", "modality", "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"mtdiffusion: error: {tmp_path}: already exists; nothing was written.")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_kind_is_refused_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plugins", "new", "depth", "--kind", "modality", "--kind", "evaluator", "--out", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "--kind: expected one, found modality and evaluator; nothing was written" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from attrs import frozen
+from attrs import NOTHING, fields, frozen
 from torch import Tensor
 
 from mtdiffusion_registry.config import structure
@@ -38,7 +38,7 @@ from mtdiffusion_registry.configs import (
     TaskConfig,
     WeightScheduleConfig,
 )
-from mtdiffusion_registry.errors import PluginError, UserError, did_you_mean
+from mtdiffusion_registry.errors import ConfigError, PluginError, UserError, did_you_mean
 from mtdiffusion_registry.registry import PluginInfo, Registry
 from mtdiffusion_registry.testing import (
     backbone,
@@ -130,8 +130,11 @@ class Conformance:
             )
         return CHECKS[group]
 
-    def contract(self) -> Contract:
+    def contract(self, give: str = 'values={{"{key}": ...}}') -> Contract:
         """The checks of this plugin; imports it.
+
+        Args:
+            give: how errors say that a value is given to ``{key}``.
 
         Raises:
             UserError: if there is no such plugin, or the values do not fit it.
@@ -142,10 +145,16 @@ class Conformance:
         group, _, kind = self.plugin.partition(".")
         infos = [info for info in registry.plugins() if (info.group, info.kind) == (group, kind)]
         try:
-            registry.config_class(group, kind)
+            cls = registry.config_class(group, kind)
         except PluginError:  # the first check says what is wrong
             return Contract(Subject(None, info=infos[0]), self.checks)
-        config = structure(registry, {"kind": kind, **self.values}, BASES[group], self.plugin)
+        try:
+            config = structure(registry, {"kind": kind, **self.values}, BASES[group], self.plugin)
+        except ConfigError as error:
+            needed = [each.name for each in fields(cls) if each.init and each.default is NOTHING]
+            if missing := [give.format(key=key) for key in needed if key not in self.values]:
+                raise ConfigError(f"{error}\n{self.plugin}: it has no default; give {' and '.join(missing)}") from error
+            raise
         return Contract(_subject(config, infos[0], self.options), self.checks)
 
 
@@ -156,7 +165,7 @@ def conformance(plugin: str | Config, *, values: Mapping[str, Any] | None = None
         plugin: the name of its entry point, ``"modality.sonar"``, or a config, ``SonarConfig(bins=64)``.
         values: of the config, by key, where a plugin that is named has no default.
         options: those of :func:`check_modality`, :func:`check_backbone`, ..., for the plugin's group. A modality needs
-            no ``examples``: they are drawn from a fresh head. Real ones make the better test.
+            no ``examples``: a fresh head makes them. Real ones make the better test.
 
     Raises:
         UserError: for an unknown group, or where pytest runs without this package's plugin and would collect nothing.
@@ -297,7 +306,7 @@ def check_modality(
     Args:
         config: what builds it.
         examples: real, varied data x ``[n, ...]``, n >= 3 (8 to 32 is good); for a derived modality, what ``derive``
-            returns. None: derived from ``source``, or samples of a fresh head.
+            returns. None: derived from ``source``, or modes of a fresh head (samples, where modes are alike).
         height: of the largest latent, which the modality must be able to fill. Smaller and narrower ones are tried too
             and skipped if building refuses them with a ``ValueError``.
         width: of that latent.

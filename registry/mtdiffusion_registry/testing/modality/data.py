@@ -52,11 +52,12 @@ def derive(subject: ModalitySubject) -> None:
 
 @check("derive")
 def examples(subject: ModalitySubject) -> None:
-    """check accepts real data, or what a fresh head draws."""
+    """check accepts real data, or what a fresh head makes."""
     if subject.source is not None:
         what, fix = "what derive makes of the source", "return a valid x from derive: right shape and dtype, finite"
     elif subject.given is None:
-        what, fix = "sample(params), drawn since no examples are given", "return a valid x: right dtype, within range"
+        what = "mode(params), or sample(params) where modes are alike, since no examples are given"
+        fix = "return a valid x: right dtype, within range"
     else:
         what, fix = "the examples", "make check accept real data, or give valid examples"
     for case in subject.cases:
