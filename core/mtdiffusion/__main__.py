@@ -14,7 +14,8 @@ def main() -> int:
     """
     for script in entry_points(group="console_scripts", name="mtdiffusion"):
         return int(script.load()() or 0)
-    print("mtdiffusion: error: the command is not installed; run: pip install /path/to/a/clone/of/mtdiffusion", file=sys.stderr)
+    how = "pip install /path/to/a/clone/of/mtdiffusion"
+    print(f"mtdiffusion: error: the command is not installed; run: {how}", file=sys.stderr)
     return 2
 
 
