@@ -10,8 +10,8 @@ from mtdiffusion.precision import at_least_single, without_autocast
 
 
 class GroupNorm(nn.GroupNorm):
-    """In float32 while autocast lasts, as CUDA's own autocast has it. A CPU's would go on in bfloat16, whose gradient
-    takes torch two and a half times as long."""
+    """In float32 while autocast lasts, as CUDA's own autocast has it. A CPU's would go on in bfloat16, for
+    whose gradient torch takes far longer."""
 
     def forward(self, x: Tensor) -> Tensor:
         rounded = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
@@ -19,8 +19,8 @@ class GroupNorm(nn.GroupNorm):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of queries to keys, all ``[B, heads, places, channels]``; on a CPU never in 16 bits, in which the
-    gradient takes torch four times as long."""
+    """Attention of queries to keys, all ``[B, heads, places, channels]``; on a CPU never in 16 bits, in which
+    torch takes far longer for the gradient."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v)
     with without_autocast(q.device):  # it would make them bfloat16 again
