@@ -383,7 +383,8 @@ Changes = dict[str, tuple[Any, Any]]
 
 def changes(stored: Experiment, asked: Experiment, registry: Registry) -> Changes:
     """What differs between two experiments, by key; a precision that is "auto" is what is stored."""
-    asked = with_precision(asked, stored.training.precision == "bfloat16")
+    if asked.training.precision == "auto":
+        asked = evolve(asked, training=evolve(asked.training, precision=stored.training.precision))
     old, new = (
         _flat(resolved(each, registry)) | {"the order of modalities": list(each.modalities)} for each in (stored, asked)
     )

@@ -307,7 +307,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert said in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["plan", str(path), "--gpus", "1,0", "--device", "h100"])
-    assert "invalid list of positive integers" in capsys.readouterr().err
+    assert "argument --gpus: expected a whole number, 1 or more, found '0'" in capsys.readouterr().err
 
 
 def test_the_command_knows_the_same_names() -> None:

@@ -257,7 +257,7 @@ def section(result: Mapping[str, Any]) -> list[str]:
         f"with {first['shards']} there and {begun} begun.",
         f"The same command went on with the others. Then {which} were drawn again by one process alone.",
         f"{bytes_}. By\n",
-        "```text",
+        "```sh",
         f"mtdiffusion bench samples -n {result['n']} --processes {result['processes']} --shard-size "
         f"{result['shard_size']} --compared {again} --out {RESULT}",
         "```\n",

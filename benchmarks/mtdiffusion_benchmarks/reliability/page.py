@@ -18,7 +18,7 @@ _INTRODUCTION = """# Reliability
 
 {answer} The faults were tried on the real commands, by
 
-```text
+```sh
 mtdiffusion bench reliability --out benchmarks/results/reliability.json
 mtdiffusion bench reliability --docs
 ```
@@ -117,7 +117,7 @@ def _on_any_processes(topology: Mapping[str, Any]) -> list[str]:
         "processes × `training.accumulate`, and `training.parallel`. Each trains the run from its beginning, and each",
         f"goes on with what each has begun: {len(resumed)} pairs. The training takes {topology['steps']} steps, and is",
         f"gone on with after {topology['resumed_at']}. By\n",
-        "```text\nmtdiffusion bench topology --out benchmarks/results/topology.json\n```\n",
+        "```sh\nmtdiffusion bench topology --out benchmarks/results/topology.json\n```\n",
         f"| how it is shared out | {' | '.join(quantities)} | resumed from any: the greatest of all |",
         f"|---|{'---|' * len(quantities)}---|",
     ]

@@ -63,11 +63,12 @@ def head_learns(subject: ModalitySubject) -> None:
         losses.append(loss.item())
     start, end, error = losses[0], losses[-1], code_error()
     # How far the objective falls would prove nothing: it may be negative, or have a floor (a likelihood of fixed
-    # scale), or reward the wrong x. That the code comes back cannot be had by chance.
+    # scale), or reward the wrong x, and one that learns a scale beside x rises as that is found. That the code comes
+    # back cannot be had by chance.
     require(
-        end < start and error <= error_before / 2,
-        f"a head given a linear map of the code learns x: in {HEAD_STEPS} steps of Adam the objective falls and "
-        "the error of the expected code halves",
+        error <= error_before / 2,
+        f"a head given a linear map of the code learns x: in {HEAD_STEPS} steps of Adam the error of the expected code "
+        "halves",
         f"objective from {start:.3g} to {end:.3g}, error of the expected code from {error_before:.3g} to {error:.3g}",
         "check that the head reads features.map or features.vector, and that the objective rewards the right x",
     )
