@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from attrs import field, frozen
@@ -39,6 +39,12 @@ VOC_VOID, CITYSCAPES_VOID = 255, 19
 HELD_OUT = ("val", "test")
 
 
+class Listing(NamedTuple):
+    """Files and the numbers of their classes, by the name that torchvision's ImageFolder has for them."""
+
+    samples: list[tuple[str, int]]
+
+
 class TorchvisionDataset(Dataset):
     """Pictures scaled and cropped centrally to one size, as of the ``folder`` data set, each with a label or a mask.
 
@@ -47,7 +53,12 @@ class TorchvisionDataset(Dataset):
         second: "label" or "mask", and its values: int64 ``[n]``, or the masks' files decoded.
         to_classes: ``[256]`` int64, from a mask's pixel values to class indices.
         names: of the classes, in the order of their indices; (): not known.
+
+    Attributes:
+        source: of ``image_folder``, its files.
     """
+
+    source: Listing | None = None
 
     def __init__(
         self,
@@ -106,15 +117,16 @@ def _image_folder(root: Path, split: str, size: tuple[int, int]) -> TorchvisionD
 
     paths: list[str] = []
     labels: list[int] = []
-    for index, name in enumerate(
-        classes
-    ):  # in the order of torchvision's ImageFolder, whose import takes over a second
+    # In the order of torchvision's ImageFolder, whose import takes over a second.
+    for index, name in enumerate(classes):
         for where, _, files in sorted(os.walk(folder_of(split) / name, followlinks=True)):
             found = [f"{where}/{file}" for file in sorted(filter(_is_data, files))]
             paths += found
             labels += [index] * len(found)
     label = torch.tensor(labels, dtype=torch.int64)
-    return TorchvisionDataset(_decoded(paths, size), ("label", label), names=classes)
+    made = TorchvisionDataset(_decoded(paths, size), ("label", label), names=classes)
+    made.source = Listing(list(zip(paths, labels, strict=True)))
+    return made
 
 
 def _classes(folder: Path) -> list[str]:

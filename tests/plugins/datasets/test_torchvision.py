@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
 from mtdiffusion_plugins.datasets.folder import FolderConfig
 from mtdiffusion_plugins.datasets.torchvision import TorchvisionConfig
@@ -41,6 +42,7 @@ def test_image_folder(tmp_path: Path) -> None:
     assert train[0]["image"].shape == (3, 8, 8)
     assert torch.allclose(train[0]["image"][:, 4, 4], torch.tensor([1.0, -1.0, -1.0]))
     assert len(TorchvisionConfig(name="image_folder", root=tmp_path, size=8).build("test")) == 1
+    assert train.source is not None and train.source.samples == ImageFolder(tmp_path / "train").samples
 
 
 def test_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
