@@ -222,31 +222,25 @@ def one_or_many(folder: Path, registry: Registry, setting: Setting) -> list[Cont
     ]
 
 
-def compiled_sampling(folder: Path, registry: Registry, setting: Setting) -> list[Contender]:
-    """Sampling with the network compiled beside the same sampling."""
+def sampling_otherwise(
+    how: str, changes: Mapping[str, Any], folder: Path, registry: Registry, setting: Setting
+) -> list[Contender]:
+    """Sampling with some settings changed, which ``how`` tells, beside the same sampling as it is."""
     contenders = []
     for path in CONFIGS:
         experiment = structure_experiment(load_toml(path), registry, str(path))
         model = ours(experiment, folder / path.stem, registry, setting).model.eval()
+        usual = SamplerSettings(EVALUATIONS, "ancestral")
         against = f"{path.stem}, sampling"
-        for name, compile in ((against, False), (f"{against} compiled", True)):
-            settings = SamplerSettings(EVALUATIONS, "ancestral", compile=compile)
-            draw = partial(sample, model, SAMPLED, settings=settings)
-            contenders.append(Contender(name, draw, against if compile else "", images=SAMPLED))
-    return contenders
-
-
-def sampling_in_bfloat16(folder: Path, registry: Registry, setting: Setting) -> list[Contender]:
-    """Sampling with the network in bfloat16 beside the same sampling in float32."""
-    contenders = []
-    for path in CONFIGS:
-        experiment = structure_experiment(load_toml(path), registry, str(path))
-        model = ours(experiment, folder / path.stem, registry, setting).model.eval()
-        against = f"{path.stem}, sampling"
-        for name, precision in ((against, "float32"), (f"{against} in bfloat16", "bfloat16")):
-            settings = SamplerSettings(EVALUATIONS, "ancestral", precision=precision)  # type: ignore[arg-type]
-            draw = partial(sample, model, SAMPLED, settings=settings)
-            contenders.append(Contender(name, draw, against if name != against else "", images=SAMPLED))
+        contenders += [
+            Contender(against, partial(sample, model, SAMPLED, settings=usual), images=SAMPLED),
+            Contender(
+                f"{against} {how}",
+                partial(sample, model, SAMPLED, settings=evolve(usual, **changes)),
+                against,
+                images=SAMPLED,
+            ),
+        ]
     return contenders
 
 
@@ -352,9 +346,11 @@ GROUPS: Mapping[str, Group] = {
         f"peers in bfloat16: {name}": Group(peers.in_bfloat16(name, make, target), needs=needs, native=True)
         for name, (make, needs, target) in PEERS.items()
     },
-    "compiled sampling": Group(compiled_sampling, memory=False),
+    "compiled sampling": Group(partial(sampling_otherwise, "compiled", {"compile": True}), memory=False),
     "training in bfloat16": Group(training_in_bfloat16, memory=False, native=True),
-    "sampling in bfloat16": Group(sampling_in_bfloat16, memory=False, native=True),
+    "sampling in bfloat16": Group(
+        partial(sampling_otherwise, "in bfloat16", {"precision": "bfloat16"}), memory=False, native=True
+    ),
     "loading": Group(loading, memory=False),
     "start-up": Group(launching.contenders, memory=False),
 }
