@@ -223,7 +223,10 @@ def answers_table(results: Results) -> str:
         if not (method and key):
             return ""
         summary = found[where, method].summary(key) if (where, method) in found else None
-        return "not measured" if summary is None else f"{summary.mean:.3g}"
+        if summary is None:
+            return "not measured"
+        spread = f" ± {summary.std:.2g}" if summary.std else ""
+        return f"{summary.mean:.3g}{spread}"
 
     lines = ["| | one joint model | a network for this question alone | real held-out data |", "|---|---|---|---|"]
     for title, where, key, control, real, joint in ANSWERS:
