@@ -104,7 +104,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "curves",
         help="the held-out loss along training, beside diffusers' example",
         description="Train our network and diffusers' on the same batches of made-up pictures of 32 x 32, in turn, and "
-        "measure the held-out error of both in one process, by images and by seconds. About a quarter of an hour.",
+        "measure the held-out error of both in one process, by images and by seconds. About twenty minutes.",
     )
     curves.add_argument("--out", type=Path, metavar="FILE.json", help="write what was measured here, too")
     curves.add_argument("--steps", type=int, default=400, metavar="N", help="of each (default: %(default)s)")

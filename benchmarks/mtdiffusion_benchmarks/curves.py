@@ -161,7 +161,7 @@ class HeldOut:
     def measure(self, training: Training) -> dict[str, Any]:
         """All measures of a network as it is, and ε's error by quarters of the times, from the least noise on."""
         training.network.eval()
-        parts = zip(self.z.split(64), self.t.split(64), strict=True)
+        parts = zip(torch.split(self.z, 64), torch.split(self.t, 64), strict=True)
         predicted = torch.cat([training.predict(z, t) for z, t in parts])
         error = (self.noise - predicted).square().flatten(1).mean(1)
         return {
