@@ -100,6 +100,19 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "follow; time a training of your own by `mtdiffusion train`, which says its steps a second",
     )
 
+    curves = actions.add_parser(
+        "curves",
+        help="the held-out loss along training, beside diffusers' example",
+        description="Train our network and diffusers' on the same batches of made-up pictures of 32 x 32, in turn, and "
+        "measure the held-out error of both in one process, by images and by seconds. About twenty minutes.",
+    )
+    curves.add_argument("--out", type=Path, metavar="FILE.json", help="write what was measured here, too")
+    curves.add_argument("--steps", type=int, default=400, metavar="N", help="of each (default: %(default)s)")
+    curves.add_argument("--batch", type=int, default=16, metavar="N", help="pictures a step (default: %(default)s)")
+    curves.add_argument("--threads", type=int, default=1, metavar="N", help="default: %(default)s")
+    _machine(curves, _MEASURED)
+    _refuse_set(curves, "it trains a configuration of its own, of the same size as the network that it stands beside")
+
     data = actions.add_parser(
         "data",
         help="how long the first step takes on many pictures, and how much memory",
@@ -273,6 +286,7 @@ def run(args: argparse.Namespace) -> None:
         "run": _run,
         "report": _report,
         "perf": _perf,
+        "curves": _curves,
         "data": _data,
         "reading": _reading,
         "solvers": _solvers,
@@ -382,6 +396,23 @@ def _perf(args: argparse.Namespace) -> dict[str, Any]:
     keep(result)
     if not args.json:
         print(perf.table(result), perf.flops_table(result), sep="\n\n")
+    return result
+
+
+@with_json
+def _curves(args: argparse.Namespace) -> dict[str, Any]:
+    from mtdiffusion_benchmarks import curves
+    from mtdiffusion_engine.checkpoint import write_json
+    from mtdiffusion_registry import Registry, UserError
+
+    for option, value in (("--batch", args.batch), ("--threads", args.threads)):
+        if value < 1:
+            raise UserError(f"{option} {value}: expected 1 or more")
+    result = curves.measure(args.steps, args.batch, args.threads, Registry.discover(), partial(print, flush=True))
+    if args.out is not None:
+        write_json(args.out, result, sort_keys=False)
+    if not args.json:
+        print(curves.table(result), curves.seconds_table(result), sep="\n\n")
     return result
 
 

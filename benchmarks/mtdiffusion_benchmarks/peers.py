@@ -9,12 +9,12 @@ of the same data, of which ours alone are fetched sample by sample; what network
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr
 from copy import copy
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import evolve
@@ -35,9 +35,17 @@ from mtdiffusion_engine.experiment import structure_experiment
 from mtdiffusion_engine.trainer import Trainer
 from mtdiffusion_registry import Registry
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from diffusers import DDPMScheduler
+
 SIDE = 32
 EQUAL = 0.05
 """How far sizes may be apart, as a share of ours."""
+LONG = 100_000
+"""Steps over which diffusers' example takes its learning rate to 0, by a cosine."""
+ADAMW: Mapping[str, Any] = {"betas": (0.95, 0.999), "weight_decay": 1e-6}
+"""Of diffusers' example, beside the learning rate."""
 DRAWN = 16
 """Samples of a turn of sampling: less than elsewhere, as these networks work at every pixel."""
 
@@ -52,6 +60,7 @@ def our_tables(setting: Setting) -> dict[str, Any]:
         "latent": {"height": SIDE, "width": SIDE},
         "modalities": {"image": {"kind": "image", "size": SIDE}},
         "backbone": {"kind": "unet", **backbone},
+        "conditioning": {"observed": 0.0, "partial": 0.0},  # or half of the samples would have nothing to predict
         "training": {"batch_size": setting.batch},
     }
 
@@ -112,35 +121,60 @@ def diffusers_network(large: bool) -> nn.Module:
     )
 
 
-def beside_diffusers(folder: Path, registry: Registry, setting: Setting) -> list[Contender]:
-    """diffusers, and ours."""
-    from diffusers import DDPMScheduler
+def diffusers_training(
+    network: nn.Module,
+    scheduler: DDPMScheduler,
+    accelerator: Accelerator,
+    setting: Setting,
+    *,
+    rate: float = 1e-4,
+    warmup: int = 500,
+    generator: torch.Generator | None = None,
+) -> Callable[[Tensor], None]:
+    """An optimizer step on clean pictures ``[B, 3, 32, 32]``, as its example of unconditional training has it.
+
+    Args:
+        rate: peak of the learning rate, reached after ``warmup`` steps.
+        generator: of noise and times, on the device; None: torch's own.
+    """
     from diffusers.optimization import get_cosine_schedule_with_warmup
     from diffusers.training_utils import EMAModel
 
+    average = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=rate, **ADAMW)
+    rates = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=warmup, num_training_steps=LONG)
+    run = torch.compile(network, dynamic=False) if setting.compile else network
+    times = scheduler.config.num_train_timesteps
+
+    def step(clean: Tensor) -> None:
+        noise = torch.randn(clean.shape, device=clean.device, generator=generator)
+        t = torch.randint(times, (len(clean),), device=clean.device, generator=generator)
+        with setting.autocast:
+            predicted = run(scheduler.add_noise(clean, noise, t), t).sample
+        accelerator.backward(F.mse_loss(predicted.float(), noise))
+        accelerator.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        rates.step()
+        optimizer.zero_grad()
+        average.step(network.parameters())
+
+    return step
+
+
+def beside_diffusers(folder: Path, registry: Registry, setting: Setting) -> list[Contender]:
+    """diffusers, and ours."""
+    from diffusers import DDPMScheduler
+
     trainer = _our_trainer(folder / "beside-diffusers", registry, setting)
-    pictures, accelerator = _pictures(trainer, setting), trainer.accelerator
+    pictures = _pictures(trainer, setting)
     network = diffusers_network(setting.large).to(setting.device)
     scheduler = DDPMScheduler(num_train_timesteps=1000)
-    average = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6)
-    rates = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=500, num_training_steps=100_000)
-    run = torch.compile(network, dynamic=False) if setting.compile else network
+    step = diffusers_training(network, scheduler, trainer.accelerator, setting)
 
     def train() -> None:
         network.train()
         for _ in range(STEPS):
-            clean = pictures()
-            noise = torch.randn_like(clean)
-            t = torch.randint(scheduler.config.num_train_timesteps, (len(clean),), device=clean.device)
-            with setting.autocast:
-                predicted = run(scheduler.add_noise(clean, noise, t), t).sample
-            accelerator.backward(F.mse_loss(predicted.float(), noise))
-            accelerator.clip_grad_norm_(network.parameters(), 1.0)
-            optimizer.step()
-            rates.step()
-            optimizer.zero_grad()
-            average.step(network.parameters())
+            step(pictures())
 
     @torch.no_grad()
     def draw() -> Tensor:

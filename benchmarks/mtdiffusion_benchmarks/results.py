@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mtdiffusion_benchmarks import perf, reading, solvers, startup
+from mtdiffusion_benchmarks import curves, perf, reading, solvers, startup
 from mtdiffusion_benchmarks.gpu import tables as gpu
 from mtdiffusion_benchmarks.report import variants
 from mtdiffusion_benchmarks.report.markdown import code, variants_table
@@ -255,6 +255,9 @@ def blocks(results: Path) -> dict[str, str]:
     for path in sorted(results.glob("*/perf.json")):
         measured = json.loads(path.read_text(encoding="utf-8"))
         made["perf"], made["perf: work"] = perf.table(measured), perf.flops_table(measured)
+    for path in sorted(results.glob("*/curves.json")):
+        measured = json.loads(path.read_text(encoding="utf-8"))
+        made["curves"], made["curves: seconds"] = curves.table(measured), curves.seconds_table(measured)
     made |= gpu.tables(results / "gpu")
     for path in sorted(results.glob("solvers/*.json")):
         measured = json.loads(path.read_text(encoding="utf-8"))

@@ -555,7 +555,7 @@ def test_the_command_line_for_other_programs(source: Path, tmp_path: Path, capfd
     assert document("list", profile, "--out", out, "--only", masked)["cells"] == {masked: "damaged"}
 
 
-@pytest.mark.parametrize("action", ["report .", "perf", "data", "reading", "reliability", "topology"])
+@pytest.mark.parametrize("action", ["report .", "perf", "curves", "data", "reading", "reliability", "topology"])
 def test_changes_are_refused_by_name_where_no_configuration_is_read(
     action: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
