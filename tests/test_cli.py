@@ -1046,7 +1046,7 @@ def test_other_results_are_printed_for_machines_too(
     assert (tmp_path / "noise.png").is_file()
     result = cli("plugins", "new", "depth", "--kind", "field", "--out", tmp_path / "plugin", "--json")
     new = json.loads(result.out)
-    assert (new["name"], new["kind"], new["out"]) == ("depth", "field", str(tmp_path / "plugin"))
+    assert (new["name"], new["kinds"], new["out"]) == ("depth", ["field"], str(tmp_path / "plugin"))
     assert set(map(Path, new["paths"])) == {path for path in (tmp_path / "plugin").rglob("*") if path.is_file()}
 
     listed = json.loads(cli("plugins", "list", "--json").out)

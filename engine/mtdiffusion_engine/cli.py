@@ -381,7 +381,14 @@ def _parser() -> argparse.ArgumentParser:
         description="Write a complete plugin package to start from: a working plugin, its tests and its metadata.",
     )
     new.add_argument("name", metavar="NAME", help="of the new kind, such as depth: the package is mtdiffusion-depth")
-    new.add_argument("--kind", required=True, choices=SCAFFOLDS, action="append", help="what it is")
+    new.add_argument(
+        "--kind",
+        required=True,
+        choices=SCAFFOLDS,
+        action="extend",
+        nargs="+",
+        help="what it is; of several, given at once or each with --kind, all are written into one package",
+    )
     new.add_argument(
         "--like",
         choices=LIKES,
@@ -592,19 +599,14 @@ def _timed_import(registry: Registry, info: PluginInfo) -> tuple[float, str]:
 @with_json
 def _new_plugin(args: argparse.Namespace) -> dict[str, object]:
     from mtdiffusion_engine.scaffold import GROUPS, write_package
-    from mtdiffusion_registry import Registry, UserError
+    from mtdiffusion_registry import Registry
 
-    if len(args.kind) > 1:
-        raise UserError(
-            f"--kind: expected one, found {' and '.join(args.kind)}; nothing was written. Write each into an --out "
-            "of its own; then, for one package, copy the others' modules, tests and entry points into the first"
-        )
-    (kind,) = args.kind
-    folder = write_package(args.name, GROUPS[kind], args.out, Registry.discover(), args.like)
+    groups = [GROUPS[kind] for kind in args.kind]
+    folder = write_package(args.name, groups, args.out, Registry.discover(), args.like)
     if not args.json:
         print(f"{folder}: written. Next: pip install -e '{folder}[dev]' && pytest {folder}")
     paths = sorted(str(path) for path in folder.rglob("*") if path.is_file())
-    return {"name": args.name, "kind": kind, "out": str(folder), "paths": paths}
+    return {"name": args.name, "kinds": args.kind, "out": str(folder), "paths": paths}
 
 
 def _check_plugin(args: argparse.Namespace) -> int:

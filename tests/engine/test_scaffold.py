@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import re
 import shlex
@@ -16,10 +18,17 @@ import pytest
 from mtdiffusion_engine.cli import LIKES, SCAFFOLDS, main
 from mtdiffusion_engine.scaffold import FILES, GROUPS, LONGEST_NAME, write_package
 from mtdiffusion_engine.scaffold import LIKES as TEMPLATES
-from mtdiffusion_registry import Registry, UserError
+from mtdiffusion_registry import API_VERSION, Registry, UserError
 from mtdiffusion_registry.testing import conformance
 
 LONGEST = "x-" + "y" * (LONGEST_NAME - 2)
+SEVERAL = {
+    "judged": (("modality", "dataset", "evaluator"), "vector"),
+    "judged-map": (("modality", "dataset", "evaluator"), "spatial"),
+    "judged-text": (("modality", "dataset", "evaluator"), "sequence"),
+    "all-nine": (tuple(GROUPS), "vector"),
+}
+"""Packages of several kinds that are tested as a whole."""
 EACH = {kind: (kind, "vector") for kind in GROUPS} | {like: ("modality", like) for like in LIKES[1:]}
 """By a name of ours: what is asked for as --kind and as --like."""
 
@@ -89,6 +98,64 @@ def test_each_keeps_its_contract_by_the_command_of_its_readme(name: str, package
         assert " 0 failed" in run("mtdiffusion_engine.cli", *shlex.split(command), cwd=site, path=site)
 
 
+@pytest.mark.parametrize("form", ["once", "repeated"])
+def test_several_kinds_are_given_at_once_or_one_by_one(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kinds = ("dataset", "modality", "evaluator")
+    options = ["--kind", *kinds] if form == "once" else [word for kind in kinds for word in ("--kind", kind)]
+    assert main(["plugins", "new", "tide", *options, "--out", str(tmp_path / "out"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kinds"] == list(kinds)
+    metadata = tomllib.loads((tmp_path / "out/pyproject.toml").read_text())
+    assert metadata["project"]["description"] == 'The modality, data set and evaluator "tide" for mtdiffusion.'
+    assert metadata["project"]["entry-points"]["mtdiffusion.plugins"] == {
+        f"{group}.tide": f"mtdiffusion_tide.{group}" for group in ("modality", "dataset", "evaluator")
+    }
+
+
+PAIRS = [*itertools.combinations(GROUPS, 2), tuple(GROUPS)]
+
+
+def test_any_kinds_together_are_written_clean_and_can_be_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry.discover()
+    for number, kinds in enumerate(PAIRS):
+        for like in LIKES if {"modality", "dataset"} <= set(kinds) else LIKES[:1]:
+            name = f"pair-{number}-{like}"
+            folder = write_package(name, [GROUPS[kind] for kind in kinds], tmp_path / name, registry, like)
+            monkeypatch.syspath_prepend(folder / "src")
+            declared = tomllib.loads((folder / "pyproject.toml").read_text())["project"]["entry-points"]
+            points = declared["mtdiffusion.plugins"]
+            assert {GROUPS[kind] for kind in kinds} <= {point.partition(".")[0] for point in points}
+            for module in points.values():
+                assert import_module(module).MTDIFFUSION_API == API_VERSION
+            for table in re.findall(r"```toml\n(.*?)```", (folder / "README.md").read_text(), re.S):
+                tomllib.loads(table)
+            assert (folder / "example.toml").is_file() == ("dataset" in kinds)
+    run("ruff", "check", "--no-cache", ".", cwd=tmp_path)
+    run("ruff", "format", "--no-cache", "--check", ".", cwd=tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", SEVERAL)
+def test_several_kinds_fit_each_other(name: str, tmp_path: Path) -> None:
+    """They pass their own tests, one of which trains the example, and keep their contracts."""
+    kinds, like = SEVERAL[name]
+    folder, site = tmp_path / name, tmp_path / "site"
+    assert main(["plugins", "new", name, "--kind", *kinds, "--like", like, "--out", str(folder)]) == 0
+    pip = ["pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--target", site]
+    run(*pip, folder, cwd=tmp_path)
+    out = run("pytest", "-v", "-p", "no:cacheprovider", "--import-mode=importlib", "tests", cwd=folder, path=site)
+    assert out.count("::test_it_is_found_by_its_entry_point PASSED") == len(kinds)
+    assert "::test_the_example_is_trained_and_evaluated PASSED" in out
+    assert "SKIPPED" not in out
+    commands = re.findall(r"`mtdiffusion (plugins check [^`]+)`", (folder / "README.md").read_text())
+    assert len(commands) >= len(kinds)
+    for command in commands:
+        assert " 0 failed" in run("mtdiffusion_engine.cli", *shlex.split(command), cwd=folder, path=site)
+
+
 def test_a_small_model_learns_what_is_made_up_for_a_map(
     packages: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,14 +172,14 @@ def test_a_small_model_learns_what_is_made_up_for_a_map(
 def test_each_is_clean_whatever_its_name(name: str, tmp_path: Path) -> None:
     registry = Registry.discover()
     for each, (kind, like) in EACH.items():
-        write_package(name, GROUPS[kind], tmp_path / each, registry, like)
+        write_package(name, [GROUPS[kind]], tmp_path / each, registry, like)
     run("ruff", "check", "--no-cache", ".", cwd=tmp_path)
     run("ruff", "format", "--no-cache", "--check", ".", cwd=tmp_path)
 
 
 def test_a_package_is_complete_and_says_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    folder = write_package("optical-flow", "modality", None, Registry.discover())
+    folder = write_package("optical-flow", ["modality"], None, Registry.discover())
     assert folder == Path("mtdiffusion-optical-flow")
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     code = {"src/mtdiffusion_optical_flow/__init__.py", "tests/test_optical_flow.py"}
@@ -128,21 +195,21 @@ def test_a_package_is_complete_and_says_what_it_is(tmp_path: Path, monkeypatch: 
 
 
 def test_a_package_may_have_plugins_of_several_groups(tmp_path: Path) -> None:
-    folder = write_package("tide", "modality", tmp_path / "out", Registry.discover(), "file")
+    folder = write_package("tide", ["modality"], tmp_path / "out", Registry.discover(), "file")
     metadata = tomllib.loads((folder / "pyproject.toml").read_text())
     assert metadata["project"]["entry-points"]["mtdiffusion.plugins"] == {
         "modality.tide": "mtdiffusion_tide.modality",
         "field.tide": "mtdiffusion_tide.field",
     }
     with pytest.raises(UserError, match='a field of kind "caption" already'):
-        write_package("caption", "modality", tmp_path / "other", Registry.discover(), "file")
+        write_package("caption", ["modality"], tmp_path / "other", Registry.discover(), "file")
     with pytest.raises(UserError, match='of a modality alone, found "spatial" of a backbone'):
-        write_package("tide", "backbone", tmp_path / "other", Registry.discover(), "spatial")
+        write_package("tide", ["backbone"], tmp_path / "other", Registry.discover(), "spatial")
     assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_a_modality_may_have_keys_after_the_one_called_field(tmp_path: Path) -> None:
-    folder = write_package("depth", "modality", tmp_path / "out", Registry.discover())
+    folder = write_package("depth", ["modality"], tmp_path / "out", Registry.discover())
     text = (folder / "src/mtdiffusion_depth/__init__.py").read_text()
     (declared,) = re.findall(r"^    loss_weight: float = (.*)$", text, re.M)
     last = "    field: str | None = None\n"
@@ -155,18 +222,18 @@ def test_a_modality_may_have_keys_after_the_one_called_field(tmp_path: Path) -> 
 @pytest.mark.parametrize("name", ["Depth", "de pth", "3d", "../depth", "depth-", "a--b", "class", "", LONGEST + "y"])
 def test_a_bad_name_is_refused_and_nothing_is_written(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f'NAME: found "{name}", expected the name of the new kind: lower-case words'):
-        write_package(name, "modality", tmp_path / "out", Registry.discover())
+        write_package(name, ["modality"], tmp_path / "out", Registry.discover())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_name_that_is_taken_is_refused(tmp_path: Path) -> None:
     registry = Registry.discover()
     with pytest.raises(UserError, match='a backbone of kind "unet" already, of mtdiffusion'):
-        write_package("unet", "backbone", tmp_path / "out", registry)
+        write_package("unet", ["backbone"], tmp_path / "out", registry)
     with pytest.raises(UserError, match='there is a package "mtdiffusion_engine" already'):
-        write_package("engine", "modality", tmp_path / "out", registry)
+        write_package("engine", ["modality"], tmp_path / "out", registry)
     assert list(tmp_path.iterdir()) == []
-    write_package("unet", "modality", tmp_path / "out", registry)  # another group's names are not in the way
+    write_package("unet", ["modality"], tmp_path / "out", registry)  # another group's names are not in the way
 
 
 def test_a_folder_that_exists_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,10 +243,12 @@ def test_a_folder_that_exists_is_left_as_it_is(tmp_path: Path, capsys: pytest.Ca
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_second_kind_is_refused_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["plugins", "new", "depth", "--kind", "modality", "--kind", "evaluator", "--out", str(tmp_path / "out")]
-    assert main(command) == 2
-    assert "--kind: expected one, found modality and evaluator; nothing was written" in capsys.readouterr().err
+def test_a_kind_given_twice_is_refused_and_nothing_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kinds = ["--kind", "modality", "schedule", "--kind", "schedule"]
+    assert main(["plugins", "new", "depth", *kinds, "--out", str(tmp_path / "out")]) == 2
+    assert '--kind: "schedule" given more than once; nothing was written' in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -189,5 +258,5 @@ def test_what_cannot_be_finished_leaves_nothing(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match="No space left"):
-        write_package("depth", "modality", tmp_path / "out", Registry.discover())
+        write_package("depth", ["modality"], tmp_path / "out", Registry.discover())
     assert list(tmp_path.iterdir()) == []
