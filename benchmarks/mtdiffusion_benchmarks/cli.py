@@ -262,6 +262,15 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     for cells in (start, listing):
         cells.add_argument(
+            "--seeds",
+            type=int,
+            action="extend",
+            nargs="+",
+            default=[],
+            metavar="N",
+            help="in place of the profile's, such as 0 1 2",
+        )
+        cells.add_argument(
             "--only",
             action="extend",
             nargs="+",
@@ -301,7 +310,7 @@ def run(args: argparse.Namespace) -> None:
 
 @with_json
 def _run(args: argparse.Namespace) -> dict[str, Any]:
-    from mtdiffusion_benchmarks.profile import load_profile, plan, with_changes
+    from mtdiffusion_benchmarks.profile import load_profile, plan, with_changes, with_seeds
     from mtdiffusion_benchmarks.runner import Runner
     from mtdiffusion_engine.environment import choose_device
     from mtdiffusion_registry import Registry
@@ -309,6 +318,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     device = choose_device(args.device)  # says so before anything is read if it is not there
     registry = Registry.discover()
     profile, path = load_profile(args.profile, registry)
+    profile = with_seeds(profile, args.seeds)
     cells = plan(profile, tuple(args.only))
     runner = Runner(
         with_changes(profile, args.set, cells),
@@ -342,12 +352,12 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
 
 @with_json
 def _list(args: argparse.Namespace) -> dict[str, Any]:
-    from mtdiffusion_benchmarks.profile import cell_experiment, load_profile, plan, shipped, with_changes
+    from mtdiffusion_benchmarks.profile import cell_experiment, load_profile, plan, shipped, with_changes, with_seeds
     from mtdiffusion_registry import Registry, UserError
 
     registry = Registry.discover()
     if args.profile is None:
-        for option, given in (("--set", args.set), ("--only", args.only), ("--out", args.out)):
+        for option, given in (("--set", args.set), ("--only", args.only), ("--seeds", args.seeds), ("--out", args.out)):
             if given:
                 raise UserError(f"bench list: {option} is about a profile's cells; say which: bench list PROFILE")
         profiles = []
@@ -358,6 +368,7 @@ def _list(args: argparse.Namespace) -> dict[str, Any]:
                 print("{name:10} {cells:4} cells  {title}  ({path})".format(**profiles[-1]))
         return {"profiles": profiles}
     profile, path = load_profile(args.profile, registry)
+    profile = with_seeds(profile, args.seeds)
     cells = plan(profile, tuple(args.only))
     profile = with_changes(profile, args.set, cells)
     for cell in cells if args.set else ():

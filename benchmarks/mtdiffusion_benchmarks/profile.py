@@ -197,6 +197,10 @@ def load_profile(name: str, registry: Registry) -> tuple[Profile, Path]:
     return structure(registry, load_toml(path), Profile, str(path)), path
 
 
+_SEEDS = ("training.seed", "evaluation.seed")
+"""Keys that are each cell's own seed."""
+
+
 def with_changes(profile: Profile, changes: Sequence[str], cells: Sequence[Cell]) -> Profile:
     """The profile with ``table.key=value`` changes to the experiment in every cell, after its own.
 
@@ -206,7 +210,7 @@ def with_changes(profile: Profile, changes: Sequence[str], cells: Sequence[Cell]
     Raises:
         UserError: if one of them would not follow a change: keys that its task or method sets, and the seeds.
     """
-    owners = dict.fromkeys(("training.seed", "evaluation.seed"), "every cell")
+    owners = dict.fromkeys(_SEEDS, "every cell")
     for name in dict.fromkeys(cell.task for cell in cells):
         owners |= dict.fromkeys(_keys(profile.tasks[name].task.training()), f"the task {name}")
     for name in dict.fromkeys(cell.method for cell in cells):
@@ -216,8 +220,23 @@ def with_changes(profile: Profile, changes: Sequence[str], cells: Sequence[Cell]
         for owned, owner in owners.items():
             # One may be within the other: a table and a key of it.
             if f"{owned}.".startswith(f"{key}.") or f"{key}.".startswith(f"{owned}."):
-                raise UserError(f'--set {change}: {owner} sets "{owned}" itself; change it in the profile')
+                remedy = "give --seeds" if key in _SEEDS else "change it in the profile"
+                raise UserError(f'--set {change}: {owner} sets "{owned}" itself; {remedy}')
     return evolve(profile, set=(*profile.set, *changes))
+
+
+def with_seeds(profile: Profile, seeds: Sequence[int]) -> Profile:
+    """The profile with these seeds, also where a part of its matrix has its own; itself if there are none.
+
+    Raises:
+        UserError: if one is negative or given twice.
+    """
+    for seed in seeds:
+        if seed < 0 or seeds.count(seed) > 1:
+            raise UserError(f"--seeds {' '.join(map(str, seeds))}: expected numbers from 0, each once")
+    if not seeds:
+        return profile
+    return evolve(profile, seeds=tuple(seeds), run=tuple(evolve(block, seeds=None) for block in profile.run))
 
 
 def _keys(tables: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -510,7 +510,7 @@ def test_the_command_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFi
     result = expanded(read_json(tmp_path / "out-4/cells/digits__masked__joint__0.json"))
     assert result["cost"]["steps"] == result["config"]["experiment"]["training"]["steps"] == 4
     for change, owner in (
-        ("training.seed=1", 'every cell sets "training.seed" itself'),
+        ("training.seed=1", 'every cell sets "training.seed" itself; give --seeds'),
         ("conditioning.partial=0.5", 'the task masked sets "conditioning.partial" itself'),
     ):
         assert cli.main([*changed, "--set", change]) == 2
@@ -543,6 +543,12 @@ def test_the_command_line_for_other_programs(source: Path, tmp_path: Path, capfd
     assert set(document("list", profile)["cells"].values()) == {None}
     states = document("list", profile, "--out", out)["cells"]
     assert states.pop(masked) == "ok" and set(states.values()) == {"to do"}
+    # Other seeds, also where a part of the profile has its own.
+    assert {name[-2:] for name in document("list", profile, "--seeds", 4, 7)["cells"]} == {"/4", "/7"}
+    assert document("list", profile, "--seeds", 2, "--only", "*/hot/*")["cells"] == {"digits/masked/hot/2": None}
+    for seeds in (["-1"], ["1", "1"]):
+        assert cli.main(["bench", "list", profile, "--seeds", *seeds]) == 2
+        assert f"--seeds {' '.join(seeds)}: expected numbers from 0, each once" in capfd.readouterr().err
     # As `bench run` does, with the same changes: what is there is of another configuration then.
     assert document("list", profile, "--out", out, "--only", masked, "--set", "training.steps=4")["cells"] == {
         masked: "other"

@@ -55,7 +55,6 @@ def mtdiffusion_datasets():
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    environment.pop("PYTEST_VERSION", None)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
@@ -82,6 +81,13 @@ def test_each_check_is_a_test_of_its_own(install: Install, tmp_path: Path) -> No
     assert "testing/dataset.py" not in done.stdout  # a traceback of the kit says nothing
     assert 'raise RuntimeError("only one shard")' in done.stdout
     assert 'there is no dataset of kind "gone"' in done.stdout
+
+
+def test_a_program_that_a_test_starts_needs_no_plugin(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTEST_VERSION": "9"}
+    code = "from mtdiffusion_registry.testing import conformance; print(len(conformance('clock_law.shared').checks))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and int(done.stdout) > 0, done.stderr
 
 
 def test_without_the_pytest_plugin_it_says_so(tmp_path: Path) -> None:
