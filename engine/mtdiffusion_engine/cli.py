@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mtdiffusion_engine.allocator import keep_freed_memory
 from mtdiffusion_engine.interrupt import STATUS, Terminated, held, terminable
 from mtdiffusion_engine.printing import json_document, log_of_command, with_json
 from mtdiffusion_registry.installed import EntryPoint, blame, entry_points, version
@@ -678,6 +679,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # torch would import the devices that other distributions add, and fails if the metadata of any are damaged; ours
     # are the CPU and CUDA.
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    keep_freed_memory()
     with terminable(), log_of_command():
         return _main(argv)
 
