@@ -77,11 +77,22 @@ class Layout(ABC):
         """The share of the space that a modality's code fills."""
 
     @abstractmethod
-    def meet(self, weights: Tensor, codes: Codes) -> Tensor:
-        """The codes, each times its weight ``[B, N, h, w]``, in the whole space: ``[B, C, H, W]``.
+    def meet(self, weights: Tensor, codes: Codes, gains: Tensor | None = None, z: Tensor | None = None) -> Tensor:
+        """The codes, each times its weight ``[B, N, h, w]``, in the whole space, plus z times its gains: ``[B, C, H, W]``.
+
+        Args:
+            gains: ``[B, N, h, w]``, with z ``[B, C, H, W]``; None: nothing is added.
 
         Raises:
-            ValueError: if a code is not of 16, 32 or 64 bits of floating point.
+            ValueError: if a code or z is not of 16, 32 or 64 bits of floating point.
+        """
+
+    @abstractmethod
+    def scaled(self, values: Tensor, z: Tensor) -> Tensor:
+        """z ``[B, C, H, W]`` times values by modality ``[B, N, h, w]``, rounded to its dtype first.
+
+        Raises:
+            ValueError: if z is not of 16, 32 or 64 bits of floating point.
         """
 
     @abstractmethod
@@ -164,8 +175,22 @@ class OwnLayout(Layout):
     def share(self, name: str) -> LatentSpec:
         return LatentSpec(self.channels[name], self.height, self.width)
 
-    def meet(self, weights: Tensor, codes: Codes) -> Tensor:
-        return torch.cat(_weighted(weights, codes, self.names), 1)
+    # Block by block: one modality's fits a processor's cache where the whole space does not.
+
+    def meet(self, weights: Tensor, codes: Codes, gains: Tensor | None = None, z: Tensor | None = None) -> Tensor:
+        blocks = _weighted(weights, codes, self.names)
+        if gains is not None and z is not None:
+            rest = zip(blocks, *self._blocks(gains, z), strict=True)
+            blocks = [torch.addcmul(block, gain, share) for block, gain, share in rest]
+        return torch.cat(blocks, 1)
+
+    def scaled(self, values: Tensor, z: Tensor) -> Tensor:
+        return torch.cat([value * share for value, share in zip(*self._blocks(values, z), strict=True)], 1)
+
+    def _blocks(self, values: Tensor, z: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Values by modality in z's dtype, and each one's share of z."""
+        require_computable("what is in the diffusion space", z.dtype)
+        return torch.split(values.to(z.dtype), 1, 1), torch.split(z, list(self.channels.values()), 1)
 
     def spread(self, values: Tensor) -> Tensor:
         shares = zip(torch.split(values, 1, 1), self.channels.values(), strict=True)
@@ -204,19 +229,19 @@ class OwnLayout(Layout):
         readout: Callable[[Tensor], Tensor],
     ) -> Shown:
         batch, n = len(z), len(self.channels)
-        scale = (standing.signal.square() + standing.variance).rsqrt()
-        scaled = z * self.spread((scale * ~standing.hidden).to(z.dtype))
+        scale = (standing.signal.square() + standing.variance).rsqrt() * ~standing.hidden
         level = standing.level.to(single_or_wider(z.dtype))  # of which there are up to 64 turns below
-        maps, sources = [scaled], [scaled]
+        maps = [value * share for value, share in zip(*self._blocks(scale, z), strict=True)]
         if self.show_clean:
-            sources.append(torch.where(self.spread(standing.variance == 0), scaled, 0))
-            maps.append(sources[1])
-        maps.append(level.to(z.dtype).expand(batch, n, self.height, self.width))
+            clean = torch.split(standing.variance == 0, 1, 1)
+            maps += [torch.where(there, share, 0) for there, share in zip(clean, maps, strict=True)]
+        shown = torch.cat([*maps, level.to(z.dtype).expand(batch, n, self.height, self.width)], 1)
+        sources = [shown.narrow(1, k * z.shape[1], z.shape[1]) for k in range(1 + self.show_clean)]
         clock = level.amax((2, 3)).expand(batch, n)  # of what is not seen of a modality
         angles = math.pi * clock[:, :, None] * 2.0 ** torch.arange(_FREQUENCIES, device=z.device, dtype=clock.dtype)
         told = [angles.sin().flatten(1), angles.cos().flatten(1), level.mean((2, 3)).expand(batch, n)]
         vector = torch.cat([*(each.to(z.dtype) for each in told), *(readout(source) for source in sources)], 1)
-        return Shown(torch.cat(maps, 1), clock.amax(1), vector)
+        return Shown(shown, clock.amax(1), vector)
 
 
 @frozen(eq=False)
@@ -238,10 +263,15 @@ class SharedLayout(Layout):
     def share(self, name: str) -> LatentSpec:
         return self.latent
 
-    def meet(self, weights: Tensor, codes: Codes) -> Tensor:
+    def meet(self, weights: Tensor, codes: Codes, gains: Tensor | None = None, z: Tensor | None = None) -> Tensor:
         # Products and a sum, not an einsum: autocast would run that in half precision, and 1e-3 of M_t is not small
         # beside σ_t near t = 0.
-        return torch.stack(_weighted(weights, codes, self.names)).sum(0)
+        mean = torch.stack(_weighted(weights, codes, self.names)).sum(0)
+        return mean if gains is None or z is None else mean + self.scaled(gains, z)
+
+    def scaled(self, values: Tensor, z: Tensor) -> Tensor:
+        require_computable("what is in the diffusion space", z.dtype)
+        return self.spread(values.to(z.dtype)) * z
 
     def spread(self, values: Tensor) -> Tensor:
         return widened(values).mean(1, keepdim=True).to(values.dtype)

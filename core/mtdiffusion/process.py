@@ -123,13 +123,14 @@ class DiffusionProcess:
 
     def corrupt(self, codes: Codes, t: Tensor, noise: Tensor, presence: Tensor | None = None) -> Tensor:
         """z_t = M_t + σ_t ε, a draw from q(z_t | X): ``[B, C, H, W]``."""
-        return self.mean(codes, t, presence) + self._spread(self.variance(t).sqrt(), noise) * noise
+        signal, sigma = self.signal(t, presence), self.variance(t).sqrt()
+        return self.layout.meet(_over_places(signal), codes, _over_places(sigma), noise)
 
     def epsilon(self, z: Tensor, codes: Codes, t: Tensor, presence: Tensor | None = None) -> Tensor:
         """ε = (z_t − M_t) / σ_t, ``[B, C, H, W]``; 0 where t = 0."""
         variance = self.variance(t)
         inverse = torch.where(variance > 0, variance, torch.inf).rsqrt()
-        return (z - self.mean(codes, t, presence)) * self._spread(inverse, z)
+        return self._scaled(inverse, z - self.mean(codes, t, presence))
 
     # Posterior and jumps
 
@@ -146,7 +147,8 @@ class DiffusionProcess:
     def posterior_mean(self, z: Tensor, codes: Codes, t: Tensor, s: Tensor, presence: Tensor | None = None) -> Tensor:
         """μ̃ of q(z_s | z_t, X), s < t, in the stable form M_s + g (z_t − M_t): ``[B, C, H, W]``."""
         residual = z - self.mean(codes, t, presence)
-        return self.mean(codes, s, presence) + self._spread(self.residual_gain(t, s), z) * residual
+        signal, gain = self.signal(s, presence), self.residual_gain(t, s)
+        return self.layout.meet(_over_places(signal), codes, _over_places(gain), residual)
 
     def code_error_gain(self, t: Tensor, s: Tensor, presence: Tensor | None = None) -> Tensor:
         """c = m_s − g m_t with μ̃ − μ_θ = Σ_i c^(i) (e_i − ê_i) (docs/mathematics.md, section 4), in the shape of t."""
@@ -169,9 +171,9 @@ class DiffusionProcess:
         s = t − 1 is its μ_θ, and N = 1 with w_{t>0} = 0 is DDIM's. κ grows with the jump, and errors of ε with it.
         """
         kappa = torch.exp(0.5 * (self.log_alpha_bar[s] - self.log_alpha_bar[t]))
-        denoised = z - self._spread(self.variance(t).sqrt(), z) * epsilon
-        excess = kappa * self.signal(t, presence) - self.signal(s, presence)
-        return self._spread(kappa, z) * denoised - self.layout.meet(_over_places(excess), codes)
+        denoised = z - self._scaled(self.variance(t).sqrt(), epsilon)
+        wanted = self.signal(s, presence) - kappa * self.signal(t, presence)
+        return self.layout.meet(_over_places(wanted), codes, _over_places(kappa), denoised)
 
     def jump(
         self, mean: Tensor, epsilon: Tensor, t: Tensor, s: Tensor, eta: float = 0.0, noise: Tensor | None = None
@@ -190,16 +192,15 @@ class DiffusionProcess:
         # 1 − ᾱ_s − σ², nothing cancelled
         ratio = torch.exp(self.log_alpha_bar[t] - self.log_alpha_bar[s])
         kept = (before * (1 - eta**2 + eta**2 * ratio * before / now)).clamp(min=0)
-        z = mean + self._spread(kept.sqrt(), mean) * epsilon
+        z = mean + self._scaled(kept.sqrt(), epsilon)
         if eta > 0:
             if noise is None:
                 raise ValueError(f"jump with eta = {eta} needs noise")
-            z = z + self._spread(injected.sqrt(), mean) * noise
+            z = z + self._scaled(injected.sqrt(), noise)
         return z
 
-    def _spread(self, values: Tensor, like: Tensor) -> Tensor:
-        require_computable("what is in the diffusion space", like.dtype)
-        return self.layout.spread(_over_places(values).to(like.dtype))  # a float32 of each place, not a float64
+    def _scaled(self, values: Tensor, z: Tensor) -> Tensor:
+        return self.layout.scaled(_over_places(values), z)
 
 
 def _over_places(values: Tensor) -> Tensor:

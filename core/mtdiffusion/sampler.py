@@ -322,7 +322,7 @@ def _start(
     """N(0, I), and what is given to start from with the noise of its clock; at T, where nothing is left of it, none."""
     codes = model.encode({name: observed[name] for name, share in strength.items() if share < 1})
     given = torch.tensor([[name in codes for name in model.names]], device=model.device)[:, :, None, None]
-    rest = model.layout.spread(model.process.variance(t).sqrt().to(noise.dtype)) * noise
+    rest = model.layout.scaled(model.process.variance(t).sqrt(), noise)
     return model.layout.place(noise, Observation(codes, given.to(noise.dtype)), model.process.signal(t), rest)
 
 
@@ -357,7 +357,7 @@ def _predictor(
         if not low < left <= high:
             return plain(z, t, left)
         t = t.expand(len(z), -1, -1, -1)
-        rest = layout.spread(process.variance(t).sqrt().to(z.dtype)) * noise
+        rest = layout.scaled(process.variance(t).sqrt(), noise)
         unseen = layout.place(z, observation, process.signal(t), rest)
         seen_at = layout.clocks(t, observation.seen)
         pair = network(torch.cat([z, unseen]), torch.cat([seen_at, t.expand_as(seen_at)]), both)
