@@ -352,6 +352,7 @@ GROUPS: Mapping[str, Group] = {
         partial(sampling_otherwise, "in bfloat16", {"precision": "bfloat16"}), memory=False, native=True
     ),
     "loading": Group(loading, memory=False),
+    "freed memory": Group(launching.freed_memory, memory=False),
     "start-up": Group(launching.contenders, memory=False),
 }
 """What is timed in turn, by title."""

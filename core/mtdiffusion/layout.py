@@ -78,7 +78,7 @@ class Layout(ABC):
 
     @abstractmethod
     def meet(self, weights: Tensor, codes: Codes, gains: Tensor | None = None, z: Tensor | None = None) -> Tensor:
-        """The codes, each times its weight ``[B, N, h, w]``, in the whole space, plus z times its gains: ``[B, C, H, W]``.
+        """The codes, each times its weight ``[B, N, h, w]``, in the whole space, plus z times its gains.
 
         Args:
             gains: ``[B, N, h, w]``, with z ``[B, C, H, W]``; None: nothing is added.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mtdiffusion.interfaces import WeightSchedule
 from mtdiffusion.layout import Codes, Layout, Standing, noise_level
-from mtdiffusion.precision import require_computable, to_device
+from mtdiffusion.precision import to_device
 from mtdiffusion.retention import Retention, weights_from_signal
 
 TERMINAL_SNR = 1e-3

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -157,3 +159,17 @@ def test_what_is_measured_is_kept_though_a_later_group_fails_and_is_gone_on_from
 def test_a_command_that_fails_to_start_is_said_with_why() -> None:
     with pytest.raises(UserError, match=r"(?s)start-up: -c raise SystemExit\('why'\) failed: why"):
         launching._process("-c", "raise SystemExit('why')")()
+
+
+@pytest.mark.long
+def test_training_is_timed_with_freed_memory_kept_and_given_back() -> None:
+    """What each takes of memory anew is tested in tests/engine/test_allocator.py; here, that both train and end."""
+    before = set(multiprocessing.active_children())
+    measured = perf.measure(1, 1, Registry.discover(), lambda _: None, ["freed memory"])
+    (row,) = measured["ratios"]["freed memory"]
+    assert row["ratio"] > 0
+    assert row["images_per_second"] > 0
+    gc.collect()
+    for process in set(multiprocessing.active_children()) - before:
+        process.join(30)
+        assert process.exitcode == 0

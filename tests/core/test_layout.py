@@ -11,6 +11,7 @@ from torch import Tensor
 from mtdiffusion import (
     DirectWeights,
     LatentSpec,
+    Layout,
     MultimodalDiffusion,
     Observation,
     OwnLayout,
@@ -83,6 +84,22 @@ def test_values_by_modality_apply_to_its_channels_place_by_place() -> None:
     assert layout.meet(values, codes)[0, :, 0].tolist() == [[1, 2], [1, 2], [30, 40]]
     shared = SharedLayout(("a", "b"), LatentSpec(2, 1, 2))
     assert shared.spread(torch.full((1, 2, 1, 1), 7)).item() == 7
+
+
+@pytest.mark.parametrize("places", [False, True], ids=["whole", "over places"])
+@pytest.mark.parametrize("layout", [OwnLayout({"a": 2, "b": 1}, 1, 2), SharedLayout(("a", "b"), LatentSpec(3, 1, 2))])
+def test_what_is_scaled_or_added_is_what_spread_values_make_of_it(layout: Layout, places: bool) -> None:
+    weights, gains = torch.randn(2, 4, 2, 1, 2 if places else 1, dtype=torch.float64)
+    if layout.shared_clock:
+        gains = gains[:, :1].expand(-1, 2, -1, -1)
+    codes = {name: torch.randn(4, *layout.share(name).shape, dtype=torch.float64) for name in "ab"}
+    z = torch.randn(4, *layout.latent.shape, dtype=torch.float64)
+    torch.testing.assert_close(layout.scaled(gains, z), layout.spread(gains) * z, rtol=1e-15, atol=0)
+    both = layout.meet(weights, codes, gains, z)
+    torch.testing.assert_close(both, layout.meet(weights, codes) + layout.spread(gains) * z, rtol=1e-14, atol=1e-15)
+    assert layout.scaled(gains, z.float()).dtype == torch.float32, "values are rounded to z's dtype, not z widened"
+    with pytest.raises(ValueError, match="diffusion space"):
+        layout.scaled(gains, z.long())
 
 
 def test_what_is_seen_is_at_clock_0_where_there_is_a_clock_for_it() -> None:
