@@ -15,7 +15,7 @@ def keep_freed_memory(environment: Mapping[str, str] = os.environ) -> bool:
     """Keep the memory of freed tensors for the next ones, instead of giving it back to the system.
 
     A step frees what it has computed, and the next one computes as much again. The GNU C library gives large blocks
-    back at once, so that the system clears each page anew when it is touched again: up to a fifth of a training step.
+    back at once, so that the system clears each page anew when it is touched again, which takes a good part of a step.
     Afterwards the process keeps what it has used at most at one time, until it ends. The command line does this by
     itself; a Python program that trains or samples on the CPU may call it once, at its start.
 
