@@ -70,6 +70,8 @@ def test_a_stage_that_fails_and_one_that_is_cut_leave_the_others_be(tmp_path: Pa
     found = run(tmp_path, "--only", "cifar", "modalities")  # there are no pictures
     assert states(found["cifar"]) == {"failed"}
     assert "CIFAR-10 is not here" in found["cifar"]["training"]["error"]
+    for part in ("samples", "evaluation"):  # which is not their fault
+        assert found["cifar"][part]["error"] == "UserError: left out: the training before it came to no checkpoint"
     assert states(found["modalities"]) == {"ok"}
     cut = run(tmp_path / "cut", "--only", "step", "dit", "--limit", "12")
     assert "cut" in states(cut["step"]) or not cut["step"]

@@ -80,13 +80,20 @@ def _count(folder: Path) -> int:
     return sum(len(files) for _, _, files in os.walk(folder))
 
 
+def _require_training(run: Path) -> None:
+    if not checkpoint.list_checkpoints(run):
+        raise UserError("left out: the training before it came to no checkpoint")
+
+
 def _sample(setting: Setting, run: Path) -> dict[str, Any]:
+    _require_training(run)
     made = setting.out / "cifar.png"
     _do(_command("gallery", run, "--out", made, "--device", setting.device))
     return {"file": made.name}
 
 
 def _evaluate(setting: Setting, run: Path) -> dict[str, Any]:
+    _require_training(run)
     _do(_command("evaluate", run, "--device", setting.device))
     return checkpoint.read_json(run / "metrics.json")
 

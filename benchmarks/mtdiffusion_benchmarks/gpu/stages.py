@@ -21,6 +21,7 @@ from typing import Any
 from attrs import frozen
 
 from mtdiffusion_engine.checkpoint import read_json, write_json
+from mtdiffusion_registry import UserError
 
 
 @frozen
@@ -139,7 +140,8 @@ def run_parts(name: str, setting: Any, since: float) -> int:
         try:
             found: dict[str, Any] = {"status": "ok", "measured": measure()}
         except Exception as error:
-            print(traceback.format_exc(), file=sys.stderr, flush=True)
+            said = str(error) if isinstance(error, UserError) else traceback.format_exc()
+            print(f"{name}: {part}: {said}", file=sys.stderr, flush=True)
             found = {"status": "failed", "error": f"{type(error).__name__}: {error}"[:2000]}
         write({**record, **found, "seconds": round(time.monotonic() - started, 1)})
         if found["status"] == "failed" and not _usable(setting):
