@@ -242,7 +242,7 @@ def composite_loss(
 def left_to_denoise(
     model: MultimodalDiffusion, visible: Tensor, presence: Tensor, weights: LossWeights, draws: Draws
 ) -> Tensor:
-    """Which modalities of each sample :func:`composite_loss` would count: ``[B, N]`` bool, on the device of ``visible``.
+    """Which modalities of each sample :func:`composite_loss` counts: ``[B, N]`` bool, on the device of ``visible``.
 
     Args:
         visible: what the network is shown, ``[B, N, h, w]``.

@@ -106,7 +106,9 @@ def test_a_subset_is_drawn_on_condition_that_something_is_left(
 
     there = torch.tensor([i in needed for i in range(4)])
     generator = torch.Generator().manual_seed(1)
-    visible = config.draw("abcd", (False,) * 4, BATCH, (1, 1), generator, left=lambda seen: (seen[..., 0, 0] < 1) & there)
+    visible = config.draw(
+        "abcd", (False,) * 4, BATCH, (1, 1), generator, left=lambda seen: (seen[..., 0, 0] < 1) & there
+    )
     found = _shares(visible[..., 0, 0])
     for subset, share in expected.items():
         margin = 5 * math.sqrt(share * (1 - share) / BATCH)
