@@ -94,12 +94,14 @@ class ConditioningConfig:
             visible[rows[mine] - start, chosen[rows[mine]]] = holes[mine]
             in_part[rows[mine] - start, chosen[rows[mine]]] = True
         # Drawn last, and for all rows: whichever need it, the others stay as they are.
-        coins, place = (rand(batch, n) < 0.5)[part], rand(batch)[part]
+        coins, place = rand(batch, n) < 0.5, rand(batch)
         left = left or _not_whole
-        needed = left(torch.zeros_like(visible))
-        again = torch.where(listed[part], _row(table, weights, needed, place), _coins(coins, needed, place))
-        idle = ~left(visible).any(1)[:, None, None, None]
-        return torch.where(idle & ~in_part, again.float()[:, :, None, None], visible)
+        if len(idle := (~left(visible).any(1)).nonzero()[:, 0]):
+            needed = left(torch.zeros(len(visible), n, 1, 1))[idle]
+            listed, coins, place = (each[part][idle] for each in (listed, coins, place))
+            again = torch.where(listed, _row(table, weights, needed, place), _coins(coins, needed, place))
+            visible[idle] = torch.where(in_part[idle], visible[idle], again.float()[:, :, None, None])
+        return visible
 
     def _explicit(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
         """The subsets ``[K, N]`` and their weights ``[K]``."""
