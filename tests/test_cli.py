@@ -326,8 +326,8 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(
         ('modalities.a-b={kind="label", classes=2}', "'a-b' cannot name a modality"),
         ("conditioning.subsets={lable=1.0}", "conditioning.subsets: no modality named lable"),
         (
-            'conditioning.subsets={label=1.0, "label+image"=2.0}',
-            "conditioning.subsets: 'label+image' shows all modalities whole, which leaves nothing to denoise; "
+            'conditioning.subsets={label=1.0, "label+image+mask"=2.0}',
+            "conditioning.subsets: 'label+image+mask' shows all modalities whole, which leaves nothing to denoise; "
             "expected subsets that lack one at least. Remove it",
         ),
         ("loss.readout={lable=0.5}", "loss.readout: no modality named lable"),
