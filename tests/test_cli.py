@@ -325,6 +325,11 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(
         ("modalities={}", "modalities"),
         ('modalities.a-b={kind="label", classes=2}', "'a-b' cannot name a modality"),
         ("conditioning.subsets={lable=1.0}", "conditioning.subsets: no modality named lable"),
+        (
+            'conditioning.subsets={label=1.0, "label+image+mask"=2.0}',
+            "conditioning.subsets: 'label+image+mask' shows all modalities whole, which leaves nothing to denoise; "
+            "expected subsets that lack one at least. Remove it",
+        ),
         ("loss.readout={lable=0.5}", "loss.readout: no modality named lable"),
         ("loss.readout={label=1.5}", "loss.readout: 'readout': expected a share in [0, 1], found 1.5"),
         ("modalities.image.size=9", "modalities.image: image: size 9 does not fit a latent of 8 × 8"),

@@ -60,7 +60,7 @@ def our_tables(setting: Setting) -> dict[str, Any]:
         "latent": {"height": SIDE, "width": SIDE},
         "modalities": {"image": {"kind": "image", "size": SIDE}},
         "backbone": {"kind": "unet", **backbone},
-        "conditioning": {"observed": 0.0, "partial": 0.0},  # or half of the samples would have nothing to predict
+        "conditioning": {"partial": 0.0},  # the peers fill no holes
         "training": {"batch_size": setting.batch},
     }
 

@@ -56,7 +56,7 @@ class CombinationConfig(TaskConfig):
         return tuple(asked)
 
     def training(self) -> Mapping[str, Any]:
-        """One modality observed whole would leave nothing to learn; nothing is seen in part unless it is asked."""
+        """A lone modality is never observed whole, which a result says; nothing is seen in part unless it is asked."""
         conditioning: dict[str, Any] = {"partial": self.partial if self.masked else 0.0}
         if len(self.modalities) == 1:
             conditioning["observed"] = 0.0

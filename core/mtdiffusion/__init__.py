@@ -17,7 +17,7 @@ from mtdiffusion.interfaces import (
     WeightSchedule,
 )
 from mtdiffusion.layout import Layout, OwnLayout, SharedLayout
-from mtdiffusion.loss import Bound, Draws, LossTerms, LossWeights, composite_loss, variational_bound
+from mtdiffusion.loss import Bound, Draws, LossTerms, LossWeights, composite_loss, left_to_denoise, variational_bound
 from mtdiffusion.model import Heads, MultimodalDiffusion, Prediction
 from mtdiffusion.process import DiffusionProcess
 from mtdiffusion.retention import Retention
@@ -60,6 +60,7 @@ __all__ = [
     "TargetSignal",
     "WeightSchedule",
     "composite_loss",
+    "left_to_denoise",
     "read_out",
     "sample",
     "variational_bound",

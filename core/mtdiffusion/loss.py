@@ -225,7 +225,7 @@ def composite_loss(
     l3: dict[str, Tensor] = {}
     counted: dict[str, Tensor] = {}
     snr = process.snr(t.clamp(min=1))
-    counts = presence * (~observation.complete & (t > 0))
+    counts = presence * _left(observation, t)
     for i, name in enumerate(names):
         modality, params = model.modality(name), _at_least_single(heads.params[name])
         counted[name] = counts[:, i]
@@ -237,6 +237,25 @@ def composite_loss(
             l3[name] = torch.where(final, process.steps * modality.decoder.nll(params, x[name]), 0)
             total = total + weights.l3 * l3[name] / modality.decoder.dims_of(x[name]).clamp(min=1)
     return LossTerms(total, l0, l1, l2, l3, counted)
+
+
+def left_to_denoise(
+    model: MultimodalDiffusion, visible: Tensor, presence: Tensor, weights: LossWeights, draws: Draws
+) -> Tensor:
+    """Which modalities of each sample :func:`composite_loss` counts: ``[B, N]`` bool, on the device of ``visible``.
+
+    Args:
+        visible: what the network is shown, ``[B, N, h, w]``.
+        presence: ``[B, N]``, 0 where a sample lacks a modality.
+        draws: of the batch; the noise is not looked at.
+    """
+    observation = Observation({}, visible * presence[:, :, None, None])
+    return (presence > 0) & _left(observation, _clocks(model, observation, weights, draws))
+
+
+def _left(observation: Observation, t: Tensor) -> Tensor:
+    """Where a modality that is there is neither observed whole nor clean by its clock: ``[B, N]`` bool."""
+    return ~observation.complete & (t > 0)
 
 
 def _at_least_single(params: Params) -> Params:
@@ -252,8 +271,8 @@ def _blanks(model: MultimodalDiffusion, x: Mapping[str, Tensor], codes: Codes) -
 
 def _clocks(model: MultimodalDiffusion, observation: Observation, weights: LossWeights, draws: Draws) -> Tensor:
     """Clocks ``[B, N]`` in 0..T as they were drawn, some samples with T for all instead."""
-    names, steps = model.names, model.process.steps
-    t = (to_device(draws.clocks, model.device) * steps).ceil().long()
+    names, steps, device = model.names, model.process.steps, observation.seen.device
+    t = (to_device(draws.clocks, device) * steps).ceil().long()
     if isinstance(weights.readout, Mapping):
         if unknown := sorted(set(weights.readout) - set(names)):
             raise ValueError(f"readout: expected names among {', '.join(names)}, found {', '.join(unknown)}")
@@ -261,7 +280,7 @@ def _clocks(model: MultimodalDiffusion, observation: Observation, weights: LossW
         chance = torch.stack([seen * weights.readout.get(name, 0.0) for name, seen in whole]).amax(0)
     else:
         chance = (observation.seen.amax((1, 2, 3)) > 0) * weights.readout
-    last = draws.readout.to(model.device) < chance
+    last = draws.readout.to(device) < chance
     return torch.where(last[:, None], steps, t)
 
 

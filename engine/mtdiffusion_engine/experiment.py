@@ -272,6 +272,11 @@ class Experiment:
                 raise ValueError(
                     f"{key}: no modality named {', '.join(unknown)}; this experiment has {', '.join(self.modalities)}"
                 )
+        if whole := [key for key in self.conditioning.subsets if set(key.split("+")) == set(self.modalities)]:
+            raise ValueError(
+                f"conditioning.subsets: {whole[0]!r} shows all modalities whole, which leaves nothing to denoise; "
+                "expected subsets that lack one at least. Remove it"
+            )
 
 
 def load_experiment(path: Path, overrides: list[str], registry: Registry) -> Experiment:

@@ -105,7 +105,7 @@ def _parts(trainer: Trainer, step: int) -> Iterator[_Part]:
     batches = training_batches(trainer.data, sampler, 0, trainer.augmentation)
     for part, (turn, batch) in enumerate(zip(sampler, batches, strict=True)):
         place = sampler.place(part)
-        visible, draws = trainer.chance.draw(step - 1, place, len(turn.indices))
+        visible, draws = trainer.chance.draw(step - 1, place, batch.presence)
         seed = derive_seed(trainer.config.seed, step - 1, place, 0)
         moved = Draws(*(each.to(device) for each in draws))
         yield _Part(turn.indices, batch.to(device), visible.to(device), moved, seed)

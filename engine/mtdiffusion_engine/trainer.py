@@ -224,7 +224,9 @@ class Trainer:
             messages += self._place(objective)
             self._require_one_precision()
             self.optimizer = optimizer_of(self.model, self.config)
-            self.chance = StepChance(self.model, experiment.conditioning, self.config.seed, self.config.batch_size)
+            self.chance = StepChance(
+                self.model, experiment.conditioning, experiment.loss, self.config.seed, self.config.batch_size
+            )
             if resume and (checkpoints := ckpt.list_checkpoints(run)):
                 messages += self._resume(checkpoints[-1])
             if changed:
@@ -665,7 +667,7 @@ class Trainer:
             self._hang.at(f"step {self.step + 1}, the gradient", waits=True)
             place = sampler.place(part)
             torch.manual_seed(derive_seed(self.config.seed, self.step, place, 0))  # of dropout
-            visible, draws = self.chance.draw(self.step, place, len(batch.presence))
+            visible, draws = self.chance.draw(self.step, place, batch.presence)
             visible, draws = _to(device, visible), Draws(*(_to(device, each) for each in draws))
             batch = batch.to(device)
             last = part == parts - 1

@@ -38,12 +38,13 @@ class HeldOutLoss:
     @torch.no_grad()
     def of(self, model: MultimodalDiffusion) -> dict[str, float]:
         """Means by name, as :meth:`mtdiffusion.LossTerms.sums` has them, of a model in evaluation mode."""
-        chance = StepChance(model, self._conditioning, self._seed, len(self._rows))
+        chance = StepChance(model, self._conditioning, self._weights, self._seed, len(self._rows))
         sums: dict[str, torch.Tensor] = {}
         for start in range(0, len(self._rows), self._batch):
             rows = self._rows[start : start + self._batch]
-            batch = self._data.batch(rows).to(model.device)
-            visible, draws = chance.draw(0, start, len(rows))
+            batch = self._data.batch(rows)
+            visible, draws = chance.draw(0, start, batch.presence)
+            batch = batch.to(model.device)
             terms = composite_loss(model, batch.x, self._weights, visible=visible, presence=batch.presence, draws=draws)
             for name, pair in terms.sums().items():
                 sums[name] = sums[name] + pair if name in sums else pair

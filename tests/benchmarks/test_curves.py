@@ -62,7 +62,7 @@ def test_ours_trains_epsilon_by_the_loss_of_diffusers(tmp_path: Path) -> None:
     (group,) = trainer.optimizer.param_groups
     assert (group["betas"], group["weight_decay"]) == ((0.95, 0.999), 1e-6)
     batch = trainer.data.batch(range(4))
-    visible, draws = trainer.chance.draw(0, 0, 4)
+    visible, draws = trainer.chance.draw(0, 0, batch.presence)
     assert not visible.any(), "a sample that is seen has nothing to predict"
     loss, _ = trainer.each(batch, visible, draws)
     torch.testing.assert_close(loss, draws.noise.square().flatten(1).mean(1))

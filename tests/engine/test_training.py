@@ -377,8 +377,9 @@ def test_held_out_samples_are_watched(tmp_path: Path) -> None:
     assert reports[-1].held_out == watched.of(trainer.averaged_model) != first
     # By hand: the samples at once, with the noise of their places.
     data = load_data(trainer.experiment, trainer.averaged_model, "test").batch(range(11))
-    chance = StepChance(trainer.averaged_model, trainer.experiment.conditioning, derive_seed(0, 3), 11)
-    visible, draws = chance.draw(0, 0, 11)
+    model, experiment = trainer.averaged_model, trainer.experiment
+    chance = StepChance(model, experiment.conditioning, experiment.loss, derive_seed(0, 3), 11)
+    visible, draws = chance.draw(0, 0, data.presence)
     terms = composite_loss(trainer.averaged_model, data.x, visible=visible, presence=data.presence, draws=draws)
     assert reports[-1].held_out["loss"] == pytest.approx(terms.total.mean().item(), rel=1e-5)
     off = Trainer(toy("training.held_out_every=0"), tmp_path / "off", REGISTRY, device="cpu")
@@ -576,9 +577,11 @@ def test_a_step_does_not_wait_for_the_device(optimizer: str, tmp_path: Path, mon
     trainer = Trainer(
         toy("data.lacking=label", f"training.optimizer={optimizer}"), tmp_path / "run", REGISTRY, device="cpu"
     )
-    drawn = [[trainer.chance.draw(step, start, 4) for start in (0, 4)] for step in range(3)]
-    monkeypatch.setattr(trainer.chance, "draw", lambda step, start, _: drawn[step][start // 4])
-    batches = iter(list(trainer.batches(3)))
+    every = list(trainer.batches(3))
+    places = [(step, start) for step in range(3) for start in (0, 4)]
+    drawn = {at: trainer.chance.draw(*at, batch.presence) for at, batch in zip(places, every, strict=True)}
+    monkeypatch.setattr(trainer.chance, "draw", lambda step, start, _: drawn[step, start])
+    batches = iter(every)
     tally = Tally(trainer.accelerator)
     trainer.advance(batches, tally)
     waits = Waits(monkeypatch)

@@ -168,8 +168,9 @@ def _exactness(setting: Setting, precision: str, compiled: bool) -> dict[str, An
     for _ in range(2 if setting.tiny else 20):  # a fresh network's last layers are zeros
         turn()
     device = trainer.accelerator.device
-    batch = trainer.data.values(next(trainer.batches(10**7)).to(device))
-    visible, draws = trainer.chance.draw(trainer.step, 0, len(batch.presence))
+    batch = next(trainer.batches(10**7))
+    visible, draws = trainer.chance.draw(trainer.step, 0, batch.presence)
+    batch = trainer.data.values(batch.to(device))
     visible, draws = visible.to(device), Draws(*(each.to(device) for each in draws))
     objective = Objective(trainer.model.eval(), trainer.experiment.loss)  # dropout is off
     exact = copy.deepcopy(objective).double()
