@@ -73,6 +73,28 @@ def test_features_are_those_of_timm_itself(weights: Path, pictures: Tensor) -> N
     assert read_spec(Place(VIT, None, SIZE)).grid == grid.shape[1] == 192
 
 
+@pytest.mark.parametrize(
+    "name", ["vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3", "vit_tiny_patch16_dinov3_qkvb"]
+)
+def test_features_of_dinos_are_those_of_their_patches_alone(name: str, tmp_path: Path, pictures: Tensor) -> None:
+    """Built as they are, the weights random: a class token and four registers come before the patches, and DINOv3's
+    positions are rotary, for any size of picture."""
+    size = 2 * int(name.split("patch")[1][:2])
+    plain = random_network(name, img_size=size)
+    place = Place(name, random_weights(tmp_path, name, img_size=size), size)
+    network = load_network(place)
+    seen = F.interpolate(pictures[:3], size=(size, size), mode="bilinear")
+    (grid,), (vector,) = network.grids(seen), network.vectors(seen)
+    config = plain.pretrained_cfg
+    mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
+    with torch.no_grad():
+        tokens = plain.forward_features((seen / 2 + 0.5 - mean) / std)
+        pooled = plain.forward_head(tokens, pre_logits=True)
+    assert tokens.shape[1] == 5 + 2 * 2
+    torch.testing.assert_close(grid.cpu().flatten(2).mT, tokens[:, 5:], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(vector.cpu(), pooled, atol=1e-4, rtol=1e-4)
+
+
 def test_pictures_are_normalised_and_scaled_as_the_network_wants_them(tmp_path: Path, pictures: Tensor) -> None:
     name = "resnet10t"
     network = load_network(Place(name, random_weights(tmp_path, name), 64))
