@@ -39,7 +39,8 @@ def complete_configurations() -> list[tuple[str, dict]]:
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         for block in re.findall(r"^```toml.*?\n(.*?)^```", path.read_text(), re.M | re.S):
             table = tomllib.loads(block)
-            if {"data", "modalities", "latent", "backbone"} <= set(table):
+            # The tutorial's own kind is installed and trained by tests/test_docs_run.py.
+            if {"data", "modalities", "latent", "backbone"} <= set(table) and "brightness" not in table["modalities"]:
                 found.append((path.name, table))
     return found
 
@@ -101,24 +102,6 @@ def test_every_key_of_a_kind_is_documented_with_its_default(group: str, kind: st
         assert keys[attribute.name].strip('"') == default_of(attribute, REGISTRY.config_class(group, kind)).strip(
             '"'
         ), attribute.name
-
-
-def test_the_modality_of_the_tutorial_keeps_the_contract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, test = re.findall(r"```python\n(.*?)```", (ROOT / "docs/plugins.md").read_text(), re.S)[:2]
-    (tmp_path / "mtdiffusion_brightness.py").write_text(module)
-    monkeypatch.syspath_prepend(tmp_path)
-    namespace: dict = {}
-    exec(test, namespace)
-    namespace["test_contract"]()
-
-
-def test_what_the_tutorial_measures_is_what_its_modality_takes_for_it() -> None:
-    module, _, measuring = re.findall(r"```python\n(.*?)```", (ROOT / "docs/plugins.md").read_text(), re.S)[:3]
-    namespace: dict = {}
-    exec(measuring, namespace)
-    mean, std = (float(re.findall(rf"    {key}: float = \D*?(-?[\d.]+)", module)[0]) for key in ("mean", "std"))
-    assert namespace["x"].mean().item() == pytest.approx(mean, abs=0.01)
-    assert namespace["x"].std().item() == pytest.approx(std, abs=0.01)
 
 
 @pytest.mark.parametrize(

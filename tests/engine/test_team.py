@@ -36,7 +36,12 @@ status = main(sys.argv[2:])
 print(f"drawn by {rank}: {sum(drawn)}", flush=True)
 sys.exit(status)
 """
-OVERRIDES = ["evaluation.batch_size=3", "evaluation.samples=8", "evaluation.joint_draws=2"]
+OVERRIDES = [
+    "evaluation.batch_size=3",
+    "evaluation.samples=8",
+    "evaluation.joint_draws=2",
+    'evaluation.evaluators=[{kind = "judge", epochs = 1, train_samples = 24}]',
+]
 
 
 @pytest.fixture
@@ -77,7 +82,7 @@ def test_two_processes_measure_what_one_does(run: Path, tmp_path: Path) -> None:
     finally:
         torch.set_num_threads(threads)
     alone = json.loads((run / METRICS).read_text())
-    assert "joint/bound_bits_per_dim" in alone and "joint/samples" in alone
+    assert {"joint/bound_bits_per_dim", "joint/samples", "joint/fid_judge"} <= set(alone)
     (run / METRICS).unlink()
     done = launch(tmp_path, asked)
     assert done.returncode == 0, done.stderr

@@ -46,7 +46,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
         def forward(self, x: Tensor) -> Tensor:
             return x
 
-    fid = FrechetInceptionDistance(feature=Given(), input_img_size=(a.shape[1], 1, 1))
+    # Of several processes the first one judges alone: to wait here for the others would be for ever.
+    fid = FrechetInceptionDistance(feature=Given(), input_img_size=(a.shape[1], 1, 1), sync_on_compute=False)
     fid.set_dtype(torch.float64)
     fid.update(a.double(), real=True)
     fid.update(b.double(), real=False)
