@@ -16,6 +16,7 @@ import sys
 import tomllib
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,8 @@ def left_out(words: list[str]) -> str | None:
 def wanting(block: Block) -> str | None:
     """The library that a block needs and that is not installed here."""
     needs = (library for start, library in WHERE_INSTALLED.items() if block.text.lstrip().startswith(start))
-    return next((library for library in needs if importlib.util.find_spec(library) is None), None)
+    installed = {distribution.name for distribution in distributions()}  # a folder of that name on the path is not it
+    return next((library for library in needs if library not in installed), None)
 
 
 # --- what the pages take for granted ----------------------------------------------------------------------------------
