@@ -13,6 +13,7 @@ RUN ?= runs/demo
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
+	@echo "setting up $(VENV): torch and what development needs, about 7 GB; minutes, without a word from pip"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]"
 	touch $@

@@ -621,7 +621,10 @@ def test_nothing_is_left_half_written(
         (["--visible", "image={picture}"], "a map was given for 'image', but it is not among the observed"),
         (["--visible", "imge={picture}"], 'no modality named "imge"; did you mean "image"?'),
         (["--observe", "label=1", "--visible", "label={picture}"], "visible label: this modality has no places"),
-        (["--observe", "image={picture}", "--visible", "image={small}"], "expected [1, 8, 8] or [8, 8], found [4, 5]"),
+        (
+            ["--no-resize", "--observe", "image={picture}", "--visible", "image={small}"],
+            "{small}: expected 8 × 8 pixels, found 5 × 4",
+        ),
         (["--observe", "image={picture}", "--visible", "image={text}"], "{text}: cannot be read as a picture"),
         (["--observe", "image={picture}", "--visible", "image=none.png"], "none.png: no such file"),
         (["--strength", "image=0.4"], "strength: 0.4 was given for 'image', but it is not among the observed"),
@@ -701,6 +704,15 @@ def test_a_run_folder_that_is_not_one(
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
+def test_a_path_of_fewer_steps_than_are_asked_for_says_so(cli: Cli, tiny_run: Path, tmp_path: Path) -> None:
+    result = cli("sample", tiny_run, "-n", 1, "--steps", 1000, "--out", tmp_path / "out", "--device", "cpu")
+    assert result.code == 0, result.err
+    total = load_run(tiny_run).model.process.steps
+    assert f"--steps 1000: {total} are taken" in result.err
+    result = cli("sample", tiny_run, "-n", 1, "--steps", total, "--out", tmp_path / "other", "--device", "cpu")
+    assert "are taken" not in result.err
+
+
 # --- evaluate, gallery, demo ------------------------------------------------------------------------------------------
 
 
@@ -729,6 +741,11 @@ def test_evaluate_measures_what_is_chosen(cli: Cli, copy: Path) -> None:
     assert cli("evaluate", copy, "--steps", 1, "--device", "cpu", "--set", chosen).code == 0
     metrics = json.loads((copy / "metrics.json").read_text())
     assert {key.partition("/")[0] for key in metrics} == {"label|image"} and metrics["label|image/samples"] == 8
+    kept = json.loads((copy / "metrics-before.json").read_text())  # nothing that was measured is lost
+    assert {key.partition("/")[0] for key in kept} == {"mask|image+label", "joint"}
+    result = cli("evaluate", copy, "--only", "mask|image", *quick)
+    assert "measured: step-" in result.out and str(copy / "metrics-before.json") in result.err
+    assert json.loads((copy / "metrics-before.json").read_text()) == kept | metrics
     before = contents(copy)
     error = cli("evaluate", copy, "--only", "label|imge").error
     assert 'cannot measure "label|imge": no modality is named imge; did you mean "image"? (there are real, ' in error

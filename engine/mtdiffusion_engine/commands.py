@@ -334,18 +334,40 @@ def _request(args: Namespace) -> sampling.Request:
         modality.resize = args.resize
     stated = {"observed": _pairs("--observe", args.observe), "visible": _pairs("--visible", args.visible)}
     names = ("steps", "solver", "eta", "guidance", "guidance_interval", "draw", "compile", "precision")
-    changes = {name: getattr(args, name) for name in names}
+    changes = {name: getattr(args, name) for name in names} | {"path": _path(args.path)}
+    if args.steps is not None:
+        _say_most_steps(run, args.steps, run.settings(path=changes["path"]).path)
     return sampling.Request(
         run,
         args.n,
         observed={name: _given(run, name, text) for name, text in stated["observed"].items()},
-        visible={name: visibility_of(text) for name, text in stated["visible"].items()},
+        visible={name: _seen(run, name, text) for name, text in stated["visible"].items()},
         strength={name: _share("--strength", name, text) for name, text in _pairs("--strength", args.strength).items()},
         generate=args.generate,
-        changes={**changes, "path": _path(args.path)},
+        changes=changes,
         seed=args.seed,
         stated=stated,
     )
+
+
+def _say_most_steps(run: Run, steps: int, path: Mapping[str, float] | None) -> None:
+    """Say if a path takes fewer steps than are asked for, since clocks have no more."""
+    try:
+        taken = len(run.model.path(steps, path)) - 1
+    except ValueError:  # sampling says what is wrong with it
+        return
+    if taken < steps:
+        say(f"--steps {steps}: {taken} are taken, as many as the clocks have (process.steps)")
+
+
+def _seen(run: Run, name: str, text: str) -> Tensor:
+    """What is seen of something observed, as a file says it, which is scaled and cropped as what is observed."""
+    modality = run.modality(name)
+    size: tuple[int, int] | None = None
+    if modality.encoder.spatial:
+        height, width = modality.placeholder(1).shape[-2:]
+        size = (height, width)
+    return visibility_of(text, size, resize=modality.resize)
 
 
 def _sample_shards(request: sampling.Request, out: Path, form: str, size: int, rank: int, world: int) -> None:
@@ -464,6 +486,7 @@ def evaluate(args: Namespace) -> dict[str, Any] | None:
     if rank:
         return None
     if not args.json:
+        print(f"measured: {run.checkpoint.name}")
         print_metrics(metrics)
         print(f"metrics: {args.run / METRICS}")
     return metrics
@@ -489,9 +512,27 @@ def _evaluate(run: Run, team: Team | None = None) -> dict[str, Any]:
             raise type(interrupt)(_kept(kept) if team is None or team.first else "") from None
     if team is not None and not team.first:
         return metrics
+    _set_aside(run.path / METRICS, metrics)
     ckpt.write_json(run.path / METRICS, metrics)
     kept.remove()
     return metrics
+
+
+def _set_aside(path: Path, metrics: Mapping[str, Any]) -> None:
+    """Keep what was measured before, if not all of it was measured again."""
+    aside = path.with_name(f"{path.stem}-before{path.suffix}")
+    before = _figures(path)
+    if lacking := before.keys() - metrics.keys():
+        ckpt.write_json(aside, {**_figures(aside), **before})
+        say(f"{_count(len(lacking), 'figure')} of before not measured again; in {aside}")
+
+
+def _figures(path: Path) -> dict[str, Any]:
+    """What a file of metrics holds; nothing, if it is not there or damaged."""
+    try:
+        return ckpt.read_json(path)
+    except UserError:
+        return {}
 
 
 def _kept(kept: Kept) -> str:

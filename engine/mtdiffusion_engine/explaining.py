@@ -109,7 +109,9 @@ def _conditioning(experiment: Experiment, model: MultimodalDiffusion) -> Iterato
         shares = sorted(config.subsets.items(), key=lambda pair: -pair[1])
         yield f"shown is {_first([f'{name} {_percent(config.observed * w / total)}' for name, w in shares])}"
     elif len(model.names) > 1 and config.observed:
-        yield f"of those, {_percent(config.singleton)} show one modality alone, the others any but all by coin"
+        alone = _percent(config.singleton) if len(model.names) > 2 else "all"
+        coins = "; of the others, each shows any modalities but all, by coin" if len(model.names) > 2 else ""
+        yield f"of those that do, {alone} show one modality alone{coins}"
     if config.partial and (places := [name for name, has in zip(model.names, model.spatial, strict=True) if has]):
         low, high = config.hidden_share
         yield (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from types import TracebackType
@@ -47,7 +48,7 @@ class Monitor:
         self._console = console
         self._every = every
         self._grid, self._heard = grid, heard
-        self._start = trainer.step
+        self._recent = deque([(trainer.step, 0.0)], maxlen=5)  # the rate is that of late: the first steps take longer
         self._last_line = time.monotonic()
         self.last: Progress | None = None
         # What an interrupted run logged after its last checkpoint happens again: drop it.
@@ -105,7 +106,9 @@ class Monitor:
     def progress(self, progress: Progress) -> None:
         """Show and log one report of the trainer."""
         self.last = progress
-        rate = (progress.step - self._start) / max(progress.seconds, 1e-9)
+        step, seconds = self._recent[0]
+        rate = (progress.step - step) / max(progress.seconds - seconds, 1e-9)
+        self._recent.append((progress.step, progress.seconds))
         scalars = {
             **progress.means,
             "learning_rate": progress.learning_rate,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mtdiffusion import Modality, MultimodalDiffusion
 from mtdiffusion_registry.errors import given_file
-from mtdiffusion_registry.pictures import open_picture, to_colour
+from mtdiffusion_registry.pictures import fit, open_picture, require_size, to_colour
 
 Colour = tuple[int, int, int]
 Kind = Literal["generated", "given", "truth"]
@@ -272,28 +272,43 @@ def to_image(picture: Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 
-def visibility_of(value: Any) -> Tensor:
+def visibility_of(value: Any, size: tuple[int, int] | None = None, *, resize: bool = True) -> Tensor:
     """A visibility map: a tensor ``[..., h, w]`` as it is; of a picture, or a file of one, ``[h, w]``: 1 (seen) where
     it is white, 0 (to be filled in) where it is black.
+
+    Args:
+        size: height and width to which a picture is scaled and cropped, as one that is observed; None: as it is.
+        resize: whether a picture of another size is, or is refused.
 
     Raises:
         UserError: as :func:`read_visibility`.
     """
     if isinstance(value, str | os.PathLike):
-        return read_visibility(Path(value))
+        return read_visibility(Path(value), size, resize=resize)
     if isinstance(value, Image.Image):
-        return (torch.from_numpy(np.array(value.convert("L"))) >= 128).float()
+        picture = value.convert("L")
+        if size is not None:
+            require_size("a picture of what is visible", (picture.height, picture.width), size, resize=resize)
+            picture = fit(picture, size, nearest=True)
+        return (torch.from_numpy(np.array(picture)) >= 128).float()
     return torch.as_tensor(value).float()
 
 
-def read_visibility(path: Path) -> Tensor:
+def read_visibility(path: Path, size: tuple[int, int] | None = None, *, resize: bool = True) -> Tensor:
     """The visibility map ``[h, w]`` of a file.
 
+    Args:
+        size, resize: as of :func:`visibility_of`.
+
     Raises:
-        UserError: if it is missing, or no picture, or damaged.
+        UserError: if it is missing, or no picture, or damaged, or has another size and is not to be resized.
     """
     given_file(str(path), "what is visible is given as a picture file, white where it is seen and black elsewhere")
-    return visibility_of(to_colour(open_picture(path), path))
+    picture = to_colour(open_picture(path), path)
+    if size is not None:
+        require_size(path, (picture.height, picture.width), size, resize=resize)
+        picture = fit(picture, size, nearest=True)
+    return visibility_of(picture)
 
 
 class _Page:

@@ -301,10 +301,11 @@ class Run:
     def _visible(self, name: str, value: Any, n: int) -> Tensor:
         """A visibility map as a batch ``[n, h, w]`` at the data's resolution."""
         modality = self.modality(name)
-        x = visibility_of(value)
         if not modality.encoder.spatial:
             raise UserError(f"visible {name}: this modality has no places, so it cannot be observed in part")
-        expected = [n, *modality.placeholder(1).shape[-2:]]
+        height, width = modality.placeholder(1).shape[-2:]
+        x = visibility_of(value, (height, width), resize=modality.resize)
+        expected = [n, height, width]
         if list(x.shape) not in (expected, expected[1:]):
             raise UserError(f"visible {name}: expected {expected} or {expected[1:]}, found {list(x.shape)}")
         if not bool(((x == 0) | (x == 1)).all()):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import codecs
-import colorsys
 import json
-import logging
 from collections.abc import Mapping, Sequence
+from functools import cache
 from io import BytesIO
 from pathlib import Path, PurePath
 from types import MappingProxyType
@@ -18,15 +17,23 @@ from torch import Tensor
 
 from mtdiffusion_plugins.sizes import Size, sides
 from mtdiffusion_registry.errors import UserError
-from mtdiffusion_registry.pace import LOGGER
-from mtdiffusion_registry.pictures import Source, fit, open_picture, require_lossless, to_colour, to_indices, to_levels
+from mtdiffusion_registry.pictures import (
+    Source,
+    fit,
+    open_picture,
+    require_lossless,
+    require_size,
+    to_colour,
+    to_indices,
+    to_levels,
+)
 
 Colour = tuple[int, int, int]
 """RGB in 0..255."""
 
 __all__ = ["open_picture", "read_image", "read_json_value", "read_mask", "read_text", "read_vector", "write_image"]
 
-# Okabe & Ito's palette, told apart by colour-blind readers; class 0 (background) is black.
+# Okabe & Ito's palette, told apart by colour-blind readers too; class 0 (background) is black.
 PALETTE = (
     (0, 0, 0),
     (230, 159, 0),
@@ -44,12 +51,51 @@ PICTURE_GIVEN = "a picture is given as a file, such as a PNG or JPEG"
 
 
 def colour_of_class(index: int) -> Colour:
-    """RGB in 0..255 of a class index: the palette, then hues a golden ratio apart, in light and dark by turns."""
-    if index < len(PALETTE):
-        return PALETTE[index]
-    lightness = (0.35, 0.6, 0.8)[index % 3]
-    red, green, blue = colorsys.hls_to_rgb(index * 0.618034 % 1, lightness, 0.75)
-    return (round(255 * red), round(255 * green), round(255 * blue))
+    """RGB in 0..255 of a class index: the palette, then each time the colour that differs most from all before it and
+    from void's, as people see colours."""
+    return _colours(max(64, 1 << index.bit_length()))[index]
+
+
+@cache
+def _colours(count: int) -> list[Colour]:
+    """The first colours, each as far as can be from those before; the next ones do not change them."""
+    levels = np.linspace(0, 255, 18).round()
+    candidates = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
+    places = _oklab(candidates)
+    found: list[Colour] = [*PALETTE]
+    distance = np.full(len(candidates), np.inf)
+    for colour in (VOID_COLOUR, *PALETTE):
+        distance = np.minimum(distance, np.linalg.norm(places - _oklab(np.array(colour)), axis=1))
+    while len(found) < count:
+        furthest = int(distance.argmax())
+        red, green, blue = (int(value) for value in candidates[furthest])
+        found.append((red, green, blue))
+        distance = np.minimum(distance, np.linalg.norm(places - places[furthest], axis=1))
+    return found
+
+
+def _oklab(rgb: np.ndarray) -> np.ndarray:
+    """sRGB in 0..255 ``[..., 3]`` in Oklab (Ottosson 2020), where distances are about those that people see."""
+    share = rgb / 255
+    linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
+    cones = np.cbrt(linear @ _TO_CONES.T)
+    return cones @ _TO_OKLAB.T
+
+
+_TO_CONES = np.array(
+    [
+        [0.4122214708, 0.5363325363, 0.0514459929],
+        [0.2119034982, 0.6806995451, 0.1073969566],
+        [0.0883024619, 0.2817188376, 0.6299787005],
+    ]
+)
+_TO_OKLAB = np.array(
+    [
+        [0.2104542553, 0.7936177850, -0.0040720468],
+        [1.9779984951, -2.4285922050, 0.4505937099],
+        [0.0259040371, 0.7827717662, -0.8086757660],
+    ]
+)
 
 
 def rgb_of_names(colours: Sequence[str]) -> list[Colour]:
@@ -186,21 +232,6 @@ def _of_size(
 ) -> Image.Image:
     require_size(path, (picture.height, picture.width), size, resize=resize)
     return fit(picture, size, nearest=nearest)
-
-
-def require_size(path: Path, found: tuple[int, int], size: tuple[int, int], *, resize: bool) -> None:
-    """Say that a picture is scaled and cropped from one height and width to another, if it is.
-
-    Raises:
-        UserError: if it is not to be.
-    """
-    if found == size:
-        return
-    if not resize:
-        raise UserError(f"{path}: expected {size[1]} × {size[0]} pixels, found {found[1]} × {found[0]}; resize it")
-    logging.getLogger(LOGGER).info(
-        "%s: %d × %d pixels, scaled and cropped centrally to %d × %d", path, found[1], found[0], size[1], size[0]
-    )
 
 
 def write_image(image: Tensor, path: Path) -> Path:

@@ -29,7 +29,6 @@ from mtdiffusion_plugins.files import (
     is_written_mask,
     open_picture,
     read_mask,
-    require_size,
     rgb_of_names,
     used_colours,
     write_mask,
@@ -49,7 +48,7 @@ from mtdiffusion_plugins.sizes import Size, positive_size
 from mtdiffusion_registry.configs import DataField, ModalityConfig
 from mtdiffusion_registry.errors import UserError, given_file
 from mtdiffusion_registry.hookspecs import hookimpl
-from mtdiffusion_registry.pictures import require_lossless
+from mtdiffusion_registry.pictures import require_lossless, require_size
 
 MTDIFFUSION_API = 1
 
@@ -369,7 +368,7 @@ class MaskConfig(ModalityConfig):
         classes: K, background included.
         names: of the classes, for pictures and tables; (): none.
         colours: of the classes in pictures, such as ``["#87ceeb", "darkgreen"]``; (): black and white of two classes,
-            else a palette that colour-blind readers can tell apart.
+            else nine that colour-blind readers can tell apart, and then each as different as can be.
         ignore: the ignore index: a value, none of 0..K − 1, of void or unlabelled pixels (often 255). They count in no
             loss and no metric, and are never generated; None: there are none.
         class_weights: of each class in the objective (of L2); (): all alike.

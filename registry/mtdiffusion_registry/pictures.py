@@ -5,6 +5,7 @@ A picture is decoded whole, turned as its EXIF data say, and of 8 bits a channel
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -15,6 +16,7 @@ from attrs import field, frozen
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mtdiffusion_registry.errors import UserError
+from mtdiffusion_registry.pace import LOGGER
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2", ".avif")
 """Of files that are taken for pictures, in lower case."""
@@ -162,6 +164,25 @@ def fit(picture: Image.Image, size: tuple[int, int], *, nearest: bool = False) -
         return picture
     how = Image.Resampling.NEAREST if nearest else Image.Resampling.BICUBIC
     return ImageOps.fit(picture, (size[1], size[0]), how)
+
+
+def require_size(path: object, found: tuple[int, int], size: tuple[int, int], *, resize: bool) -> None:
+    """Say that a picture is scaled and cropped from one height and width to another, if it is.
+
+    Args:
+        path: by which it is named.
+        resize: whether it may be.
+
+    Raises:
+        UserError: if it is not to be.
+    """
+    if found == size:
+        return
+    if not resize:
+        raise UserError(f"{path}: expected {size[1]} × {size[0]} pixels, found {found[1]} × {found[0]}; resize it")
+    logging.getLogger(LOGGER).info(
+        "%s: %d × %d pixels, scaled and cropped centrally to %d × %d", path, found[1], found[0], size[1], size[0]
+    )
 
 
 def to_levels(picture: Image.Image, channels: int) -> np.ndarray:

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mtdiffusion import LossWeights
 from mtdiffusion_engine.monitor import Monitor, describe
-from mtdiffusion_engine.trainer import Trainer
+from mtdiffusion_engine.trainer import Progress, Trainer
 from mtdiffusion_registry import UserError
 from tests.engine.tiny import CONFIG, REGISTRY, toy
 
@@ -49,6 +49,17 @@ def test_a_file_gets_lines_now_and_then(tmp_path: Path) -> None:
     assert [line.split("  ")[0] for line in lines] == told
     assert lines[4].endswith("(11 samples of data (test))")
     assert all(part in lines[0] for part in ("it/s", "ETA 0:0", "loss ", "image ", "mask ", "label "))
+
+
+def test_the_rate_is_that_of_late(tmp_path: Path) -> None:
+    trainer = Trainer(toy("training.steps=1000"), tmp_path / "run", REGISTRY, device="cpu")
+    out = io.StringIO()
+    with Monitor(trainer, Console(file=out, width=160), every=0.0) as monitor:
+        for step, seconds in ((10, 100.0), (20, 101.0), (30, 102.0), (40, 103.0), (50, 104.0), (60, 105.0)):
+            monitor.progress(Progress(step, {"loss": 1.0}, 1e-3, 1.0, 0, seconds, None, ""))
+    lines = out.getvalue().splitlines()
+    assert lines[0].startswith("step 10/1000  0.1 it/s  ETA 165:00")
+    assert lines[-1].startswith("step 60/1000  10.0 it/s  ETA 1:34")  # of 940 steps, the slow start forgotten
 
 
 def test_the_last_line_comes_whatever_the_time(tmp_path: Path) -> None:

@@ -340,6 +340,13 @@ def test_a_visibility_map_is_white_where_it_is_seen(tmp_path: Path) -> None:
     path = tmp_path / "map.png"
     to_image(visible.expand(3, -1, -1)).save(path)
     assert torch.equal(read_visibility(path), visible)
+    large = visible.repeat_interleave(3, 0).repeat_interleave(3, 1)
+    to_image(large.expand(3, -1, -1)).save(path)
+    assert torch.equal(read_visibility(path, (5, 7)), visible)
+    with Image.open(path) as picture:
+        assert torch.equal(visibility_of(picture, (5, 7)), visible)
+        with pytest.raises(UserError, match="a picture of what is visible: expected 7 × 5 pixels, found 21 × 15"):
+            visibility_of(picture, (5, 7), resize=False)
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(UserError, match=r"map\.png: cannot be read as a picture"):
         read_visibility(path)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from skimage.color import rgb2lab
 from torch.nn import functional as F
 
 from mtdiffusion import (
@@ -316,7 +317,16 @@ def test_masks_are_drawn_with_a_legend_and_void_in_grey() -> None:
     for index, name in ((0, "sky"), (2, "car"), (255, "void")):
         row, column = (x[0] == index).nonzero()[0].tolist()
         assert tuple(picture[0, :, row, column].tolist()) == colours[name]
-    assert len({colour_of_class(index) for index in range(200)}) == 200  # none is another's
+
+
+def test_colours_of_classes_can_be_told_apart() -> None:
+    """By CIE 1976 from scikit-image, no part of what chooses them: below about 2 nobody sees a difference."""
+    assert len({colour_of_class(index) for index in range(200)}) == 200
+    colours = np.array([colour_of_class(index) for index in range(30)]) / 255
+    lab = rgb2lab(colours[None])[0]
+    apart = np.linalg.norm(lab[:, None] - lab[None], axis=2)[~np.eye(30, dtype=bool)]
+    assert apart.min() > 10
+    assert [colour_of_class(index) for index in range(200)][:30] == [colour_of_class(index) for index in range(30)]
 
 
 def test_classes_without_names_go_by_their_numbers_in_a_legend() -> None:

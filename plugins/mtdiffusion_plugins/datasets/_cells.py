@@ -230,7 +230,10 @@ def resolved(each: FieldConfig | str, name: str) -> FieldConfig:
     try:
         cls = Registry.discover().config_class("field", each)
     except UserError as error:
-        raise UserError(f"data.fields.{name}: {error}") from error
+        raise UserError(
+            f"data.fields.{name}: {error}. Left of the = is the field, named as its folder or column is, right of it "
+            f'the kind that reads it: {name} = "image". A modality of another name says field = "{name}"'
+        ) from error
     assert issubclass(cls, FieldConfig)
     return cls()
 
