@@ -69,6 +69,14 @@ def test_every_field_is_matched_by_stem(root):
         assert torch.allclose(sample["clip"], torch.full((4,), 0.5))
 
 
+def test_folders_may_have_any_names(root):
+    (root / "image").rename(root / "images")
+    (root / "mask").rename(root / "segmentation maps")
+    config = FolderConfig(root=root, fields={"images": "image", "segmentation maps": "mask"}, test_fraction=0)
+    assert config.reading(["images", "segmentation maps"]).build("train")[3].keys() == {"images", "segmentation maps"}
+    fails(root, {"image": "images"}, r'Left of the = is the field.*image = "image"')
+
+
 def test_the_other_forms_of_each_field(tmp_path):
     (tmp_path / "clip").mkdir()
     (tmp_path / "text").mkdir()
