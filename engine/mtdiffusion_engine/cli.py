@@ -614,9 +614,10 @@ def _check_plugin(args: argparse.Namespace) -> int:
     from mtdiffusion_registry import Registry, UserError
 
     known = {f"{info.group}.{info.kind}": info.kind for info in Registry.discover().plugins() if info.kind}
-    found = [full for full, kind in known.items() if args.name in (full, kind)]
-    if len(found) > 1:  # a field of files often has the name of the modality that reads it, which is meant
-        found = [full for full in found if full == args.name or not full.startswith("field.")]
+    every = [full for full, kind in known.items() if args.name in (full, kind)]
+    found = every
+    if len(every) > 1:  # a field of files often has the name of the modality that reads it, which is meant
+        found = [full for full in every if full == args.name or not full.startswith("field.")]
     if not found:
         hint = _near(args.name, [*known, *known.values()])
         raise UserError(
@@ -624,7 +625,7 @@ def _check_plugin(args: argparse.Namespace) -> int:
             "change of entry points, install their package again"
         )
     if len(found) > 1:
-        raise UserError(f'"{args.name}" is the kind of {len(found)} plugins; say which: {", ".join(found)}')
+        raise UserError(f'"{args.name}" is the kind of {len(every)} plugins; say which: {", ".join(every)}')
 
     failed, made = 0, []
     with json_document(args.json) as put:  # the lines are then of the work that goes on
