@@ -77,11 +77,11 @@ class Layout(ABC):
         """The share of the space that a modality's code fills."""
 
     @abstractmethod
-    def meet(self, weights: Tensor, codes: Codes, gains: Tensor | None = None, z: Tensor | None = None) -> Tensor:
-        """The codes, each times its weight ``[B, N, h, w]``, in the whole space, plus z times its gains.
+    def meet(self, weights: Tensor, codes: Codes, rest: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """The codes, each times its weight ``[B, N, h, w]``, in the whole space, plus the rest: ``[B, C, H, W]``.
 
         Args:
-            gains: ``[B, N, h, w]``, with z ``[B, C, H, W]``; None: nothing is added.
+            rest: gains ``[B, N, h, w]`` and the z ``[B, C, H, W]`` that they scale; None: nothing is added.
 
         Raises:
             ValueError: if a code or z is not of 16, 32 or 64 bits of floating point.
@@ -177,11 +177,11 @@ class OwnLayout(Layout):
 
     # Block by block: one modality's fits a processor's cache where the whole space does not.
 
-    def meet(self, weights: Tensor, codes: Codes, gains: Tensor | None = None, z: Tensor | None = None) -> Tensor:
+    def meet(self, weights: Tensor, codes: Codes, rest: tuple[Tensor, Tensor] | None = None) -> Tensor:
         blocks = _weighted(weights, codes, self.names)
-        if gains is not None and z is not None:
-            rest = zip(blocks, *self._blocks(gains, z), strict=True)
-            blocks = [torch.addcmul(block, gain, share) for block, gain, share in rest]
+        if rest is not None:
+            added = zip(blocks, *self._blocks(*rest), strict=True)
+            blocks = [torch.addcmul(block, gain, share) for block, gain, share in added]
         return torch.cat(blocks, 1)
 
     def scaled(self, values: Tensor, z: Tensor) -> Tensor:
@@ -263,11 +263,11 @@ class SharedLayout(Layout):
     def share(self, name: str) -> LatentSpec:
         return self.latent
 
-    def meet(self, weights: Tensor, codes: Codes, gains: Tensor | None = None, z: Tensor | None = None) -> Tensor:
+    def meet(self, weights: Tensor, codes: Codes, rest: tuple[Tensor, Tensor] | None = None) -> Tensor:
         # Products and a sum, not an einsum: autocast would run that in half precision, and 1e-3 of M_t is not small
         # beside σ_t near t = 0.
         mean = torch.stack(_weighted(weights, codes, self.names)).sum(0)
-        return mean if gains is None or z is None else mean + self.scaled(gains, z)
+        return mean if rest is None else mean + self.scaled(*rest)
 
     def scaled(self, values: Tensor, z: Tensor) -> Tensor:
         require_computable("what is in the diffusion space", z.dtype)

@@ -151,7 +151,7 @@ def transition_kl(
     else:
         gain, of_epsilon = process.epsilon_error_gains(t, s, presence)
         missed = at_least_single(process.epsilon(z, codes, t, presence) - prediction.epsilon)
-        difference = layout.meet(gain, wrong, -of_epsilon, missed)
+        difference = layout.meet(gain, wrong, (-of_epsilon, missed))
     counts = layout.spread(_where_present((s > 0) & (s < t), presence))
     dtype = difference.dtype
     variance = layout.spread(process.posterior_variance(t, s).to(dtype)).clamp(min=torch.finfo(dtype).tiny)

@@ -124,7 +124,7 @@ class DiffusionProcess:
     def corrupt(self, codes: Codes, t: Tensor, noise: Tensor, presence: Tensor | None = None) -> Tensor:
         """z_t = M_t + σ_t ε, a draw from q(z_t | X): ``[B, C, H, W]``."""
         signal, sigma = self.signal(t, presence), self.variance(t).sqrt()
-        return self.layout.meet(_over_places(signal), codes, _over_places(sigma), noise)
+        return self.layout.meet(_over_places(signal), codes, (_over_places(sigma), noise))
 
     def epsilon(self, z: Tensor, codes: Codes, t: Tensor, presence: Tensor | None = None) -> Tensor:
         """ε = (z_t − M_t) / σ_t, ``[B, C, H, W]``; 0 where t = 0."""
@@ -148,7 +148,7 @@ class DiffusionProcess:
         """μ̃ of q(z_s | z_t, X), s < t, in the stable form M_s + g (z_t − M_t): ``[B, C, H, W]``."""
         residual = z - self.mean(codes, t, presence)
         signal, gain = self.signal(s, presence), self.residual_gain(t, s)
-        return self.layout.meet(_over_places(signal), codes, _over_places(gain), residual)
+        return self.layout.meet(_over_places(signal), codes, (_over_places(gain), residual))
 
     def code_error_gain(self, t: Tensor, s: Tensor, presence: Tensor | None = None) -> Tensor:
         """c = m_s − g m_t with μ̃ − μ_θ = Σ_i c^(i) (e_i − ê_i) (docs/mathematics.md, section 4), in the shape of t."""
@@ -173,7 +173,7 @@ class DiffusionProcess:
         kappa = torch.exp(0.5 * (self.log_alpha_bar[s] - self.log_alpha_bar[t]))
         denoised = z - self._scaled(self.variance(t).sqrt(), epsilon)
         wanted = self.signal(s, presence) - kappa * self.signal(t, presence)
-        return self.layout.meet(_over_places(wanted), codes, _over_places(kappa), denoised)
+        return self.layout.meet(_over_places(wanted), codes, (_over_places(kappa), denoised))
 
     def jump(
         self, mean: Tensor, epsilon: Tensor, t: Tensor, s: Tensor, eta: float = 0.0, noise: Tensor | None = None

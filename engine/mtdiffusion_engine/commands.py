@@ -39,7 +39,6 @@ from mtdiffusion_engine.hanging import HangWatch
 from mtdiffusion_engine.hub import CARD, GALLERY, METRICS
 from mtdiffusion_engine.interrupt import held
 from mtdiffusion_engine.monitor import Monitor
-from mtdiffusion_engine.pictures import visibility_of
 from mtdiffusion_engine.printing import log_shown, say, screen, with_json
 from mtdiffusion_engine.process_plot import draw_process
 from mtdiffusion_engine.run import Run, load_run
@@ -341,7 +340,7 @@ def _request(args: Namespace) -> sampling.Request:
         run,
         args.n,
         observed={name: _given(run, name, text) for name, text in stated["observed"].items()},
-        visible={name: _seen(run, name, text) for name, text in stated["visible"].items()},
+        visible={name: run.visibility(name, text) for name, text in stated["visible"].items()},
         strength={name: _share("--strength", name, text) for name, text in _pairs("--strength", args.strength).items()},
         generate=args.generate,
         changes=changes,
@@ -358,16 +357,6 @@ def _say_most_steps(run: Run, steps: int, path: Mapping[str, float] | None) -> N
         return
     if taken < steps:
         say(f"--steps {steps}: {taken} are taken, as many as the clocks have (process.steps)")
-
-
-def _seen(run: Run, name: str, text: str) -> Tensor:
-    """What is seen of something observed, as a file says it, which is scaled and cropped as what is observed."""
-    modality = run.modality(name)
-    size: tuple[int, int] | None = None
-    if modality.encoder.spatial:
-        height, width = modality.placeholder(1).shape[-2:]
-        size = (height, width)
-    return visibility_of(text, size, resize=modality.resize)
 
 
 def _sample_shards(request: sampling.Request, out: Path, form: str, size: int, rank: int, world: int) -> None:

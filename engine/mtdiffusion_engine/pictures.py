@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mtdiffusion import Modality, MultimodalDiffusion
 from mtdiffusion_registry.errors import given_file
-from mtdiffusion_registry.pictures import fit, open_picture, require_size, to_colour
+from mtdiffusion_registry.pictures import fitted, open_picture, to_colour
 
 Colour = tuple[int, int, int]
 Kind = Literal["generated", "given", "truth"]
@@ -288,8 +288,7 @@ def visibility_of(value: Any, size: tuple[int, int] | None = None, *, resize: bo
     if isinstance(value, Image.Image):
         picture = value.convert("L")
         if size is not None:
-            require_size("a picture of what is visible", (picture.height, picture.width), size, resize=resize)
-            picture = fit(picture, size, nearest=True)
+            picture = fitted("a picture of what is visible", picture, size, resize=resize, nearest=True)
         return (torch.from_numpy(np.array(picture)) >= 128).float()
     return torch.as_tensor(value).float()
 
@@ -306,8 +305,7 @@ def read_visibility(path: Path, size: tuple[int, int] | None = None, *, resize: 
     given_file(str(path), "what is visible is given as a picture file, white where it is seen and black elsewhere")
     picture = to_colour(open_picture(path), path)
     if size is not None:
-        require_size(path, (picture.height, picture.width), size, resize=resize)
-        picture = fit(picture, size, nearest=True)
+        picture = fitted(path, picture, size, resize=resize, nearest=True)
     return visibility_of(picture)
 
 

@@ -298,14 +298,24 @@ class Run:
             raise UserError(f"observed {name}: expected one value or a batch of {n}, found a batch of {len(x)}")
         return x
 
-    def _visible(self, name: str, value: Any, n: int) -> Tensor:
-        """A visibility map as a batch ``[n, h, w]`` at the data's resolution."""
+    def visibility(self, name: str, value: Any) -> Tensor:
+        """What of a modality ``visible`` lets be seen: a picture or a file of one, white where it is seen, scaled and
+        cropped as what is observed, as ``[h, w]`` of 0 and 1; a tensor as it is.
+
+        Raises:
+            UserError: for a name that is no modality, one that has no places, or a picture that cannot be read or has
+                another size and is not to be resized.
+        """
         modality = self.modality(name)
         if not modality.encoder.spatial:
             raise UserError(f"visible {name}: this modality has no places, so it cannot be observed in part")
         height, width = modality.placeholder(1).shape[-2:]
-        x = visibility_of(value, (height, width), resize=modality.resize)
-        expected = [n, height, width]
+        return visibility_of(value, (height, width), resize=modality.resize)
+
+    def _visible(self, name: str, value: Any, n: int) -> Tensor:
+        """A visibility map as a batch ``[n, h, w]`` at the data's resolution."""
+        x = self.visibility(name, value)
+        expected = [n, *self.modality(name).placeholder(1).shape[-2:]]
         if list(x.shape) not in (expected, expected[1:]):
             raise UserError(f"visible {name}: expected {expected} or {expected[1:]}, found {list(x.shape)}")
         if not bool(((x == 0) | (x == 1)).all()):

@@ -19,10 +19,9 @@ from mtdiffusion_plugins.sizes import Size, sides
 from mtdiffusion_registry.errors import UserError
 from mtdiffusion_registry.pictures import (
     Source,
-    fit,
+    fitted,
     open_picture,
     require_lossless,
-    require_size,
     to_colour,
     to_indices,
     to_levels,
@@ -127,7 +126,7 @@ def read_image(path: Path, channels: int, size: Size, *, resize: bool = True) ->
         UserError: if it cannot be read, or has another size and is not to be resized.
     """
     picture = to_colour(open_picture(path, sides(size) if resize else None), path)
-    return from_levels(read_pixels(_of_size(path, picture, sides(size), resize=resize), channels))
+    return from_levels(read_pixels(fitted(path, picture, sides(size), resize=resize), channels))
 
 
 def read_pixels(picture: Image.Image, channels: int) -> Tensor:
@@ -159,11 +158,11 @@ def read_mask(
     require_lossless(path)
     picture = open_picture(path)
     if not (colours and is_painted(picture, colours)):
-        indices = _of_size(path, to_indices(picture, path), sides(size), resize=resize, nearest=True)
+        indices = fitted(path, to_indices(picture, path), sides(size), resize=resize, nearest=True)
         return torch.from_numpy(np.asarray(indices).astype(np.int64))
     page = to_colour(picture, path)
-    fitted = _of_size(path, page, sides(size), resize=resize, nearest=True)
-    classes = classes_of_colours(np.asarray(fitted), colours)
+    scaled = fitted(path, page, sides(size), resize=resize, nearest=True)
+    classes = classes_of_colours(np.asarray(scaled), colours)
     if (classes < 0).any():
         raise UserError(
             f"{path}: {unknown_colours(page, colours, 'of no class')}; expected class indices, one a pixel, or the "
@@ -225,13 +224,6 @@ def _codes(pixels: np.ndarray) -> np.ndarray:
 def hex_of(colour: Sequence[int]) -> str:
     """A colour as a configuration has it, ``"#ff0000"``."""
     return "#{:02x}{:02x}{:02x}".format(*colour)
-
-
-def _of_size(
-    path: Path, picture: Image.Image, size: tuple[int, int], *, resize: bool, nearest: bool = False
-) -> Image.Image:
-    require_size(path, (picture.height, picture.width), size, resize=resize)
-    return fit(picture, size, nearest=nearest)
 
 
 def write_image(image: Tensor, path: Path) -> Path:

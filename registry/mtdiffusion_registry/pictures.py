@@ -185,6 +185,14 @@ def require_size(path: object, found: tuple[int, int], size: tuple[int, int], *,
     )
 
 
+def fitted(
+    path: object, picture: Image.Image, size: tuple[int, int], *, resize: bool, nearest: bool = False
+) -> Image.Image:
+    """A picture of a size: :func:`fit`, as :func:`require_size` says or refuses."""
+    require_size(path, (picture.height, picture.width), size, resize=resize)
+    return fit(picture, size, nearest=nearest)
+
+
 def to_levels(picture: Image.Image, channels: int) -> np.ndarray:
     """uint8 ``[channels, height, width]`` of an RGB picture: itself, or its grey levels if there is to be 1 channel."""
     pixels = np.asarray(picture.convert("L") if channels == 1 else picture)

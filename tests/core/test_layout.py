@@ -95,7 +95,7 @@ def test_what_is_scaled_or_added_is_what_spread_values_make_of_it(layout: Layout
     codes = {name: torch.randn(4, *layout.share(name).shape, dtype=torch.float64) for name in "ab"}
     z = torch.randn(4, *layout.latent.shape, dtype=torch.float64)
     torch.testing.assert_close(layout.scaled(gains, z), layout.spread(gains) * z, rtol=1e-15, atol=0)
-    both = layout.meet(weights, codes, gains, z)
+    both = layout.meet(weights, codes, (gains, z))
     torch.testing.assert_close(both, layout.meet(weights, codes) + layout.spread(gains) * z, rtol=1e-14, atol=1e-15)
     assert layout.scaled(gains, z.float()).dtype == torch.float32, "values are rounded to z's dtype, not z widened"
     with pytest.raises(ValueError, match="diffusion space"):
