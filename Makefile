@@ -8,20 +8,26 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
 
-.PHONY: setup demo demo-digits test test-long lint types format docs docs-serve clean
+.PHONY: setup install demo demo-digits test test-long lint types format docs docs-serve clean
 
-setup: $(VENV)/.installed
+setup: $(VENV)/.developed
+install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
-	@echo "setting up $(VENV): torch and what development needs, about 7 GB; minutes, without a word from pip"
+	@echo "setting up $(VENV): torch and its libraries, about 6 GB; minutes, without a word from pip"
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/.developed: $(VENV)/.installed
+	@echo "adding to $(VENV) what development needs, about 1 GB"
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]"
 	touch $@
 
-demo: setup
+demo: install
 	$(BIN)/mtdiffusion demo --config configs/scenes-demo.toml --out $(RUN)
 
-demo-digits: setup
+demo-digits: install
 	$(BIN)/mtdiffusion demo --config configs/digits-demo.toml --out runs/digits
 
 lint: setup
