@@ -175,29 +175,34 @@ class DiffusionProcess:
         wanted = self.signal(s, presence) - kappa * self.signal(t, presence)
         return self.layout.meet(_over_places(wanted), codes, (_over_places(kappa), denoised))
 
-    def jump(
-        self, mean: Tensor, epsilon: Tensor, t: Tensor, s: Tensor, eta: float = 0.0, noise: Tensor | None = None
-    ) -> Tensor:
-        """One step t → s (s < t): ``z_s = M_s + √(1 − ᾱ_s − σ²) ε + σ ξ`` ``[B, C, H, W]``.
+    def log_noise_kept(self, t: Tensor, s: Tensor) -> Tensor:
+        """log r, r = (ᾱ_t/ᾱ_s) σ_s²/σ_t²: the share of z_s's variance given X that q(z_s | z_t, X) leaves to ε of z_t,
+        s ≤ t, in the shape of t (float64). Over consecutive steps r is the product."""
+        before, now = _positive(self.variance(s)), _positive(self.variance(t))
+        return self.log_alpha_bar[t] - self.log_alpha_bar[s] + torch.log(before) - torch.log(now)
 
-        σ² = η² (1 − ᾱ_s)(1 − ᾱ_t/ᾱ_s)/(1 − ᾱ_t), at most 1 − ᾱ_s: ancestral at η = 1, DDIM (Song et al. 2021) at
-        η = 0; beyond 1, more of ε is forgotten than the posterior forgets, and at the bound all of it.
+    def jump(
+        self, mean: Tensor, epsilon: Tensor, s: Tensor, log_kept: Tensor | None = None, noise: Tensor | None = None
+    ) -> Tensor:
+        """One step t → s (s < t): ``z_s = M_s + σ_s (√k ε + √(1 − k) ξ)`` ``[B, C, H, W]``.
+
+        It keeps the marginal for any k in [0, 1].
 
         Args:
             mean: M_s ``[B, C, H, W]``.
-            noise: ξ ``[B, C, H, W]``; needed when η > 0.
+            log_kept: log k, over places or not; None: k = 1, a step without noise.
+            noise: ξ ``[B, C, H, W]``; needed with ``log_kept``.
+
+        Raises:
+            ValueError: if there is one of ``log_kept`` and ``noise`` alone.
         """
-        before, now = self.variance(s), _positive(self.variance(t))
-        injected = torch.minimum(eta**2 * self.posterior_variance(t, s), before)
-        # 1 − ᾱ_s − σ², nothing cancelled
-        ratio = torch.exp(self.log_alpha_bar[t] - self.log_alpha_bar[s])
-        kept = (before * (1 - eta**2 + eta**2 * ratio * before / now)).clamp(min=0)
-        z = mean + self._scaled(kept.sqrt(), epsilon)
-        if eta > 0:
-            if noise is None:
-                raise ValueError(f"jump with eta = {eta} needs noise")
-            z = z + self._scaled(injected.sqrt(), noise)
-        return z
+        if (log_kept is None) != (noise is None):
+            raise ValueError("jump: expected log_kept and noise, or neither")
+        variance = self.variance(s)
+        if log_kept is None or noise is None:
+            return mean + self._scaled(variance.sqrt(), epsilon)
+        kept, drawn = torch.exp(log_kept), -torch.expm1(log_kept)  # nothing cancelled
+        return mean + self._scaled((variance * kept).sqrt(), epsilon) + self._scaled((variance * drawn).sqrt(), noise)
 
     def _scaled(self, values: Tensor, z: Tensor) -> Tensor:
         return self.layout.scaled(_over_places(values), z)

@@ -56,8 +56,8 @@ class SamplerSettings:
         solver: "dpmpp_2m" (DPM-Solver++(2M)): of second order; conditionals are good from 16 steps, joint samples from
             32. "ddim": of first order. "ancestral": the same with η = 1.
         eta: noise of a step: 0 none; 1 ancestral sampling's, by which modalities go on correcting one another; above,
-            they do so further, at the price of diversity, up to starting each step afresh. None: 1 of "dpmpp_2m" and
-            "ancestral" (which knows no other), 0 of "ddim".
+            they do so further, up to starting each step afresh. None: 2 of "dpmpp_2m", 1 of "ancestral" (which knows
+            no other), 0 of "ddim".
         path: how far ahead of the slowest each modality is denoised, by name, in shares of the path (0 for those not
             named; {}: all together). None: as the model's law of clocks says.
         guidance: classifier-free guidance on what is observed; 1 is none, and replacement knows no other.
@@ -95,7 +95,7 @@ class SamplerSettings:
         """η of a step: ``eta``, or the solver's own where that is None."""
         if self.eta is not None:
             return self.eta
-        return 0.0 if self.solver == "ddim" else 1.0
+        return {"dpmpp_2m": 2.0, "ancestral": 1.0, "ddim": 0.0}[self.solver]
 
 
 def ddim(
@@ -105,15 +105,18 @@ def ddim(
     epsilon_head: bool = False,
     generator: torch.Generator | None = None,
 ) -> Step:
-    """DDIM (η = 0, Song et al. 2021) to ancestral sampling (η = 1) and beyond: jumps t → s with noise η."""
+    """DDIM (η = 0, Song et al. 2021) to ancestral sampling (η = 1) and beyond: of z_s's variance, noise that is drawn
+    makes up η² times as much as in the posterior, at most all."""
 
     def step(z: Tensor, prediction: Prediction, t: Tensor, s: Tensor) -> Tensor:
         if epsilon_head:
             mean = process.mean_from_epsilon(z, prediction.epsilon, prediction.codes, t, s)
         else:
             mean = process.mean(prediction.codes, s)
-        noise = standard_normal(z, generator) if eta > 0 else None
-        return process.jump(mean, prediction.epsilon, t, s, eta, noise)
+        if eta == 0:
+            return process.jump(mean, prediction.epsilon, s)
+        kept = 1 - eta**2 + eta**2 * torch.exp(process.log_noise_kept(t, s))
+        return process.jump(mean, prediction.epsilon, s, torch.log(kept.clamp(min=0)), standard_normal(z, generator))
 
     return step
 
@@ -121,9 +124,10 @@ def ddim(
 def dpmpp_2m(process: DiffusionProcess, eta: float = 0.0, *, generator: torch.Generator | None = None) -> Step:
     """DPM-Solver++(2M) (Lu et al. 2022), generalised to N modalities, each with its half-log-SNR λ_i = log(m^(i)/σ).
 
-    :func:`ddim`'s step with ê_i*, which extrapolates the last two ê_i in λ_i, in place of ê_i. For η = 0 that is
+    A jump from ê_i*, which extrapolates the last two ê_i in λ_i, in place of ê_i. For η = 0 that is
     ``z_s = (σ_s/σ_t) z_t + Σ_i (m_s^(i) − (σ_s/σ_t) m_t^(i)) ê_i*``; for η = 1 the stochastic solver of the same order.
-    A modality's first step and its last, into t = 0, are of first order.
+    Any η integrates the stochastic equation of η² times the noise (SA-Solver's τ, Xue et al. 2023), as if ê_i* stood
+    still: steps keep what their parts would. A modality's first step and its last, into t = 0, are of first order.
     """
     previous: tuple[dict[str, Tensor], Tensor] | None = None
 
@@ -139,8 +143,10 @@ def dpmpp_2m(process: DiffusionProcess, eta: float = 0.0, *, generator: torch.Ge
                 for i, (name, code) in enumerate(codes.items())
             }
         previous = prediction.codes, h
-        noise = standard_normal(z, generator) if eta > 0 else None
-        return process.jump(process.mean(codes, s), process.epsilon(z, codes, t), t, s, eta, noise)
+        mean, epsilon = process.mean(codes, s), process.epsilon(z, codes, t)
+        if eta == 0:
+            return process.jump(mean, epsilon, s)
+        return process.jump(mean, epsilon, s, eta**2 * process.log_noise_kept(t, s), standard_normal(z, generator))
 
     return step
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -165,37 +166,51 @@ def test_a_full_noise_jump_is_the_posterior_over_any_gap(name: str, kind: str, n
     (z, codes), chain = _data(process), Chain(process)
     for t, s in _clocks(process):
         mean, variance = chain.posterior(z, codes, t, s)
-        epsilon = process.epsilon(z, codes, t)
-        still = process.jump(process.mean(codes, s), epsilon, t, s, 1.0, torch.zeros_like(z))
-        moved = process.jump(process.mean(codes, s), epsilon, t, s, 1.0, torch.ones_like(z))
+        now, kept = (process.mean(codes, s), process.epsilon(z, codes, t), s), process.log_noise_kept(t, s)
+        still, moved = (process.jump(*now, kept, noise) for noise in (torch.zeros_like(z), torch.ones_like(z)))
         torch.testing.assert_close(still, mean, **TINY)
         torch.testing.assert_close(process.posterior_mean(z, codes, t, s), mean, **TINY)
         torch.testing.assert_close((moved - still).square(), variance, **TINY)
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0, 1.7, 1e6])
 @every_process
-def test_a_jump_of_any_noise_keeps_the_marginal(name: str, kind: str, n: int, layout: str, eta: float) -> None:
+def test_what_is_kept_of_the_noise_multiplies_over_steps(name: str, kind: str, n: int, layout: str) -> None:
+    process = _process(name, kind, n, layout)
+    for t, s in _clocks(process):
+        between = (t + s) // 2
+        steps = process.log_noise_kept(t, between) + process.log_noise_kept(between, s)
+        torch.testing.assert_close(steps, process.log_noise_kept(t, s), **TINY)
+        assert bool((steps <= 0).all())
+
+
+@pytest.mark.parametrize("share", [None, 0.0, 0.2, 1.0, 3.0, math.inf])
+@every_process
+def test_a_jump_of_any_noise_keeps_the_marginal(name: str, kind: str, n: int, layout: str, share: float | None) -> None:
     """If z_t ~ q(z_t | X), then z_s ~ q(z_s | X): its mean is M_s, and the two noises add up to 1 − ᾱ_s."""
     process = _process(name, kind, n, layout)
     (z, codes), chain = _data(process), Chain(process)
     zero, one = torch.zeros_like(z), torch.ones_like(z)
     for t, s in _clocks(process):
         mean = process.mean(codes, s)
-        kept = process.jump(mean, one, t, s, eta, zero) - mean
-        drawn = process.jump(mean, zero, t, s, eta, one) - mean
+        if share is None:
+            kept, drawn, still = (process.jump(mean, epsilon, s) for epsilon in (one, zero, zero))
+        else:
+            log_kept = process.log_noise_kept(t, s) * share if share < math.inf else torch.full(s.shape, -math.inf)
+            pairs = ((one, zero), (zero, one), (zero, zero))
+            kept, drawn, still = (process.jump(mean, epsilon, s, log_kept, noise) for epsilon, noise in pairs)
         total = chain.over(chain.covariance[s, s], codes)
-        torch.testing.assert_close(kept.square() + drawn.square(), total, **TINY)
-        torch.testing.assert_close(process.jump(mean, zero, t, s, eta, zero), mean, **TINY)
+        torch.testing.assert_close((kept - mean).square() + (drawn - mean).square(), total, **TINY)
+        torch.testing.assert_close(still, mean, **TINY)
 
 
 @every_process
-def test_a_jump_of_more_noise_than_there_is_starts_afresh(name: str, kind: str, n: int, layout: str) -> None:
+def test_a_jump_that_keeps_nothing_starts_afresh(name: str, kind: str, n: int, layout: str) -> None:
     process = _process(name, kind, n, layout)
     z, codes = _data(process)
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(5), dtype=z.dtype)
     for t, s in _clocks(process):
-        jumped = process.jump(process.mean(codes, s), process.epsilon(z, codes, t), t, s, 1e6, noise)
+        nothing = torch.full(s.shape, -math.inf)
+        jumped = process.jump(process.mean(codes, s), process.epsilon(z, codes, t), s, nothing, noise)
         torch.testing.assert_close(jumped, process.corrupt(codes, s, noise), **TINY)
 
 
@@ -210,13 +225,13 @@ def test_literal_retention_s_ancestral_jump_all_but_starts_afresh() -> None:
     t, s = torch.full((1, 5), 260), torch.full((1, 5), 240)
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(5), dtype=z.dtype)
 
-    def jumped(process: DiffusionProcess, eta: float) -> Tensor:
+    def jumped(process: DiffusionProcess, log_kept: Tensor) -> Tensor:
         """In units of σ, in which the two conventions are one process."""
-        return process.jump(process.mean(codes, s), z, t, s, eta, noise) / process.variance(s[0, 0]).sqrt()
+        return process.jump(process.mean(codes, s), z, s, log_kept, noise) / process.variance(s[0, 0]).sqrt()
 
-    afresh = jumped(compensated, 1e6)
-    torch.testing.assert_close(jumped(literal, 1.0), afresh, rtol=1e-5, atol=1e-5)
-    assert (jumped(compensated, 1.0) - afresh).abs().max() > 0.1
+    afresh = jumped(compensated, torch.full(s.shape, -math.inf))
+    torch.testing.assert_close(jumped(literal, literal.log_noise_kept(t, s)), afresh, rtol=1e-5, atol=1e-5)
+    assert (jumped(compensated, compensated.log_noise_kept(t, s)) - afresh).abs().max() > 0.1
 
 
 @every_process
@@ -310,7 +325,7 @@ def test_clocks_over_places_are_a_process_at_each_place() -> None:
             process.corrupt(codes, t, z),
             process.posterior_mean(z, codes, t, s),
             process.mean_from_epsilon(z, epsilon, codes, t, s),
-            process.jump(mean, epsilon, t, s, 0.7, noise),
+            process.jump(mean, epsilon, s, 0.7 * process.log_noise_kept(t, s), noise),
         ]
 
     over_places = everything(t, s)
@@ -328,8 +343,8 @@ def test_a_clock_at_0_is_the_code_itself_and_stays_finite() -> None:
     torch.testing.assert_close(seen, codes["m0"], **TINY)  # w_0 = 1
     epsilon = process.epsilon(z, codes, t)
     assert not process.layout.take("m0", epsilon).any()
-    for eta in (0.0, 1.0):
-        jumped = process.jump(process.mean(codes, s), epsilon, t, s, eta, torch.ones_like(z))
+    mean, kept = process.mean(codes, s), process.log_noise_kept(t, s)
+    for jumped in (process.jump(mean, epsilon, s), process.jump(mean, epsilon, s, kept, torch.ones_like(z))):
         torch.testing.assert_close(process.layout.take("m0", jumped), codes["m0"], **TINY)
         assert jumped.isfinite().all()
     assert process.posterior_mean(z, codes, t, s).isfinite().all()
@@ -404,12 +419,13 @@ def test_a_schedule_with_a_wrong_table_is_refused_by_name(table: Tensor) -> None
         DiffusionProcess.build(Retention.from_curve("cosine", STEPS, 2), _Broken(table), layout)
 
 
-def test_a_noisy_jump_without_noise_is_refused() -> None:
+def test_a_noisy_jump_without_noise_is_refused_and_noise_without_a_share() -> None:
     process = _process("snr_matched", "compensated", 2)
     z, codes = _data(process)
     t = torch.full((1, 2), 5)
-    with pytest.raises(ValueError, match="needs noise"):
-        process.jump(process.mean(codes, t - 1), z, t, t - 1, eta=0.5)
+    for given in ({"log_kept": process.log_noise_kept(t, t - 1)}, {"noise": z}):
+        with pytest.raises(ValueError, match="expected log_kept and noise, or neither"):
+            process.jump(process.mean(codes, t - 1), z, t - 1, **given)
 
 
 @pytest.mark.parametrize("layout", ["own", "shared"])

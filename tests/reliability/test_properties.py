@@ -155,9 +155,10 @@ def test_a_process_is_rounded_once_in_any_precision(count: int) -> None:
         found = process.posterior_mean(z, e, t, s, presence)
         size = size_s + rounding.spread(process.residual_gain(t, s)) * residual
         rounding.check(found, process.posterior_mean(exact_z, exact_e, t, s, presence), size)
-        found = process.jump(z, noise, t, s, eta, more)
+        kept = eta**2 * process.log_noise_kept(t, s)
+        found = process.jump(z, noise, s, kept, more)
         size = exact_z.abs() + rounding.sigma(s) * (exact_noise.abs() + exact_more.abs())
-        rounding.check(found, process.jump(exact_z, exact_noise, t, s, eta, exact_more), size)
+        rounding.check(found, process.jump(exact_z, exact_noise, s, kept, exact_more), size)
         if float(rounding.kappa.amax()) < 0.5 / torch.finfo(dtype).eps:  # beyond, an ε head's jumps are refused
             found = process.mean_from_epsilon(z, noise, e, t, s, presence)
             exact = process.mean_from_epsilon(exact_z, exact_noise, exact_e, t, s, presence)
