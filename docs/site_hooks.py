@@ -103,21 +103,21 @@ def _target(here: str, link: str) -> str | None:
 
 
 def _left(here: str, text: str) -> Iterator[str]:
-    """What a text leads to outside docs/."""
+    """What a text leads to that is no page of its own: files outside docs/, and any folder."""
     for match in _LINK.finditer(_FENCE.sub("", text)):
         target = _target(here, match[2])
-        if target is not None and not target.startswith("docs/"):
+        if target is not None and (not target.startswith("docs/") or (ROOT / target).is_dir()):
             yield target
 
 
 def _place(path: str) -> str:
     """Where something of the repository is on the site."""
+    if (ROOT / path).is_dir():
+        return f"repository/{path}/index.md"
     if path.startswith("docs/"):
         return path.removeprefix("docs/").replace(".ipynb", ".md")
     if path in IN_NAV:
         return path
-    if (ROOT / path).is_dir():
-        return f"repository/{path}/index.md"
     if (ROOT / path).stat().st_size > LONG:
         return f"repository/{path}.txt"
     if _is_markdown(path):  # a README.md would be its folder's page, which is the folder's list
