@@ -28,10 +28,12 @@ def _blocks(results: Results) -> Iterator[str]:
         names = ["comparisons", *SIGNS, "median effect"]
         yield _table(["", *names], ([_plain(label), *_counts(found)] for label, found in rows))
     if results.rows:
-        names = ["setting", "task", "method", "metric", "joint", "control", "effect", "95% interval", "share", "verdict"]
         yield "## Transfer"
         yield _plain(headline.TRANSFER)
-        yield _table(names, _transfer_rows(results))
+        yield _table(
+            ["setting", "task", "method", "metric", "joint", "control", "effect", "95% interval", "share", "verdict"],
+            _transfer_rows(results),
+        )
     yield from _reconstruction(results)
     yield from _fidelity(results)
     yield from _variants(results)

@@ -395,7 +395,8 @@ def build_page(run: Run, folder: Path) -> gr.Blocks:
                 for noted, text in request.notes.items():
                     gr.Info(f"{noted}: {text}")
                 running[key] = Sampling(run, request)
-                yield {seed: request.seed, status: _progress(0, request.settings["steps"]), whole: gr.update(visible=False)}
+                begun = _progress(0, request.settings["steps"])
+                yield {seed: request.seed, status: begun, whole: gr.update(visible=False)}
                 began: float | None = None  # after the first step, which is slower: memory and kernels are found then
                 for done, of, estimates in running[key]:
                     now = time.monotonic()
