@@ -78,12 +78,13 @@ _CSS = """
 @media (max-width: 480px) {
   .gradio-container > main {padding: 10px}
   .card {padding: 10px}
+  #status {min-height: 45px}  /* two lines */
   .uses label {padding: 4px 7px; font-size: 13px}
   /* The canvas leaves a tenth of the height below it, but of a narrow page less beside it than the tools take. */
   .card .toolbar-wrap {top: auto; bottom: 1px; left: 1px; right: auto; width: auto; flex-direction: row}
   .card .toolbar-wrap .half-container {flex-direction: row; padding: 0 4px; border-top: 0}
 }
-#status {min-height: 27px}  /* as high as the progress, so that nothing moves when it begins and ends */
+#status {min-height: 33px}  /* as high as the progress, so that nothing moves when it begins and ends */
 .bar {height: 6px; margin-top: 4px; border-radius: 3px; background: var(--border-color-primary)}
 .bar div {height: 6px; border-radius: 3px; background: var(--color-accent)}
 """
