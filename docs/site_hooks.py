@@ -22,7 +22,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[1]
 IN_NAV = ("CONTRIBUTING.md", "CHANGELOG.md")
 """Pages from outside docs/ that the navigation names: they are at the top of the site."""
-WIDE = 40
+WIDE = 48
 """Letters of code from which it is broken in any column of a table."""
 LONG = 60_000
 """Bytes from which a file is shown as plain text: as a page it would take seconds to make, and to open."""

@@ -68,7 +68,7 @@ _CSS = """
 .tiles img {display: block; max-width: 100%; image-rendering: pixelated; border-radius: 3px}
 .tiles a, .sheet a {display: block; padding: 0 !important}
 .sheet img {margin: 0; max-width: 100%; border: 1px solid var(--border-color-primary)}
-.tiles audio {display: block; width: 220px; max-width: 100%; height: 36px; margin-top: 4px}
+.tiles :is(audio, .player) {display: block; width: 220px; max-width: 100%; height: 36px; margin-top: 4px}
 .texts {flex-direction: column; align-items: flex-start}
 .texts p {margin: 0; padding: 6px 10px; border-radius: 6px; background: var(--background-fill-secondary)}
 .legend {display: flex; flex-wrap: wrap; gap: 2px 12px; font-size: 13px; max-height: 96px; overflow-y: auto}
@@ -694,7 +694,8 @@ def _figure(card: Card, said: str, picture: Image.Image, file: Path | None) -> s
     source = f"data:image/png;base64,{base64.b64encode(drawn.getvalue()).decode()}"
     image = f'<img src="{source}" width="{picture.width}" height="{picture.height}" alt="{html.escape(said)}">'
     if file is None:
-        return f"<figure>{image}</figure>"
+        player = '<div class="player"></div>' if card.written in SOUNDS else ""
+        return f"<figure>{image}{player}</figure>"
     address = _address(file)
     if card.written in SOUNDS:
         return f'<figure>{image}<audio controls preload="metadata" src="{address}"></audio></figure>'
