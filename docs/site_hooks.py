@@ -22,11 +22,15 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[1]
 IN_NAV = ("CONTRIBUTING.md", "CHANGELOG.md")
 """Pages from outside docs/ that the navigation names: they are at the top of the site."""
+WIDE = 48
+"""Letters of code from which it is broken in any column of a table."""
 LONG = 60_000
 """Bytes from which a file is shown as plain text: as a page it would take seconds to make, and to open."""
 
 _LINK = re.compile(r"(\]\()([^)\s#:`]+)(#[^)\s]*)?(\))")
 _FENCE = re.compile(r"^ *```.*?^ *```$", re.M | re.S)
+_JOINT = re.compile(r"(?<=[_/.=,|])(?=\w)|(?<=[a-z])(?=[A-Z])")
+_CODE = re.compile(r"<code>([^<]*)</code>")
 _README = "about.md"
 _LANGUAGES = {".py": "python", ".toml": "toml", ".json": "json", ".sh": "sh", ".j2": "html", ".css": "css"}
 _SKIPPED = {"__pycache__", "py.typed"}
@@ -69,7 +73,12 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Docstrings name code as Sphinx does: ``:class:`Run``` is the name alone here, and ``::`` a colon."""
+    """What HTML needs beside the text.
+
+    Docstrings name code as Sphinx does: ``:class:`Run``` is the name alone here, and ``::`` a colon. Code in a table
+    may be broken where its words end, so that no column is as wide as a path, nor one as narrow as a letter.
+    """
+    html = re.sub(r"<td.*?</td>", lambda cell: _CODE.sub(_breakable, cell[0]), html, flags=re.S)
     html = re.sub(r":(?:class|meth|func|data|attr|mod):<code>[~!]?(.+?)</code>", r"<code>\1</code>", html)
     return html.replace("<p>::</p>", "").replace("::</p>", ":</p>")
 
@@ -81,6 +90,12 @@ def _plain(markdown: str) -> str:
     return re.sub(
         r"^\|.*$", lambda row: cell.sub(lambda code: code[0].replace(r"\|", "|"), row[0]), markdown, flags=re.M
     )
+
+
+def _breakable(code: re.Match[str]) -> str:
+    """Code that may be broken after what joins its words."""
+    kind = ' class="long"' if len(code[1]) > WIDE else ""
+    return f"<code{kind}>{_JOINT.sub('<wbr>', code[1])}</code>"
 
 
 def _source(uri: str) -> str:
@@ -103,21 +118,21 @@ def _target(here: str, link: str) -> str | None:
 
 
 def _left(here: str, text: str) -> Iterator[str]:
-    """What a text leads to outside docs/."""
+    """What a text leads to that is no page of its own: files outside docs/, and any folder."""
     for match in _LINK.finditer(_FENCE.sub("", text)):
         target = _target(here, match[2])
-        if target is not None and not target.startswith("docs/"):
+        if target is not None and (not target.startswith("docs/") or (ROOT / target).is_dir()):
             yield target
 
 
 def _place(path: str) -> str:
     """Where something of the repository is on the site."""
+    if (ROOT / path).is_dir():
+        return f"repository/{path}/index.md"
     if path.startswith("docs/"):
         return path.removeprefix("docs/").replace(".ipynb", ".md")
     if path in IN_NAV:
         return path
-    if (ROOT / path).is_dir():
-        return f"repository/{path}/index.md"
     if (ROOT / path).stat().st_size > LONG:
         return f"repository/{path}.txt"
     if _is_markdown(path):  # a README.md would be its folder's page, which is the folder's list

@@ -220,7 +220,9 @@ def sample_sheet(
 
     Args:
         samples: ``[n, ...]`` by name.
-        observed, visible, strength: what they were made from, as :meth:`Run.sample` takes them.
+        observed: what they were made from, as :meth:`Run.sample` takes it.
+        visible: the places seen of those given in part, as there.
+        strength: of those that were something to start from, as there.
         values: of those observed that are one value, what it is called: ``{"label": "horse"}``.
         most: how many are drawn; if there are more, the sheet says so.
         first: the place of the first of these among all.

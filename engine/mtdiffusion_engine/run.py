@@ -78,7 +78,9 @@ class Run:
             cache_dir: where downloads are kept; None: where huggingface_hub keeps them.
             local_files_only: take what is here, and download nothing.
             revision: branch, tag or commit on the Hub; None: its main branch.
-            device, registry, overrides: as of :func:`load_run`.
+            device: as of :func:`load_run`.
+            registry: as of :func:`load_run`.
+            overrides: as of :func:`load_run`.
 
         Raises:
             UserError: if it cannot be fetched, and as :func:`load_run`; a plugin that is missing is named, with what to
@@ -215,8 +217,16 @@ class Run:
             path: how far ahead of the slowest each modality is denoised, by name, in shares of the path; "shared": all
                 together; clocks ``[steps + 1, N]`` (int64): these; None: as the run's configuration and law say.
             generate: the modalities wanted beside the observed; None: all. It saves no time: all of them are sampled.
-            steps, solver, eta, guidance, guidance_interval, conditioning, draw, compile, precision: as in
-                :class:`mtdiffusion.SamplerSettings`; None: as the run's configuration says.
+            steps: network evaluations. This and the next eight are those of :class:`mtdiffusion.SamplerSettings`; None:
+                as the run's configuration says.
+            solver: its name.
+            eta: noise of a step.
+            guidance: on what is observed; 1 is none.
+            guidance_interval: the part of the path on which there is guidance.
+            conditioning: whether the network is shown what is observed.
+            draw: draw from the final distributions instead of taking their modes.
+            compile: compile the network.
+            precision: of the network.
             seed: of all randomness. The same request with the same batch size on the same kind of device gives the same
                 samples.
             first: the place of the first of these samples in a longer request: ``sample(n, first=k)`` are the last n of

@@ -110,7 +110,7 @@ class WordTokenizer(Tokenizer):
             if word not in self._number:
                 raise UserError(
                     f"{shortened(text)!r}: the vocabulary of {self.size} words has no "
-                    f"{word!r}{did_you_mean(word, self.vocabulary)}; add it to the vocabulary, or use others"
+                    f"{word!r}{did_you_mean(word, self.vocabulary)} (add it to the vocabulary, or use others)"
                 )
         return [self._number[word] for word in words]
 

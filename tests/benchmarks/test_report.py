@@ -340,8 +340,26 @@ def test_links_lead_somewhere_and_tables_and_pictures_are_named(page: str) -> No
 
 def test_the_sections_stand_in_order(page: str) -> None:
     order = re.findall(r'<h2 id="(\w+)"', page)
-    sections = "headline transfer reconstruction remedies tasks cost curves figures troubles reading"
+    sections = "headline run transfer reconstruction remedies tasks cost curves figures troubles reading"
     assert order == sections.split()
+
+
+def test_what_was_found_stands_before_what_was_run(page: str) -> None:
+    """The first screen is a sentence and a picture."""
+    places = [page.index(part) for part in ('class="lede"', "<figure>", '<dl class="facts">', '<h2 id="transfer">')]
+    assert places == sorted(places)
+
+
+def test_without_controls_joint_models_are_compared_and_transfer_is_no_section(tmp_path: Path) -> None:
+    profile, cells = benchmark()
+    joint = [made for made in cells if made["role"] == "joint"]
+    page, document = (path.read_text(encoding="utf-8") for path in build_report(write(tmp_path / "x", profile, joint)))
+    count = len({made["method"] for made in joint})
+    for made in (page, document):
+        assert f"there is no control. {count} joint models are compared with one another." in made
+        assert "There is nothing to compare" not in made
+    assert 'id="transfer"' not in page and "#transfer" not in page and "## Transfer" not in document
+    assert page.index("<figure>") < page.index('<dl class="facts">')
 
 
 def test_the_same_results_give_the_same_bytes_in_whatever_order_they_are_read(folder: Path, tmp_path: Path) -> None:

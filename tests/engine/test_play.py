@@ -203,6 +203,7 @@ def test_samples_appear_while_they_are_sampled_and_are_kept_as_files(page: Page)
     updates = page.sample(count=3, steps=4)
     previews = [each for each in updates[:-1] if "shown-image" in each]
     assert previews and all(each["shown-image"].count("<img") == 3 for each in previews)
+    assert "step 0 of 4" in updates[0]["status"]
     assert "step 3 of 4" in "".join(each["status"] for each in updates)
     last = updates[-1]
     for name in ("image", "mask", "label"):
@@ -245,6 +246,18 @@ def test_as_much_noise_as_the_documents_advise_can_be_asked_for(page: Page) -> N
     eta = page.controls["eta"]
     for value in advised:
         assert eta.minimum <= eta.preprocess(value) == value <= eta.maximum
+
+
+def test_texts_are_shown_as_texts_from_the_first_preview_on(tmp_path: Path) -> None:
+    from mtdiffusion_engine.play.page import Card, Request, _tiles
+
+    text = modality("text", length=12)
+    card = Card("text", text, None, {}, None, None, None, None, ".txt")
+    x = torch.stack([text.parse("a < b"), text.parse("c")])
+    preview = _tiles(card, x, Request(2, 0, {}))
+    files = [text.write(each, tmp_path, str(i)) for i, each in enumerate(x)]
+    assert preview == _tiles(card, x, Request(2, 0, {}), files)
+    assert "<p>a &lt; b</p><p>c</p>" in preview and "<img" not in preview
 
 
 def test_the_time_left_is_told_once_there_is_a_step_to_go_by(page: Page) -> None:
@@ -411,6 +424,7 @@ def test_a_file_is_opened_a_hole_is_painted_and_it_is_filled(browser: Any, addre
     view.wait_for_selector("#canvas-image canvas")
     with view.expect_response(lambda response: "queue/data" in response.url):
         view.set_input_files('#card-image input[data-testid="Open a file-upload-button"]', tmp_path / "white.png")
+    view.wait_for_timeout(1000)  # the picture that comes in closes the palette
     view.click('#canvas-image button[aria-label="Color"]')
     view.click('#canvas-image button[style*="rgb(255, 0, 255)"]')
     view.wait_for_timeout(1000)

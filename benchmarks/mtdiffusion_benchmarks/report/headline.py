@@ -99,6 +99,9 @@ def _codes(results: Results) -> list[str]:
 def sentences(results: Results) -> list[str]:
     """The headline."""
     lead = [transfer for transfer in results.transfers if transfer.group.method == results.lead]
+    if not lead and not any(group.role == "control" for group in results.groups):
+        joint = len({group.method for group in results.groups if group.role == "joint"})
+        return [f"Not asked here: there is no control. {joint} joint models are compared with one another."]
     if not lead:
         return ["There is nothing to compare: no control has a metric that a joint model has."]
     counted = count(lead)

@@ -188,7 +188,8 @@ def _panels(groups: Sequence[Group], term: str) -> list[Panel]:
 
 def _front(results: Results) -> list[dict[str, object]]:
     """The picture that the page opens with, if there is one: joint samples of the first joint model."""
-    leading = [group for group in results.groups if group.method == results.lead]
+    joint = [group for group in results.groups if group.role == "joint"]
+    leading = [group for group in joint if group.method == results.lead] or joint
     return [picture for picture in _figures(leading) if picture["figure"].name == "joint"][:1]  # type: ignore[attr-defined]
 
 

@@ -27,12 +27,13 @@ def _blocks(results: Results) -> Iterator[str]:
     if rows:
         names = ["comparisons", *SIGNS, "median effect"]
         yield _table(["", *names], ([_plain(label), *_counts(found)] for label, found in rows))
-    yield "## Transfer"
-    yield _plain(headline.TRANSFER)
-    yield _table(
-        ["setting", "task", "method", "metric", "joint", "control", "effect", "95% interval", "share", "verdict"],
-        _transfer_rows(results),
-    )
+    if results.rows:
+        yield "## Transfer"
+        yield _plain(headline.TRANSFER)
+        yield _table(
+            ["setting", "task", "method", "metric", "joint", "control", "effect", "95% interval", "share", "verdict"],
+            _transfer_rows(results),
+        )
     yield from _reconstruction(results)
     yield from _fidelity(results)
     yield from _variants(results)

@@ -68,8 +68,9 @@ _CSS = """
 .tiles img {display: block; max-width: 100%; image-rendering: pixelated; border-radius: 3px}
 .tiles a, .sheet a {display: block; padding: 0 !important}
 .sheet img {margin: 0; max-width: 100%; border: 1px solid var(--border-color-primary)}
-.tiles audio {display: block; width: 220px; max-width: 100%; height: 36px; margin-top: 4px}
-.tiles p {margin: 0; padding: 6px 10px; border-radius: 6px; background: var(--background-fill-secondary)}
+.tiles :is(audio, .player) {display: block; width: 220px; max-width: 100%; height: 36px; margin-top: 4px}
+.texts {flex-direction: column; align-items: flex-start}
+.texts p {margin: 0; padding: 6px 10px; border-radius: 6px; background: var(--background-fill-secondary)}
 .legend {display: flex; flex-wrap: wrap; gap: 2px 12px; font-size: 13px; max-height: 96px; overflow-y: auto}
 .legend span {white-space: nowrap}
 .legend i {display: inline-block; width: 12px; height: 12px; margin-right: 5px; border: 1px solid #888}
@@ -77,12 +78,14 @@ _CSS = """
 @media (max-width: 480px) {
   .gradio-container > main {padding: 10px}
   .card {padding: 10px}
+  #status {min-height: 45px}  /* two lines */
   .uses label {padding: 4px 7px; font-size: 13px}
   /* The canvas leaves a tenth of the height below it, but of a narrow page less beside it than the tools take. */
   .card .toolbar-wrap {top: auto; bottom: 1px; left: 1px; right: auto; width: auto; flex-direction: row}
   .card .toolbar-wrap .half-container {flex-direction: row; padding: 0 4px; border-top: 0}
 }
-.bar {height: 6px; margin-top: 6px; border-radius: 3px; background: var(--border-color-primary)}
+#status {min-height: 33px}  /* as high as the progress, so that nothing moves when it begins and ends */
+.bar {height: 6px; margin-top: 4px; border-radius: 3px; background: var(--border-color-primary)}
 .bar div {height: 6px; border-radius: 3px; background: var(--color-accent)}
 """
 _POLICY = (
@@ -341,11 +344,11 @@ def build_page(run: Run, folder: Path) -> gr.Blocks:
                     label="Guidance on what is given (1: none)",
                     elem_id="guidance",
                 )
-            draw = gr.Checkbox(sampling.draw, label="Draw from the final distributions, instead of their modes")
+            draw = gr.Checkbox(sampling.draw, label="In the end, draw at random instead of taking what is likeliest")
             path = gr.Radio(
                 [AS_TRAINED, TOGETHER, AS_SET],
                 value=AS_TRAINED,
-                label="Path: which modalities are denoised ahead of others",
+                label="Path: which modalities are denoised ahead of others, and by which share of it",
                 visible=not shared,
                 elem_id="path",
             )
@@ -393,7 +396,8 @@ def build_page(run: Run, folder: Path) -> gr.Blocks:
                 for noted, text in request.notes.items():
                     gr.Info(f"{noted}: {text}")
                 running[key] = Sampling(run, request)
-                yield {seed: request.seed, status: _progress(0, 1), whole: gr.update(visible=False)}
+                begun = _progress(0, request.settings["steps"])
+                yield {seed: request.seed, status: begun, whole: gr.update(visible=False)}
                 began: float | None = None  # after the first step, which is slower: memory and kernels are found then
                 for done, of, estimates in running[key]:
                     now = time.monotonic()
@@ -554,8 +558,9 @@ def _ways_to_give(modality: Modality, name: str) -> tuple[dict[str, Component], 
             elem_id=f"sound-{name}",
         )
         return {"sound": sound}, None
-    file = gr.File(label="A file", height=120, elem_id=f"file-{name}")
-    return {"file": file, "line": gr.Textbox(label="Or a value, as --observe takes it", elem_id=f"line-{name}")}, None
+    file = gr.File(label=f"A file, such as {written}", height=120, elem_id=f"file-{name}")
+    taken = f"Or a value, as mtdiffusion sample --observe {name}=VALUE takes it"
+    return {"file": file, "line": gr.Textbox(label=taken, elem_id=f"line-{name}")}, None
 
 
 def _canvas(modality: Modality, name: str) -> tuple[dict[str, Component], Canvas]:
@@ -665,31 +670,36 @@ def _tiles(card: Card, x: Tensor, request: Request, files: Sequence[Path] = ()) 
     given = name in request.observed and name not in request.visible and name not in request.strength
     if given:
         x, files = x[:1], files[:1]
+    head = '<p class="quiet">given</p>' if given else ""
+    if card.written in TEXTS:
+        texts = (html.escape(values.written_text(card.modality, each)) or "<em>(empty)</em>" for each in x)
+        return f'{head}<div class="tiles texts">{"".join(f"<p>{text}</p>" for text in texts)}</div>'
     with torch.no_grad():
         pictures = rendered(card.modality, name, x).tiles()
     figures = []
     for i, picture in enumerate(pictures):
         assert picture is not None
-        figures.append(_figure(card.written, picture, files[i] if files else None))
-    head = '<p class="quiet">given</p>' if given else ""
+        figures.append(_figure(card, f"{name} {i + 1}", picture, files[i] if files else None))
     return f'{head}<div class="tiles">{"".join(figures)}</div>'
 
 
-def _figure(suffix: str, picture: Image.Image, file: Path | None) -> str:
-    """One sample; without a file, what is expected of it."""
-    if file is not None and suffix in TEXTS:
-        text = html.escape(file.read_text(encoding="utf-8").strip()) or "<em>(empty)</em>"
-        return f"<figure><p>{text}</p></figure>"
+def _figure(card: Card, said: str, picture: Image.Image, file: Path | None) -> str:
+    """One sample; without a file, what is expected of it.
+
+    Args:
+        said: what a person who does not see the picture is told.
+    """
     drawn = io.BytesIO()
     picture.save(drawn, "PNG")
     source = f"data:image/png;base64,{base64.b64encode(drawn.getvalue()).decode()}"
-    image = f'<img src="{source}" width="{picture.width}" height="{picture.height}" alt="">'
+    image = f'<img src="{source}" width="{picture.width}" height="{picture.height}" alt="{html.escape(said)}">'
     if file is None:
-        return f"<figure>{image}</figure>"
+        player = '<div class="player"></div>' if card.written in SOUNDS else ""
+        return f"<figure>{image}{player}</figure>"
     address = _address(file)
-    if suffix in SOUNDS:
+    if card.written in SOUNDS:
         return f'<figure>{image}<audio controls preload="metadata" src="{address}"></audio></figure>'
-    opens = 'target="_blank"' if suffix in PICTURES else f'download="{file.name}" title="Download {file.name}"'
+    opens = 'target="_blank"' if card.written in PICTURES else f'download="{file.name}" title="Download {file.name}"'
     return f'<figure><a href="{address}" {opens}>{image}</a></figure>'
 
 

@@ -100,6 +100,12 @@ def written_suffix(modality: Modality) -> str:
         return modality.write(modality.placeholder(1)[0], Path(folder), "example").suffix.lower()
 
 
+def written_text(modality: Modality, x: Tensor) -> str:
+    """The text in the file that a modality writes of one x (no batch axis), without space around it."""
+    with tempfile.TemporaryDirectory() as folder:
+        return modality.write(x, Path(folder), "text").read_text(encoding="utf-8").strip()
+
+
 def opened(modality: Modality, path: Path, canvas: Canvas) -> Image.Image:
     """A file as the background of a canvas, which is cropped and scaled as ``parse`` has it.
 

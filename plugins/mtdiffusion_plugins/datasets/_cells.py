@@ -137,8 +137,8 @@ class Cells:
         for name, column in self.columns.items():
             if column not in there:
                 raise UserError(
-                    f"{where}: has no column {column!r} for the field {name!r}{did_you_mean(column, there)}; its "
-                    f'columns are {", ".join(there)}. Say which it is: columns = {{ {name} = "..." }}'
+                    f"{where}: has no column {column!r} for the field {name!r}{did_you_mean(column, there)} (its "
+                    f'columns are {", ".join(there)}). Say which it is: columns = {{ {name} = "..." }}'
                 )
 
     def key(self) -> str:

@@ -218,8 +218,8 @@ class HuggingFaceConfig(DatasetConfig):
         if wanted not in splits and not set(wanted) & set("[+"):  # a slice, or a sum of some, is the library's to read
             key = "test" if wanted == self.test and split == "test" else "train"
             raise UserError(
-                f"{self.path}: has no split {wanted!r} (data.{key}){did_you_mean(wanted, splits)}; its splits are "
-                f"{', '.join(splits)}"
+                f"{self.path}: has no split {wanted!r} (data.{key}){did_you_mean(wanted, splits)} (its splits are "
+                f"{', '.join(splits)})"
             )
         return wanted, test is None
 
