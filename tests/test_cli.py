@@ -724,8 +724,11 @@ def test_evaluate_writes_and_prints_the_metrics(cli: Cli, copy: Path) -> None:
     assert 0 <= metrics["mask|image/miou"] <= 1
     assert metrics["label|image/samples"] == 6
     assert all(isinstance(value, int | float | str) for value in metrics.values())
-    for part in ("label | image", f"accuracy={metrics['label|image/accuracy']:.4g}", str(copy / "metrics.json")):
+    accuracy = f"accuracy={metrics['label|image/accuracy']:.4g}↑"
+    for part in ("label | image", accuracy, "↑ higher is better, ↓ lower", str(copy / "metrics.json")):
         assert part in result.out
+    row = result.out.partition("label | image ")[2]
+    assert row.index(accuracy) < row.index("nll=") < row.index("samples=6")  # what tells most comes first
     cli("evaluate", copy, "--samples", 6, "--steps", 1, "--device", "cpu")
     assert json.loads((copy / "metrics.json").read_text()) == metrics
 
@@ -764,7 +767,8 @@ def test_an_evaluation_that_is_stopped_keeps_what_it_has_and_goes_on_with_the_re
 
     command = ("evaluate", copy, "--device", "cpu")
     assert cli(*command).code == 0
-    whole = (copy / "metrics.json").read_bytes()
+    whole, directions = ((copy / name).read_bytes() for name in ("metrics.json", "metrics-directions.json"))
+    assert json.loads(directions)["accuracy"] == "higher"
     draw, calls = evaluation.joint_draw, []
 
     def interrupt(*args: Any) -> Any:
@@ -791,6 +795,7 @@ def test_an_evaluation_that_is_stopped_keeps_what_it_has_and_goes_on_with_the_re
     assert "going on with an evaluation that was stopped: real data, given image, " in result.err
     assert "evaluating: given image" not in result.err and "evaluating: joint samples, draw 2" in result.err
     assert (copy / "metrics.json").read_bytes() == whole
+    assert (copy / "metrics-directions.json").read_bytes() == directions
     assert not partial.exists()
 
 
