@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 from pathlib import Path
 
 
@@ -28,9 +29,26 @@ LONGEST = 200
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A clause to append to a message, ``; did you mean "x"?``, or nothing if no known word is close."""
-    close = get_close_matches(word, list(known), n=1) if len(word) <= LONGEST else ()
-    return f'; did you mean "{close[0]}"?' if close else ""
+    """A clause to append to a message, ``; did you mean "x"?``, or nothing if no known word is a slip away."""
+    close = get_close_matches(word, list(known), n=10) if len(word) <= LONGEST else ()
+    near = next((other for other in close if _is_slip(word, other)), None)
+    return f'; did you mean "{near}"?' if near else ""
+
+
+def _is_slip(word: str, other: str) -> bool:
+    """Whether a word differs from another by a slip or two: a letter in four, in short words a letter.
+
+    What both have in common at either end, up to a sign between words (``.toml``, ``modality.``), says nothing of it.
+    """
+    words, others = (re.split(r"([\W_]+)", text) for text in (word, other))
+    for end in (0, -1):
+        while words and others and words[end] == others[end]:
+            del words[end], others[end]
+    left, right = "".join(words), "".join(others)
+    if not left or not right:  # one is the other and a part more, such as ".toml"
+        return True
+    cutoff = 0.75 if max(len(left), len(right)) > 3 else 0.5
+    return SequenceMatcher(None, left, right).ratio() >= cutoff
 
 
 def first_line(error: Exception) -> str:
