@@ -14,7 +14,7 @@ import tomli_w
 from attrs import asdict, evolve
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -48,7 +48,7 @@ from mtdiffusion_engine.shards import require_arrow
 from mtdiffusion_engine.team import Team
 from mtdiffusion_engine.trainer import Trainer
 from mtdiffusion_registry import DatasetConfig, Registry, UserError
-from mtdiffusion_registry.pace import Pace, Tell
+from mtdiffusion_registry.pace import Pace, Tell, how_far
 from mtdiffusion_registry.partial import partial_of
 
 if TYPE_CHECKING:
@@ -392,10 +392,10 @@ def _progress(what: str, total: int, shown: bool = True) -> Iterator[Tell]:
         yield Pace(what, total).tell
         return
     where = TextColumn("{task.fields[where]}")
-    columns = (TextColumn(what), BarColumn(None), MofNCompleteColumn(), where, TimeRemainingColumn())
+    columns = (TextColumn(what), BarColumn(None), where, TimeRemainingColumn())
     with Progress(*columns, console=screen(), disable=not shown) as bar:
         task = bar.add_task("", total=total, where="")
-        yield lambda done, where: bar.update(task, completed=done, where=where)
+        yield lambda done, at: bar.update(task, completed=done, where=how_far(done, total, at))
 
 
 def play(args: Namespace) -> None:

@@ -66,7 +66,7 @@ def draw_gallery(
         note(f"the gallery shows nothing given {' or '.join(absent)}: no held-out sample has it")
 
     drawable = [block for block in wanted if block == "joint" or block.removesuffix(":part") in test]
-    pace = Pace("drawing the gallery", len(drawable))
+    pace = Pace("drawing the gallery", len(drawable), item="block")
     drawn_blocks: list[Block] = []
     for block in drawable:
         name = block.removesuffix(":part")
