@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import SequenceMatcher, get_close_matches
 from pathlib import Path
 
@@ -18,6 +19,49 @@ class ConfigError(UserError):
 
 class EmptySplit(UserError):
     """A split of a data set that has no samples, though the data set is there: some work needs it, some does not."""
+
+
+class Troubles:
+    """All that is wrong with what a person gave, gathered so that it is told at once."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def add(self, *messages: str) -> None:
+        """Keep what was not told yet."""
+        self.told += [message for message in dict.fromkeys(messages) if message not in self.told]
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Go on after an error that a person can mend, and keep what it says; an empty split is no trouble of these."""
+        try:
+            yield
+        except EmptySplit:
+            raise
+        except UserError as error:
+            self.add(*(error.each if isinstance(error, SeveralErrors) else [str(error)]))
+
+    def error(self) -> UserError:
+        """One error that says all that was gathered, of which there must be some."""
+        return SeveralErrors(self.told) if len(self.told) > 1 else UserError(self.told[0])
+
+    def tell(self) -> None:
+        """Raise what was gathered.
+
+        Raises:
+            UserError: if there was anything.
+        """
+        if self.told:
+            raise self.error()
+
+
+class SeveralErrors(UserError):
+    """Errors of several kinds, which can all be mended before the next try."""
+
+    def __init__(self, each: Sequence[str]) -> None:
+        self.each = list(each)
+        listed = "\n".join("- " + message.replace("\n", "\n  ") for message in each)
+        super().__init__(f"{len(self.each)} kinds of trouble with the data:\n{listed}")
 
 
 class PluginError(UserError):
