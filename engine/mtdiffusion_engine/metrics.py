@@ -10,7 +10,6 @@ from attrs import frozen
 
 from mtdiffusion import Modality, MultimodalDiffusion
 from mtdiffusion_engine.checkpoint import read_json
-from mtdiffusion_engine.judging import BuiltEvaluator
 from mtdiffusion_registry import Evaluator, UserError
 from mtdiffusion_registry.evaluation import ARROWS
 
@@ -33,10 +32,8 @@ def directions_of(modalities: Mapping[str, Modality], evaluators: Sequence[Evalu
         UserError: if a name is better higher for one of them and lower for another.
     """
     own = [(f"the modality {name}", modality.metric_directions) for name, modality in modalities.items()]
-    judges = [
-        (each.title if isinstance(each, BuiltEvaluator) else type(each).__name__, each.metric_directions)
-        for each in evaluators
-    ]
+    # The title is what an evaluator of a configuration is called, by its place there.
+    judges = [(str(getattr(each, "title", type(each).__name__)), each.metric_directions) for each in evaluators]
     found: dict[str, tuple[str, str]] = {}
     for giver, name, direction in chain(_by_turns(judges), _by_turns(own)):
         other, before = found.pop(name, (giver, direction))
