@@ -724,8 +724,11 @@ def test_evaluate_writes_and_prints_the_metrics(cli: Cli, copy: Path) -> None:
     assert 0 <= metrics["mask|image/miou"] <= 1
     assert metrics["label|image/samples"] == 6
     assert all(isinstance(value, int | float | str) for value in metrics.values())
-    for part in ("label | image", f"accuracy={metrics['label|image/accuracy']:.4g}", str(copy / "metrics.json")):
+    accuracy = f"accuracy={metrics['label|image/accuracy']:.4g}↑"
+    for part in ("label | image", accuracy, "↑ higher is better, ↓ lower", str(copy / "metrics.json")):
         assert part in result.out
+    row = result.out.partition("label | image ")[2]
+    assert row.index(accuracy) < row.index("nll=") < row.index("samples=6")  # what tells most comes first
     cli("evaluate", copy, "--samples", 6, "--steps", 1, "--device", "cpu")
     assert json.loads((copy / "metrics.json").read_text()) == metrics
 
@@ -764,7 +767,8 @@ def test_an_evaluation_that_is_stopped_keeps_what_it_has_and_goes_on_with_the_re
 
     command = ("evaluate", copy, "--device", "cpu")
     assert cli(*command).code == 0
-    whole = (copy / "metrics.json").read_bytes()
+    whole, directions = ((copy / name).read_bytes() for name in ("metrics.json", "metrics-directions.json"))
+    assert json.loads(directions)["accuracy"] == "higher"
     draw, calls = evaluation.joint_draw, []
 
     def interrupt(*args: Any) -> Any:
@@ -791,6 +795,7 @@ def test_an_evaluation_that_is_stopped_keeps_what_it_has_and_goes_on_with_the_re
     assert "going on with an evaluation that was stopped: real data, given image, " in result.err
     assert "evaluating: given image" not in result.err and "evaluating: joint samples, draw 2" in result.err
     assert (copy / "metrics.json").read_bytes() == whole
+    assert (copy / "metrics-directions.json").read_bytes() == directions
     assert not partial.exists()
 
 
@@ -800,13 +805,20 @@ def test_evaluate_and_gallery_say_how_far_they_are(cli: Cli, copy: Path, monkeyp
     said = cli("evaluate", copy, "--device", "cpu", "--set", "evaluation.batch_size=3").err
     for what in ("given image", "joint samples, draw 1", "the bound"):
         assert re.search(rf"^evaluating: {what}: 6 of 8, 0:\d\d left$", said, re.M), said
+    which = "samples [147] to [368] of 8"
     for what, steps in (("given image", 2), ("given a part of image", 2), ("joint samples, draw 1", 3)):
-        assert re.search(rf"^evaluating: {what}: \d of 8, step 1 of {steps}, 0:\d\d left$", said, re.M), said
+        assert re.search(rf"^evaluating: {what}: {which} at step 1 of {steps}, 0:\d\d left$", said, re.M), said
     said = cli("gallery", copy, "--device", "cpu").err
     assert re.search(r"^drawing the gallery: 5 of 6, ", said, re.M)
-    assert re.search(r"^drawing the gallery: 0 of 6, step 1 of 3, ", said, re.M)
+    assert re.search(r"^drawing the gallery: block 1 of 6 at step 1 of 3, ", said, re.M)
     said = cli("sample", copy, "-n", 4, "--steps", 3, "--out", copy / "samples", "--device", "cpu").err
-    assert re.findall(r"^sampling: (.*), 0:\d\d left$", said, re.M) == ["1 of 4, step 1 of 3", "2 of 4, step 2 of 3"]
+    assert re.findall(r"^sampling: (.*), 0:\d\d left$", said, re.M) == [f"4 samples at step {k} of 3" for k in (1, 2)]
+    several = ("--shards", "tar", "--shard-size", 2, "--steps", 2)
+    said = cli("sample", copy, "-n", 4, *several, "--out", copy / "shards", "--device", "cpu").err
+    assert re.findall(r"^sampling: (.*) at step 1 of 2, 0:\d\d left$", said, re.M) == [
+        "samples 1 to 2 of 4",
+        "samples 3 to 4 of 4",
+    ]
 
 
 def test_a_log_has_each_line_once(cli: Cli, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

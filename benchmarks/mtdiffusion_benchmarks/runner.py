@@ -34,7 +34,6 @@ from mtdiffusion_engine.data import derive_seed, load_data
 from mtdiffusion_engine.evaluation import complete_samples
 from mtdiffusion_engine.experiment import EvaluationConfig, Experiment, build_model, origins
 from mtdiffusion_engine.judging import (
-    BuiltEvaluator,
     Metrics,
     build_evaluators,
     check_evaluators,
@@ -43,6 +42,7 @@ from mtdiffusion_engine.judging import (
     judge_real,
     judge_target,
 )
+from mtdiffusion_engine.metrics import directions_of
 from mtdiffusion_engine.subsets import random_holes
 from mtdiffusion_registry import Evaluator, Query, Registry, UserError
 from mtdiffusion_registry.pace import SELDOM, Pace
@@ -529,29 +529,6 @@ def _ask(
         parts.append(fitted.generate(query, x, None if visible is None else visible[rows], generator))
         pace.tell(int(rows[-1]) + 1)
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def directions_of(modalities: Mapping[str, Modality], evaluators: Sequence[Evaluator]) -> dict[str, str]:
-    """Which way each metric is better, by its bare name.
-
-    Raises:
-        UserError: if a name is better higher for one of them and lower for another.
-    """
-    givers = [(f"the modality {name}", modality.metric_directions) for name, modality in modalities.items()]
-    givers += [
-        (each.title if isinstance(each, BuiltEvaluator) else type(each).__name__, each.metric_directions)
-        for each in evaluators
-    ]
-    found: dict[str, tuple[str, str]] = {}
-    for giver, directions in givers:
-        for name, direction in directions.items():
-            other, before = found.setdefault(name, (giver, direction))
-            if before != direction:
-                raise UserError(
-                    f"metric_directions: {name} is better {before} for {other} and better {direction} for {giver}; a "
-                    "name must mean one direction, so give one of the metrics another name"
-                )
-    return {name: direction for name, (_, direction) in sorted(found.items())}
 
 
 def summary(profile: Profile, cells: Sequence[Cell], out: Path) -> dict[str, Any]:

@@ -13,10 +13,11 @@ from attrs import asdict, astuple, evolve, field, fields, frozen
 
 from mtdiffusion import SamplerSettings
 from mtdiffusion_benchmarks.report.markdown import code
-from mtdiffusion_benchmarks.runner import directions_of, hardware
+from mtdiffusion_benchmarks.runner import hardware
 from mtdiffusion_engine.evaluation import evaluate, fingerprint
 from mtdiffusion_engine.judging import build_evaluators
 from mtdiffusion_engine.measures import plan
+from mtdiffusion_engine.metrics import directions_of
 from mtdiffusion_engine.run import Run
 from mtdiffusion_engine.samples import Wish, draw_samples, held_out
 from mtdiffusion_registry import UserError

@@ -189,7 +189,7 @@ class Modality(nn.Module, ABC):
         coloured: whether x is a picture in [−1, 1] whose colours may be varied.
         resize: whether :meth:`parse` scales and crops a picture of another size than the data's, or refuses it.
         metric_directions: "higher" or "lower", whichever is better, by name of a metric of :meth:`metrics` or
-            :meth:`predictive_metrics`. A metric without one is reported but never ranked.
+            :meth:`predictive_metrics`, what tells most first. A metric without one is reported but never ranked.
     """
 
     metric_directions: Mapping[str, str] = MappingProxyType({})

@@ -14,8 +14,9 @@ import tomli_w
 from attrs import asdict, evolve
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from mtdiffusion_engine import checkpoint as ckpt
@@ -36,8 +37,9 @@ from mtdiffusion_engine.experiment import (
 from mtdiffusion_engine.explaining import explain, lines_of
 from mtdiffusion_engine.given import parsed
 from mtdiffusion_engine.hanging import HangWatch
-from mtdiffusion_engine.hub import CARD, GALLERY, METRICS
+from mtdiffusion_engine.hub import CARD, GALLERY
 from mtdiffusion_engine.interrupt import held
+from mtdiffusion_engine.metrics import DIRECTIONS, METRICS, legend, rows, stored_directions
 from mtdiffusion_engine.monitor import Monitor
 from mtdiffusion_engine.printing import log_shown, say, screen, with_json
 from mtdiffusion_engine.process_plot import draw_process
@@ -46,7 +48,7 @@ from mtdiffusion_engine.shards import require_arrow
 from mtdiffusion_engine.team import Team
 from mtdiffusion_engine.trainer import Trainer
 from mtdiffusion_registry import DatasetConfig, Registry, UserError
-from mtdiffusion_registry.pace import Pace, Tell
+from mtdiffusion_registry.pace import Pace, Tell, how_far
 from mtdiffusion_registry.partial import partial_of
 
 if TYPE_CHECKING:
@@ -390,10 +392,10 @@ def _progress(what: str, total: int, shown: bool = True) -> Iterator[Tell]:
         yield Pace(what, total).tell
         return
     where = TextColumn("{task.fields[where]}")
-    columns = (TextColumn(what), BarColumn(None), MofNCompleteColumn(), where, TimeRemainingColumn())
+    columns = (TextColumn(what), BarColumn(None), where, TimeRemainingColumn())
     with Progress(*columns, console=screen(), disable=not shown) as bar:
         task = bar.add_task("", total=total, where="")
-        yield lambda done, where: bar.update(task, completed=done, where=where)
+        yield lambda done, at: bar.update(task, completed=done, where=how_far(done, total, at))
 
 
 def play(args: Namespace) -> None:
@@ -476,7 +478,7 @@ def evaluate(args: Namespace) -> dict[str, Any] | None:
         return None
     if not args.json:
         print(f"measured: {run.checkpoint.name}")
-        print_metrics(metrics)
+        print_metrics(metrics, stored_directions(run.path, run.model))
         print(f"metrics: {args.run / METRICS}")
     return metrics
 
@@ -503,6 +505,7 @@ def _evaluate(run: Run, team: Team | None = None) -> dict[str, Any]:
         return metrics
     _set_aside(run.path / METRICS, metrics)
     ckpt.write_json(run.path / METRICS, metrics)
+    ckpt.write_json(run.path / DIRECTIONS, kept.directions, sort_keys=False)
     kept.remove()
     return metrics
 
@@ -537,17 +540,19 @@ def _kept(kept: Kept) -> str:
     )
 
 
-def print_metrics(metrics: Mapping[str, Any]) -> None:
-    """A table of metrics ``target|observed/metric``: a row for each ``target|observed``."""
-    groups: dict[str, list[str]] = {}
-    for key, value in sorted(metrics.items()):
-        group, _, metric = key.rpartition("/")
-        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
-        groups.setdefault(group, []).append(f"{metric}={shown}")
+def print_metrics(metrics: Mapping[str, Any], directions: Mapping[str, str]) -> None:
+    """A table with a row for each ``target|observed`` of metrics ``target|observed/metric``; what tells most stands
+    out."""
+    console = Console(highlight=False)
     table = Table("target | given", "metrics")
-    for group, cells in groups.items():
-        table.add_row(group.replace("|", " | "), "  ".join(cells))
-    Console(highlight=False).print(table)
+    for row in rows(metrics, directions, console.encoding):
+        told = Text("  ".join(row.first), "bold")
+        if row.first and row.others:
+            told.append("\n")
+        told.append("  ".join(row.others), "not bold")
+        table.add_row(Text(row.group.replace("|", " | ")), told)
+    console.print(table)
+    console.print(legend(console.encoding), soft_wrap=True)
 
 
 @with_json
@@ -631,7 +636,7 @@ def demo(args: Namespace) -> dict[str, Any]:
         _gallery(run, picture, seed=0)
     measured = ckpt.read_json(metrics)
     if not args.json:
-        print_metrics(measured)
+        print_metrics(measured, stored_directions(out, run.model))
         print(f"metrics: {metrics}")
         print(f"gallery: {picture}")
     return {

@@ -42,6 +42,7 @@ from mtdiffusion_engine.judging import (
     timed,
 )
 from mtdiffusion_engine.measures import PART, Kept, Measure, plan
+from mtdiffusion_engine.metrics import directions_of
 from mtdiffusion_engine.samples import Samples, Wish, draw_samples, held_out, joined
 from mtdiffusion_engine.subsets import random_holes
 from mtdiffusion_engine.team import Team, batches_of, chance_at
@@ -109,15 +110,18 @@ def evaluate_run(
         elif kept.done:
             note(f"going on with an evaluation that was stopped: {', '.join(kept.done)} {_is_are(kept.done)} kept")
     evaluators: list[Evaluator] = []
+    modalities = {name: model.modality(name) for name in model.names}
     if team.first and any(measure.kind != "bound" and measure.name not in kept.done for measure in measures):
         evaluators = build_evaluators(
             config.evaluators,
-            {name: model.modality(name) for name in model.names},
+            modalities,
             lambda: run.data("train"),
             seed=config.seed,
             progress=progress,
             note=note,
         )
+    if evaluators or not kept.directions:  # those of an evaluation that was stopped may need no evaluator any more
+        kept.directions = directions_of(modalities, evaluators)
     return evaluate(
         model,
         test,

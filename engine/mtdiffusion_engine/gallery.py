@@ -66,7 +66,7 @@ def draw_gallery(
         note(f"the gallery shows nothing given {' or '.join(absent)}: no held-out sample has it")
 
     drawable = [block for block in wanted if block == "joint" or block.removesuffix(":part") in test]
-    pace = Pace("drawing the gallery", len(drawable))
+    pace = Pace("drawing the gallery", len(drawable), item="block")
     drawn_blocks: list[Block] = []
     for block in drawable:
         name = block.removesuffix(":part")
@@ -81,7 +81,10 @@ def draw_gallery(
     path.parent.mkdir(parents=True, exist_ok=True)
     title = f"One model, {len(model.names)} modalities: {', '.join(model.names)}"
     title = title if several else f"A model of {names[0]}"
-    told = "Given is what held-out samples have; truth is the rest of the same samples, which the model was not shown."
+    told = (
+        "Given is what held-out samples have; truth is the rest of the same samples, which the model was not shown. "
+        "All else in a column was generated together, as one sample: where its rows disagree, the model does."
+    )
     kind = Image.registered_extensions().get(path.suffix.lower(), "PNG")
     with partial_of(path) as partial:
         draw_blocks(title, drawn_blocks, legends(model), told).save(partial, kind)

@@ -7,7 +7,7 @@
     plugins.json         where each of its kinds came from
     ema.safetensors      the averaged weights
     state.json           how far they were trained
-    metrics.json, gallery.png
+    metrics.json, metrics-directions.json, gallery.png
     files/               files and folders that its modalities read, such as a tokenizer
 
 Nothing in it is code or pickled, and no more than the plugins that are installed is imported to use it.
@@ -28,6 +28,7 @@ from torch import Tensor
 from mtdiffusion import MultimodalDiffusion
 from mtdiffusion_engine import checkpoint as ckpt
 from mtdiffusion_engine.experiment import PLUGINS_FILE, TRAINED, Experiment, resolved, with_paths
+from mtdiffusion_engine.metrics import DIRECTIONS, METRICS, legend, rows, stored_directions
 from mtdiffusion_engine.pictures import sample_sheet
 from mtdiffusion_registry import Registry, UserError
 from mtdiffusion_registry.config import dump_toml
@@ -35,7 +36,6 @@ from mtdiffusion_registry.errors import first_line
 from mtdiffusion_registry.hub import HUB_NAME
 from mtdiffusion_registry.installed import version
 
-METRICS = "metrics.json"
 GALLERY = "gallery.png"
 CARD = "README.md"
 FILES = "files"
@@ -95,6 +95,8 @@ def export_run(run: TrainedRun, folder: Path, *, name: str | None = None, licens
     if not run.outdates(run.path / METRICS):
         shutil.copyfile(run.path / METRICS, folder / METRICS)
         metrics = ckpt.read_json(folder / METRICS)
+        if (run.path / DIRECTIONS).is_file():
+            shutil.copyfile(run.path / DIRECTIONS, folder / DIRECTIONS)
     drawn = run.outdates(run.path / GALLERY)
     if drawn:
         sample_sheet(run.model, run.sample(16), f"Samples of {run.path.absolute().name}").save(folder / GALLERY)
@@ -157,7 +159,7 @@ def push_run(
                 commit_message=commit_message or said,
                 revision=branch,
                 create_pr=create_pr,
-                delete_patterns=[METRICS, f"{FILES}/*"],
+                delete_patterns=[METRICS, DIRECTIONS, f"{FILES}/*"],
             )
         except Exception as error:  # of the network or the Hub: each has exceptions of its own
             raise UserError(
@@ -265,7 +267,7 @@ def _card(
             "",
             "## Measured",
             "",
-            *_measured(metrics),
+            *_measured(metrics, stored_directions(run.path, run.model)),
             "",
             "## Licence",
             "",
@@ -275,19 +277,16 @@ def _card(
     )
 
 
-def _measured(metrics: Mapping[str, Any] | None) -> list[str]:
+def _measured(metrics: Mapping[str, Any] | None, directions: Mapping[str, str]) -> list[str]:
     """A table with a row for each ``target|observed``."""
     if not metrics:
         return ["These weights were not evaluated (`mtdiffusion evaluate`)."]
-    groups: dict[str, list[str]] = {}
-    for key, value in sorted(metrics.items()):
-        group, _, metric = key.rpartition("/")
-        groups.setdefault(group, []).append(
-            f"{metric} {value:.4g}" if isinstance(value, float) else f"{metric} {value}"
-        )
-    rows = [f"| {group.replace('|', ' given ')} | {', '.join(cells)} |" for group, cells in groups.items()]
+    table = [
+        f"| {row.group.replace('|', ' given ')} | {', '.join((*row.first, *row.others))} |"
+        for row in rows(metrics, directions)
+    ]
     told = "By `mtdiffusion evaluate` on held-out data (the row `real` is of these themselves); also in `metrics.json`."
-    return [told, "", "| what | metrics |", "|---|---|", *rows]
+    return [told, f"{legend()}.", "", "| what | metrics |", "|---|---|", *table]
 
 
 def _shape(model: MultimodalDiffusion, name: str) -> str:

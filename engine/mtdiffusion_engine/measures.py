@@ -123,12 +123,19 @@ class Kept:
 
     Args:
         path: where to; None: nowhere.
+
+    Attributes:
+        done: the metrics of each measure that is done, by its name.
+        missing: names of the others.
+        directions: which way metrics are better, what tells most first
+            (:func:`mtdiffusion_engine.metrics.directions_of`).
     """
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
         self.done: dict[str, Metrics] = {}
         self.missing: list[str] = []
+        self.directions: dict[str, str] = {}
         self._fingerprint = ""
 
     def begin(self, measures: Sequence[Measure], fingerprint: str = "") -> bool:
@@ -146,8 +153,10 @@ class Kept:
             if stored["fingerprint"] != fingerprint:
                 return True
             done = {name: _with_nan(stored["done"][name]) for name in names if name in stored["done"]}
-        except (UserError, KeyError, TypeError, AttributeError):  # damaged: it is made again
+            directions = dict(stored["directions"])
+        except (UserError, KeyError, TypeError, ValueError, AttributeError):  # damaged: it is made again
             return True
+        self.directions = directions
         self.done, self.missing = done, [name for name in names if name not in done]
         return False
 
@@ -157,7 +166,13 @@ class Kept:
         self.missing = [other for other in self.missing if other != name]
         if self.path is not None:
             told = {key: {name: _or_none(x) for name, x in found.items()} for key, found in self.done.items()}
-            stored = {"partial": True, "missing": self.missing, "fingerprint": self._fingerprint, "done": told}
+            stored = {
+                "partial": True,
+                "missing": self.missing,
+                "fingerprint": self._fingerprint,
+                "directions": self.directions,
+                "done": told,
+            }
             write_json(self.path, stored, sort_keys=False)
 
     def remove(self) -> None:

@@ -29,7 +29,7 @@ from mtdiffusion_engine.run import Run
 from mtdiffusion_engine.shards import FORMS
 from mtdiffusion_registry import UserError
 from mtdiffusion_registry.installed import version
-from mtdiffusion_registry.pace import Tell, by_step
+from mtdiffusion_registry.pace import Step, Tell, by_step
 from mtdiffusion_registry.partial import remove_abandoned
 
 REQUEST, SHEET = "request.json", "samples.png"
@@ -41,7 +41,7 @@ SHARD_SIZE = 1024
 """Samples a shard, unless another number is asked for: a multiple of the usual batch size."""
 
 
-def _silent(done: float, where: str) -> None:
+def _silent(done: float, at: Step | None) -> None:
     """Tells nobody."""
 
 
@@ -235,7 +235,7 @@ def write_folder(request: Request, folder: Path, tell: Tell = _silent) -> None:
             for place, row in enumerate(zip(*samples.values(), strict=True), start):
                 for name, x in zip(samples, row, strict=True):
                     write(name, x, stem_of(place, request.n))
-            tell(place + 1, "")
+            tell(place + 1, None)
     sheets.end()
     ckpt.write_json(folder / REQUEST, request.record())
 
@@ -284,8 +284,8 @@ def write_shards(
         start, path = shard * size, out / shard_name(shard, form)
         count = min(size, request.n - start)
 
-        def tell_all(done: float, where: str, before: int = drawn) -> None:
-            tell(before + done, where)
+        def tell_all(done: float, at: Step | None, before: int = drawn) -> None:
+            tell(before + done, at and at._replace(first=before + at.first))
 
         try:
             _write_shard(request, path, start, count, tell_all, form)
@@ -311,7 +311,7 @@ def _write_shard(request: Request, path: Path, first: int, count: int, tell: Tel
                         sheets.see(samples)
                     rows = [dict(zip(samples, row, strict=True)) for row in zip(*samples.values(), strict=True)]
                     write([(stem_of(place, request.n), row) for place, row in enumerate(rows, start)])
-                    tell(start + len(rows) - first, "")
+                    tell(start + len(rows) - first, None)
             file.flush()
             os.fsync(file.fileno())  # a shard that has its name is whole, after a loss of power, too
         if sheets is not None:

@@ -189,7 +189,7 @@ class TokensModality(Modality):
             raise UserError(f"tokens: {where}expected at most {self.length} words, found {len(words)}")
         for word in words:
             if word not in self.vocabulary:
-                near = difflib.get_close_matches(word, self.vocabulary, 1)
+                near = difflib.get_close_matches(word, self.vocabulary, 1, cutoff=0.75)
                 meant = f" (did you mean {near[0]!r}?)" if near else ""
                 known = ", ".join(self.vocabulary)
                 raise UserError(f"tokens: {where}expected words of the vocabulary ({known}), found {word!r}{meant}")

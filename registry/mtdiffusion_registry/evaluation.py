@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+ARROWS: Mapping[str, str] = MappingProxyType({"higher": "↑", "lower": "↓"})
+"""How a direction of ``metric_directions`` is written beside its metric."""
+
 
 class Evaluator(ABC):
     """Judges samples given as a dict of tensors by modality name, each ``[B, ...]``.
@@ -20,8 +23,8 @@ class Evaluator(ABC):
     defined.
 
     Attributes:
-        metric_directions: "higher" or "lower", whichever is better, by metric. A metric without one is reported but
-            never ranked.
+        metric_directions: "higher" or "lower", whichever is better, by metric, what tells most first. A metric
+            without one is reported but never ranked.
     """
 
     metric_directions: Mapping[str, str] = MappingProxyType({})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 LOGGER = "mtdiffusion"
 """The logger of what is going on; the command line shows it, and a program may."""
@@ -15,8 +16,18 @@ EVERY = 5.0
 _SHARE = 1 / 6
 """Of the time that has passed until a line, that until the next one: ten minutes take some 25 lines."""
 
-Tell = Callable[[float, str], object]
-"""Is told how many items are done, of one under way a share, and where in it the work is ("" between items)."""
+
+class Step(NamedTuple):
+    """Where work is that takes the same steps with some items at once: the next ``items`` after the ``first`` ones."""
+
+    first: int
+    items: int
+    step: int
+    of: int
+
+
+Tell = Callable[[float, Step | None], object]
+"""Is told how many items are done, of those under way a share, and where the work is with these; None between them."""
 
 
 def by_step(tell: Tell, done: int, count: int) -> Callable[[int, int, object], None]:
@@ -24,9 +35,22 @@ def by_step(tell: Tell, done: int, count: int) -> Callable[[int, int, object], N
 
     def on_step(step: int, of: int, _: object) -> None:
         if step:
-            tell(done + count * step / of, f"step {step} of {of}")
+            tell(done + count * step / of, Step(done, count, step, of))
 
     return on_step
+
+
+def how_far(done: float, total: int, at: Step | None, item: str = "sample") -> str:
+    """What is done of a total, or where those items are that are under way."""
+    if at is None:
+        return f"{int(done):,} of {total:,}"
+    if at.items == total:
+        which = f"{total:,} {item}{'s' * (total != 1)}"
+    elif at.items == 1:
+        which = f"{item} {at.first + 1:,} of {total:,}"
+    else:
+        which = f"{item}s {at.first + 1:,} to {at.first + at.items:,} of {total:,}"
+    return f"{which} at step {at.step} of {at.of}"
 
 
 class Pace:
@@ -38,6 +62,7 @@ class Pace:
         show: is told the lines; None: the logger of what is going on.
         before: how many were done earlier, in no time of this work.
         every: seconds between lines; None: a few at first, and up to a minute as the work goes on.
+        item: what one item is called.
     """
 
     def __init__(
@@ -48,8 +73,9 @@ class Pace:
         *,
         before: int = 0,
         every: float | None = None,
+        item: str = "sample",
     ) -> None:
-        self.what, self.total = what, total
+        self.what, self.total, self.item = what, total, item
         self._before, self._every = before, every
         self._show = show or logging.getLogger(LOGGER).info
         self._started = self._told = time.monotonic()
@@ -59,20 +85,19 @@ class Pace:
         """Since the work began."""
         return time.monotonic() - self._started
 
-    def tell(self, done: float, where: str = "") -> None:
+    def tell(self, done: float, at: Step | None = None) -> None:
         """Say how many are done and how long the rest will take, if nothing was said for a while.
 
         Args:
             done: how many, of those under way a share.
-            where: in those under way, such as "step 3 of 32".
+            at: where the work is with those under way.
         """
         now = time.monotonic()
         gap = max(EVERY, min(self.seconds * _SHARE, SELDOM)) if self._every is None else self._every
         if self._before < done < self.total and now - self._told > gap:
             self._told = now
             left = round(self.seconds / (done - self._before) * (self.total - done))
-            at = f", {where}" if where else ""
-            self.log(f"{int(done):,} of {self.total:,}{at}, {left // 60}:{left % 60:02d} left")
+            self.log(f"{how_far(done, self.total, at, self.item)}, {left // 60}:{left % 60:02d} left")
 
     def log(self, message: str) -> None:
         """Say something about the work."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mtdiffusion import SamplerSettings
 from mtdiffusion_benchmarks.interfaces import Cost, Fitted
-from mtdiffusion_benchmarks.runner import Held, directions_of, measure
+from mtdiffusion_benchmarks.runner import Held, measure
 from mtdiffusion_engine.evaluation import evaluate
 from mtdiffusion_engine.experiment import build_model
 from mtdiffusion_engine.judging import judge_joint, judge_real, judge_target, merge_metrics
@@ -135,21 +135,3 @@ def test_a_cell_holds_numbers_alone(tmp_path: Path) -> None:
     metrics, _ = measure(Answers(), problem.experiment, problem.modalities, [Query()], held, note=told.append)
     assert metrics == {"joint/precision_x": 0.5, "joint/samples": 4, "real/fid_x": 3.0}
     assert told == ["left out, since they are undefined for these samples: joint/fid_x, joint/kid_x"]
-
-
-class Upward(First):
-    metric_directions: Mapping[str, str] = {"fid_x": "lower", "accuracy": "higher"}
-
-
-class Downward(First):
-    metric_directions: Mapping[str, str] = {"fid_x": "higher"}
-
-
-def test_a_name_means_one_direction(tmp_path: Path) -> None:
-    modalities = digits(tmp_path).modalities
-    directions = directions_of(modalities, [Upward(), Upward()])
-    assert directions["fid_x"] == "lower"
-    assert directions["accuracy"] == "higher"  # the label's, too
-    assert directions["mse"] == "lower"
-    with pytest.raises(UserError, match="fid_x is better lower for Upward and better higher for Downward"):
-        directions_of(modalities, [Upward(), Downward()])

@@ -12,9 +12,11 @@ from typing import Any, ClassVar, Literal
 import pytest
 import torch
 from attrs import evolve, frozen
+from PIL import Image
 from torch import Tensor
 
 from mtdiffusion import Dataset, SamplerSettings
+from mtdiffusion_engine import gallery
 from mtdiffusion_engine.data import ModalityData, load_data
 from mtdiffusion_engine.evaluation import complete_samples, evaluate, evaluate_run
 from mtdiffusion_engine.experiment import build_model
@@ -437,3 +439,24 @@ def test_a_target_is_judged_where_the_evaluator_s_needs_are_met() -> None:
     )
     found = judge_target(run.model.modality("image"), "image", x, truth, [judge])
     assert (found["samples"], found["seen"], found["seen_samples"]) == (12, 3.0, 3)
+
+
+def test_all_that_a_block_of_the_gallery_generates_is_one_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows stand side by side as though they belonged together."""
+    run, calls = run_on(Gaps()), list[tuple[set[str], set[str]]]()
+    drawn = gallery.sample
+
+    def watched(*args: Any, **options: Any) -> Any:
+        out = drawn(*args, **options)
+        calls.append((set(options.get("observed", ())), set(out)))
+        return out
+
+    monkeypatch.setattr(gallery, "sample", watched)
+    said = list[str]()
+    monkeypatch.setattr(gallery, "draw_blocks", lambda *args: said.append(args[3]) or Image.new("RGB", (1, 1)))
+    draw_gallery(run, tmp_path / "gallery.png", columns=2, blocks=["joint", "image", "label"])
+    names = set(run.model.names)
+    assert calls == [(set(), names), ({"image"}, names), ({"label"}, names)] and len(names) > 2
+    assert "generated together, as one sample" in said[0]

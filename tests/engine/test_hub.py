@@ -59,6 +59,7 @@ def test_it_holds_the_averaged_weights_alone(run_folder: Path, exported: Path) -
         "ema.safetensors",
         "state.json",
         "metrics.json",
+        "metrics-directions.json",
         "gallery.png",
     }
     newest = load_run(run_folder, device="cpu").checkpoint
@@ -74,7 +75,7 @@ def test_the_card_says_what_the_run_is_and_what_was_measured(run_folder: Path, e
     assert "image" in json.loads(lines["tags"])
     metrics = json.loads((run_folder / "metrics.json").read_text())
     row = next(line for line in text.splitlines() if line.startswith("| label given image |"))
-    assert f"accuracy {metrics['label|image/accuracy']:.4g}" in row
+    assert f"accuracy={metrics['label|image/accuracy']:.4g}↑" in row and "↑ higher is better" in text
     assert "10 steps of 8 samples" in text
     assert "| image | image | 1 × 8 × 8, float32 |" in text
     assert "![" in text and "](gallery.png)" in text
@@ -306,10 +307,15 @@ def test_a_push_uploads_what_an_export_writes(run_folder: Path, exported: Path, 
 
 
 def test_metrics_of_other_weights_do_not_stay_on_the_hub(tiny_run: Path, hub: dict[str, bytes], tmp_path: Path) -> None:
-    hub |= {"metrics.json": b"{}", "files/modalities/text/file/words.txt": b"a", "notes.md": b"mine"}
+    hub |= {
+        "metrics.json": b"{}",
+        "metrics-directions.json": b"{}",
+        "files/modalities/text/file/words.txt": b"a",
+        "notes.md": b"mine",
+    }
     run = load_run(shutil.copytree(tiny_run, tmp_path / "run"), device="cpu")  # which was not evaluated
     run.push_to_hub("me/tiny", token="hf_of_nobody")
-    assert "metrics.json" not in hub and not [path for path in hub if path.startswith("files/")]
+    assert not [path for path in hub if path.startswith(("metrics", "files/"))]
     assert hub["notes.md"] == b"mine" and "ema.safetensors" in hub
 
 

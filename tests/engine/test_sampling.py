@@ -32,6 +32,7 @@ from mtdiffusion_plugins.datasets.huggingface import HuggingFaceConfig
 from mtdiffusion_plugins.fields import ImageField
 from mtdiffusion_plugins.image import ImageModality
 from mtdiffusion_registry import UserError
+from mtdiffusion_registry.pace import Step
 
 N, SIZE = 26, 8
 """Samples and those of a shard: four shards of two batches, of which the last is not full."""
@@ -84,12 +85,13 @@ def test_a_folder_is_written_batch_by_batch_and_holds_what_the_run_samples(
 
     expected = run.sample(10, seed=3)
     monkeypatch.setattr(Run, "sample", watched)
-    told: list[tuple[float, str]] = []
+    told: list[tuple[float, Step | None]] = []
     write_folder(Request(run, 10, seed=3), tmp_path, lambda *each: told.append(each))
-    assert (written, [done for done, where in told if not where]) == ([0, 4, 8], [4, 8, 10])
-    steps = [(done, where) for done, where in told if where]  # of three; before the first nothing is told
+    assert (written, [done for done, at in told if at is None]) == ([0, 4, 8], [4, 8, 10])
+    steps = [(done, at) for done, at in told if at is not None]  # of three; before the first nothing is told
     assert [done for done, _ in steps] == pytest.approx([4 / 3, 8 / 3, 4 + 4 / 3, 4 + 8 / 3, 8 + 2 / 3, 8 + 4 / 3])
-    assert [where for _, where in steps] == ["step 1 of 3", "step 2 of 3"] * 3
+    batches = ((0, 4), (4, 4), (8, 2))
+    assert [at for _, at in steps] == [Step(*batch, step, 3) for batch in batches for step in (1, 2)]
     pictures = [np.asarray(Image.open(tmp_path / f"image/{place:04d}.png")) for place in range(10)]
     assert np.array_equal(pictures, ((expected["image"][:, 0] + 1) * 127.5).round().numpy())
     assert (tmp_path / "label.csv").read_text() == "stem,value,name\n" + "".join(
@@ -354,13 +356,13 @@ def test_processes_share_the_shards_out(run: Run, whole: Path, form: str, tmp_pa
     """Whichever are there already, and however many processes there were before."""
     request = Request(run, N, observed={"label": torch.tensor([3, 7, 1])})
     record = {"n": N, "shard_size": SIZE, "shards": form}
-    told: list[tuple[float, str]] = []
+    told: list[tuple[float, Step | None]] = []
     with shards_in(tmp_path, record, 0, 1) as missing:
         assert missing == [0, 1, 2, 3]
         write_shards(request, tmp_path, SIZE, missing[1::2], lambda *each: told.append(each), form)
     assert sorted(set(files(tmp_path)) - {"request.json"}) == [shard_name(1, form), shard_name(3, form)]
-    assert [done for done, where in told if not where] == [4, 8, 10]
-    assert len(told) == 3 * 3 and told == sorted(told)
+    assert [done for done, at in told if at is None] == [4, 8, 10]
+    assert len(told) == 3 * 3 and [done for done, _ in told] == sorted(done for done, _ in told)
     (tmp_path / shard_name(3, form)).unlink()
     with shards_in(tmp_path, record, 0, 1) as missing:
         assert missing == [0, 2, 3]
@@ -562,4 +564,4 @@ def test_a_terminal_gets_a_bar(tiny_run: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(commands, "screen", lambda: Console(file=shown, force_terminal=True, width=80))
     assert main(options(tiny_run, tmp_path / "out", "tar")) == 0
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue())
-    assert "26/26" in plain and re.search(r"\d:\d\d:\d\d", plain)
+    assert "26 of 26" in plain and re.search(r"\d:\d\d:\d\d", plain)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mtdiffusion_engine.cli import main
-from mtdiffusion_engine.hub import METRICS
+from mtdiffusion_engine.metrics import METRICS
 from mtdiffusion_engine.team import Team, batches_of, chance_at
 
 SCRIPT = """

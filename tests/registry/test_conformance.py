@@ -6,6 +6,7 @@ Each broken part differs from a right one in one place, and one check alone fail
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -623,6 +624,31 @@ def broken(part: type) -> tuple[PictureConfig, Tensor]:
 def test_a_broken_part_fails_one_check_alone(part: type, check: str) -> None:
     config, examples = broken(part)
     assert failed(config, examples=examples, height=4, width=4) == [check]
+
+
+class WrongDeviation(PatchEncoder):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 4
+
+
+class WrongMean(PatchEncoder):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 2.2
+
+
+@pytest.mark.parametrize(
+    ("part", "warning"),
+    [
+        (PatchEncoder, ""),
+        (WrongDeviation, "warning: the codes of these samples have a root mean square of "),
+        (WrongMean, r"warning: \d\d% of the mean square of these codes is the same in all samples"),
+    ],
+)
+def test_a_wrong_mean_or_deviation_is_warned_of_on_real_samples(part: type, warning: str) -> None:
+    config, examples = broken(part)
+    contract = conformance(config, examples=examples, height=4, width=4).contract()
+    (outcome,) = (each for each in contract.outcomes() if each.check.id == "code_scale")
+    assert outcome.status == "ok" and re.match(warning or "$", outcome.reason)
 
 
 def test_all_of_a_contract_in_one_test_raises_what_failed() -> None:

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from mtdiffusion_registry.pace import Pace, by_step
+from mtdiffusion_registry.pace import Pace, Step, by_step, how_far
 
 
 def test_what_was_done_before_counts_and_tells_nothing_of_the_pace() -> None:
@@ -33,7 +33,21 @@ def test_an_item_under_way_counts_by_its_steps(monkeypatch: pytest.MonkeyPatch) 
         on_step(step, 10, {})
     now = 10.0
     pace.tell(16)
-    assert said == ["sampling: 9 of 16, step 6 of 10, 0:04 left"]
+    assert said == ["sampling: 16 samples at step 6 of 10, 0:04 left"]
+
+
+@pytest.mark.parametrize(
+    ("at", "told"),
+    [
+        (None, "9 of 1,600"),
+        (Step(0, 1600, 3, 25), "1,600 samples at step 3 of 25"),
+        (Step(1500, 100, 3, 25), "samples 1,501 to 1,600 of 1,600 at step 3 of 25"),
+        (Step(8, 1, 3, 25), "sample 9 of 1,600 at step 3 of 25"),
+    ],
+)
+def test_what_is_under_way_is_told_as_one_thought(at: Step | None, told: str) -> None:
+    assert how_far(9.5, 1600, at) == told
+    assert how_far(0.5, 1, Step(0, 1, 3, 25), "block") == "1 block at step 3 of 25"
 
 
 def test_what_is_quick_says_nothing() -> None:

@@ -12,7 +12,6 @@ from mtdiffusion_benchmarks.report import fidelity, headline, reconstruction, te
 from mtdiffusion_benchmarks.report.charts import HEIGHT, WIDTH, Panel, Whisker, panel, terms, whisker
 from mtdiffusion_benchmarks.report.statistics import Comparison
 from mtdiffusion_benchmarks.report.tables import (
-    ARROWS,
     BUDGETS,
     JOINT,
     REAL,
@@ -27,6 +26,7 @@ from mtdiffusion_benchmarks.report.tables import (
     modality,
     split_key,
 )
+from mtdiffusion_registry.evaluation import ARROWS
 
 _STEPS = (0.05, 0.15, 0.4)  # effects at which the colour deepens
 _PICTURE = 480  # pixels across that a figure is enlarged to, at most, by whole factors

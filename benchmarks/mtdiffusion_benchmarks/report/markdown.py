@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from mtdiffusion_benchmarks.report import fidelity, headline, reconstruction, text, variants
 from mtdiffusion_benchmarks.report.statistics import Comparison
-from mtdiffusion_benchmarks.report.tables import ARROWS, BUDGETS, REAL, SIGNS, Counts, Group, Results, best, split_key
+from mtdiffusion_benchmarks.report.tables import BUDGETS, REAL, SIGNS, Counts, Group, Results, best, split_key
+from mtdiffusion_registry.evaluation import ARROWS
 
 
 def render(results: Results) -> str:

@@ -17,7 +17,6 @@ from mtdiffusion_benchmarks.report.statistics import Comparison, Direction, Scal
 
 REAL = "real"
 JOINT = "joint"
-ARROWS: Mapping[str, str] = {"higher": "↑", "lower": "↓"}
 SIGNS: Mapping[str, str] = {"helps": "▲", "hurts": "▼", "free": "≈", "undecided": "?"}
 VERDICTS = tuple(SIGNS)
 BUDGETS: Mapping[Budget, str] = {"steps": "", "flops": "at equal FLOPs", "seconds": "at equal seconds"}

@@ -26,7 +26,7 @@ from torch import Tensor
 from mtdiffusion_plugins.datasets._readers import ReadingProcess, count_for, read_by
 from mtdiffusion_registry.cache import cached, config_key
 from mtdiffusion_registry.configs import FieldConfig
-from mtdiffusion_registry.errors import UserError
+from mtdiffusion_registry.errors import Troubles, UserError
 from mtdiffusion_registry.pace import Pace
 from mtdiffusion_registry.partial import partial_of, remove_abandoned
 
@@ -86,7 +86,12 @@ class Decoded:
 
 
 def decode(
-    name: str, field: FieldConfig, paths: Sequence[str], size: tuple[int, int] | None, beside: Sequence[Path] = ()
+    name: str,
+    field: FieldConfig,
+    paths: Sequence[str],
+    size: tuple[int, int] | None,
+    beside: Sequence[Path] = (),
+    keep: bool = True,
 ) -> Decoded | list[Tensor | str]:
     """The values of a field's files: all of them read, this time or before.
 
@@ -95,12 +100,14 @@ def decode(
         paths: absolute.
         size: of spatial fields.
         beside: further files that they must agree with (:meth:`FieldConfig.check_files`).
+        keep: False: these are not the files that will be wanted, so that what they hold is not kept on disk.
 
     Returns:
         Tensors by place; or, of a field that reads texts or single numbers, these in a list.
 
     Raises:
-        UserError: if some cannot be read, or have different shapes; the message names the files.
+        UserError: if some cannot be read, have different shapes or contradict one another; the message says all of it,
+            and names the first few files of each.
     """
     key = _key(field, paths, size)
     kept = _place(key)
@@ -116,29 +123,40 @@ def decode(
         try:
             field.check_files([*beside, *map(Path, paths)])
         except ValueError as error:
-            raise UserError(f"field {name!r}: {error}") from error
-    return _decode(name, field, paths, size, key)
+            troubles = Troubles()
+            with troubles.gathered():
+                _decode(name, field, paths, size, key, keep=False)
+            troubles.add(f"field {name!r}: {error}")
+            raise troubles.error() from error
+    return _decode(name, field, paths, size, key, keep)
 
 
 def _decode(
-    name: str, field: FieldConfig, paths: Sequence[str], size: tuple[int, int] | None, key: str
+    name: str, field: FieldConfig, paths: Sequence[str], size: tuple[int, int] | None, key: str, keep: bool
 ) -> Decoded | list[Tensor | str]:
     few: list[Tensor | str] = []
     array: np.ndarray | None = None
     shape: tuple[torch.Size, torch.dtype] | None = None
+    first, odd = 0, list[tuple[str, torch.Size]]()
+    troubles = Troubles()
     with partial_of(_place(key)) as partial:
         place = 0
-        for found in _all(name, field, paths, size):
+        for found in _all(name, field, paths, size, troubles):
+            if found is None:
+                place += 1
+                continue
             if isinstance(found, str) or found.ndim == 1:  # a class may be a name here and an index there
                 few += [found] if isinstance(found, str) else found.unbind()
                 place += 1 if isinstance(found, str) else len(found)
                 continue
             stored = found[0]
             if shape is None:
-                shape = stored.shape, stored.dtype
-                array = _room(partial, len(paths), stored)
+                shape, first = (stored.shape, stored.dtype), place
+                array = _room(partial, len(paths), stored) if keep else None
             if stored.shape != shape[0]:
-                raise UserError(_different(name, field, paths[0], shape[0], paths[place], stored.shape))
+                odd += ((path, stored.shape) for path in paths[place : place + len(found)])
+                place += len(found)
+                continue
             if stored.dtype != shape[1]:
                 if array is not None:  # a mask with indices from 256 on after masks without
                     array = _widened(partial, array, place, stored)
@@ -146,10 +164,14 @@ def _decode(
             if array is not None:
                 array[place : place + len(found)] = found.numpy()
             place += len(found)
+        if shape is not None and odd:
+            troubles.add(_different(name, field, paths[first], shape[0], odd))
+        troubles.tell()
         if few:
             return few
         if array is None:
-            stamp(key)
+            if keep:
+                stamp(key)
             return Decoded(field, paths, size, key, None)
         array.flush()  # type: ignore[attr-defined]
         partial.replace(_place(key))
@@ -178,12 +200,11 @@ def _widened(path: Path, array: np.ndarray, done: int, stored: Tensor) -> np.nda
     return wider
 
 
-def _all(name: str, field: FieldConfig, paths: Sequence[str], size: tuple[int, int] | None) -> Iterator[Tensor | str]:
-    """What the files hold, in order: texts, or values ``[n, ...]`` of some files side by side.
-
-    Raises:
-        UserError: at the end, if some cannot be read.
-    """
+def _all(
+    name: str, field: FieldConfig, paths: Sequence[str], size: tuple[int, int] | None, troubles: Troubles
+) -> Iterator[Tensor | str | None]:
+    """What the files hold, in order: texts, or values ``[n, ...]`` of some files side by side; None of one that cannot
+    be read, of which ``troubles`` are told in the end."""
     wrong: list[str] = []
     pace = Pace(f"reading {name}", len(paths))
     reader = field.reader()
@@ -222,14 +243,15 @@ def _all(name: str, field: FieldConfig, paths: Sequence[str], size: tuple[int, i
             for each in answers:
                 if isinstance(each, UserError):
                     wrong.append(str(each))
-                elif not wrong:
+                    yield None
+                else:
                     yield each
             done = min(done + _PART, len(paths))
             pace.tell(done)
     if wrong:
         more = f"\nand {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         count = f"{len(wrong)} of {len(paths)} files of the field {name!r} cannot be used:\n" if len(wrong) > 1 else ""
-        raise UserError(count + "\n".join(wrong[:_SHOWN]) + more)
+        troubles.add(count + "\n".join(wrong[:_SHOWN]) + more)
 
 
 def _read(field: FieldConfig, path: str, size: tuple[int, int] | None) -> Tensor | str:
@@ -237,13 +259,18 @@ def _read(field: FieldConfig, path: str, size: tuple[int, int] | None) -> Tensor
     return stored if isinstance(stored, str) else stored.contiguous()
 
 
-def _different(name: str, field: FieldConfig, first: str, one: Sequence[int], second: str, other: Sequence[int]) -> str:
+def _different(
+    name: str, field: FieldConfig, first: str, one: Sequence[int], odd: Sequence[tuple[str, Sequence[int]]]
+) -> str:
+    def said(shape: Sequence[int]) -> str:
+        return f"{shape[-1]}×{shape[-2]}" if field.spatial else str(list(shape))
+
+    others = ", ".join(f"{path} is {said(shape)}" for path, shape in odd[:_SHOWN])
+    more = f" and {len(odd) - _SHOWN} more are not" if len(odd) > _SHOWN else ""
+    what, remedy = ("values", "shapes"), ""
     if field.spatial:
-        return (
-            f"field {name!r} has pictures of different sizes: {first} is {one[-1]}×{one[-2]}, {second} is "
-            f"{other[-1]}×{other[-2]}. Set size to scale and crop them to one"
-        )
-    return f"field {name!r} has values of different shapes: {first} is {list(one)}, {second} is {list(other)}"
+        what, remedy = ("pictures", "sizes"), ". Set size to scale and crop them to one"
+    return f"field {name!r} has {what[0]} of different {what[1]}: {first} is {said(one)}, {others}{more}{remedy}"
 
 
 def _key(field: FieldConfig, paths: Sequence[str], size: tuple[int, int] | None) -> str:

@@ -29,7 +29,7 @@ from mtdiffusion_plugins.datasets._cells import by_kind, data_field, require_fie
 from mtdiffusion_plugins.datasets._decoded import Decoded, decode, stamp, stamped
 from mtdiffusion_plugins.sizes import Size, positive_size, sides
 from mtdiffusion_registry.configs import DataField, DatasetConfig, FieldConfig
-from mtdiffusion_registry.errors import EmptySplit, UserError
+from mtdiffusion_registry.errors import EmptySplit, Troubles, UserError
 from mtdiffusion_registry.hookspecs import hookimpl
 from mtdiffusion_registry.pace import LOGGER
 from mtdiffusion_registry.pictures import SUFFIXES as PICTURES
@@ -225,7 +225,16 @@ class FolderConfig(DatasetConfig):
 
     def build(self, split: Literal["train", "test"]) -> FolderDataset:
         base, by_hash = self._base(split)
-        return self._read(base, split, by_hash)
+        troubles = Troubles()
+        with troubles.gathered():
+            return self._read(base, split, by_hash)
+        # Who mends this is to know what is wrong with the other splits as well.
+        with troubles.gathered(), suppress(EmptySplit):
+            other: Literal["train", "test"] = "test" if split == "train" else "train"
+            self._read(self._base(other)[0], other, by_hash)
+        with troubles.gathered(), suppress(EmptySplit):
+            self.validation()
+        raise troubles.error()
 
     def validation(self) -> FolderDataset | None:
         root, there = self._split_folders()
@@ -235,28 +244,36 @@ class FolderConfig(DatasetConfig):
         fields = {name: resolved(each, name) for name, each in self.fields.items()}
         # A field that samples may lack may be missing from all that are held out; from training, it would be a slip.
         optional = self.allow_missing if split == "test" else ()
-        sources = _sources(base, fields, optional)
-        stems = self._matched(base, sources)
+        troubles = Troubles()
+        sources = _sources(base, fields, optional, troubles)
+        stems = self._matched(base, sources, troubles)
         if by_hash:
             stems = [stem for stem in stems if (_fraction(stem) < self.test_fraction) == (split == "test")]
         if not stems:
+            troubles.tell()
             raise EmptySplit(
                 f"the {split} split of {base} is empty: change test_fraction (now {self.test_fraction:g}), or lay the "
                 f"data out in {base / 'train'} and {base / 'test'}"
             )
         columns = {}
+        whole = not troubles.told  # otherwise these are not the samples that there will be
         held_out = split != "train" and not by_hash  # which is read apart from what it is to agree with
         for name, source in sources.items():
             beside = self._some_files(name, BESIDE) if held_out and fields[name].encoded else []
             size = None if self.size is None else sides(self.size)
-            column = _column(name, fields[name], source, stems, size, beside)
-            if name not in self.allow_missing and (blank := [stem for stem in stems if stem not in column]):
-                raise UserError(
+            with troubles.gathered():
+                columns[name] = _column(name, fields[name], source, stems, size, beside, whole)
+            if name not in columns or name in self.allow_missing:
+                continue
+            there = source.stems
+            if blank := [stem for stem in stems if stem in there and stem not in columns[name]]:
+                troubles.add(
                     f"{source.where}: {len(blank)} of {len(stems)} samples have nothing in {name!r}: {_list(blank)}. "
                     f"If samples may lack it, add {name!r} to allow_missing"
                 )
-            columns[name] = column
-        _require_aligned(stems, {name: columns[name] for name in columns if fields[name].spatial}, fields)
+        files = {name: each.files for name, each in sources.items() if fields[name].spatial and each.files is not None}
+        _check_aligned(stems, files, columns, fields, troubles)
+        troubles.tell()
         return FolderDataset(stems, columns)
 
     def _base(self, split: str) -> tuple[Path, bool]:
@@ -277,24 +294,27 @@ class FolderConfig(DatasetConfig):
             raise UserError(f"data folder {root} does not exist (option root)")
         return root, [name for name in ("train", *HELD_OUT) if (root / name).is_dir() and name not in self.fields]
 
-    def _matched(self, base: Path, sources: Mapping[str, _Source]) -> list[str]:
-        """The stems of the samples, sorted; all have every field that is not in allow_missing."""
+    def _matched(self, base: Path, sources: Mapping[str, _Source], troubles: Troubles) -> list[str]:
+        """The stems of the samples, sorted; unless there is trouble, all have every field that is not in
+        allow_missing."""
         everything = set().union(*(source.stems for source in sources.values()))
         if not everything:
+            troubles.tell()
             raise UserError(f"no data in {base}: {_list(self.fields)} are all empty")
-        required = [name for name in self.fields if name not in self.allow_missing]
+        required = [name for name in self.fields if name in sources and name not in self.allow_missing]
         matched = everything.intersection(*(sources[name].stems for name in required))
         if not matched:
             found = "; ".join(f"{name}: {_list(sources[name].stems)}" for name in required)
-            raise UserError(f"no stem in {base} has all of {_list(required)}. Stems found: {found}")
+            troubles.add(f"no stem in {base} has all of {_list(required)}. Stems found: {found}")
+            return sorted(everything)
         for name in required:
             missing = everything - sources[name].stems
             if missing:
-                raise UserError(
+                troubles.add(
                     f"{len(missing)} of {len(everything)} samples in {base} have no {name!r}: {_list(missing)}. If "
                     f"samples may lack it, add {name!r} to allow_missing"
                 )
-        return sorted(matched)
+        return sorted(everything)
 
 
 @cache
@@ -316,21 +336,36 @@ def _list(names: Iterable[object], most: int = 5) -> str:
 # --- where values are -------------------------------------------------------------------------------------------------
 
 
-def _sources(base: Path, fields: Mapping[str, FieldConfig], optional: Collection[str]) -> dict[str, _Source]:
-    """Each field's files or contents, under stems that agree between them; of the optional ones, if there are any."""
+def _sources(
+    base: Path, fields: Mapping[str, FieldConfig], optional: Collection[str], troubles: Troubles
+) -> dict[str, _Source]:
+    """Each field's files or contents, under stems that agree between them; of the optional ones, if there are any.
+    Those with which there is trouble are left out."""
     metadata = _metadata(base)
-    found = {name: _find(base, name, each, metadata) for name, each in fields.items() if each.folder_of is None}
-    if metadata is not None:
-        _place_file_names(base, found, fields, metadata)
-    missing = [name for name, source in found.items() if source is None and name not in optional]
-    if missing:
-        raise UserError(_nowhere(base, missing[0], fields[missing[0]], metadata))
-    sources = {name: source or _Source(base, None, {}) for name, source in found.items()}
+    found: dict[str, _Source | None] = {}
     for name, each in fields.items():
-        if each.folder_of is not None:
-            sources[name] = _folders(name, each.folder_of, sources)
+        if each.folder_of is None:
+            with troubles.gathered():
+                found[name] = _find(base, name, each, metadata)
+    if metadata is not None:
+        with troubles.gathered():
+            _place_file_names(base, found, fields, metadata)
+    sources: dict[str, _Source] = {}
+    for name, source in found.items():
+        if source is None and name not in optional:
+            troubles.add(_nowhere(base, name, fields[name], metadata))
+        else:
+            sources[name] = source or _Source(base, None, {})
+    for name, each in fields.items():
+        if each.folder_of is not None and (each.folder_of in sources or each.folder_of not in fields):
+            with troubles.gathered():
+                sources[name] = _folders(name, each.folder_of, sources)
     stems = set().union(*(source.files for source in sources.values() if source.files is not None))
-    return {name: source if source.files is not None else _renamed(source, stems) for name, source in sources.items()}
+    agreed: dict[str, _Source] = {}
+    for name, source in sources.items():
+        with troubles.gathered():
+            agreed[name] = source if source.files is not None else _renamed(source, stems)
+    return agreed
 
 
 def _metadata(base: Path) -> tables.Table | None:
@@ -513,13 +548,14 @@ def _column(
     stems: Iterable[str],
     size: tuple[int, int] | None,
     beside: Sequence[Path],
+    keep: bool,
 ) -> _Column:
     """A field's values of the stems that have it; ``beside``: files of the training split that they are to agree
-    with."""
+    with; ``keep``: on disk what files hold."""
     if source.files is not None:
         chosen = [stem for stem in stems if stem in source.files]
         paths = [source.files[stem] for stem in chosen]
-        values = decode(name, each, paths, size if each.spatial else None, beside)
+        values = decode(name, each, paths, size if each.spatial else None, beside, keep)
         if isinstance(values, Decoded):
             return _Column({stem: row for row, stem in enumerate(chosen)}, values, paths)
         kept = [(stem, value, path) for stem, value, path in zip(chosen, values, paths, strict=True) if value != ""]
@@ -527,14 +563,18 @@ def _column(
         together = _together(name, source.where, {stem: value for stem, value, _ in kept})
         return _Column(rows, together, [path for _, _, path in kept])
     found: dict[str, Value] = {}
+    wrong: list[str] = []
     for stem in stems:
         if stem in source.contents:
             try:
                 value = each.parse(source.contents[stem])
             except ValueError as error:
-                raise UserError(f"{source.where}: {name} of {stem!r}: {error}") from error
+                wrong.append(f"{source.where}: {name} of {stem!r}: {error}")
+                continue
             if value is not None:
                 found[stem] = value
+    if wrong:
+        raise UserError(_counted(wrong, f"{len(wrong)} values of {name!r} cannot be used:"))
     return _Column(
         {stem: row for row, stem in enumerate(found)}, _together(name, source.where, found), [str(source.where)]
     )
@@ -555,34 +595,59 @@ def _together(name: str, where: Path, found: Mapping[str, Value]) -> Tensor | li
     return torch.stack(list(tensors.values()))
 
 
-def _require_aligned(stems: Iterable[str], columns: Mapping[str, _Column], fields: Mapping[str, FieldConfig]) -> None:
+def _counted(each: Sequence[str], what: str, most: int = 5) -> str:
+    """One message of what is wrong alike: the one, or the first few and how many there are."""
+    if len(each) == 1:
+        return each[0]
+    more = [f"and {len(each) - most} more"] if len(each) > most else []
+    return "\n".join([what, *each[:most], *more])
+
+
+def _check_aligned(
+    stems: Sequence[str],
+    files: Mapping[str, Mapping[str, str]],
+    columns: Mapping[str, _Column],
+    fields: Mapping[str, FieldConfig],
+    troubles: Troubles,
+) -> None:
     """The pictures of a sample must show the same frame: of one shape, up to scale.
 
-    Raises:
-        UserError: if those of one do not.
+    Args:
+        files: by stem, of each field of pictures.
+        columns: those of the fields that could be read.
+        troubles: are told of those that do not. Where there are some already, files may be damaged, which was told.
     """
-    if len(columns) < 2:
+    if len(files) < 2:
         return
-    key = hashlib.sha256("\0".join(["frames", *(c.fingerprint() for c in columns.values())]).encode()).hexdigest()[:32]
-    if stamped(key):
-        return
+    key = None
+    if not troubles.told:
+        parts = ["frames", *(columns[name].fingerprint() for name in files)]
+        key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+        if stamped(key):
+            return
+    wrong = []
     for stem in stems:
         frames = {}
-        for name, column in columns.items():
-            if stem in column:
-                extent = fields[name].extent(column.where(stem))
-                if extent is not None:
-                    frames[name] = extent
+        for name, paths in files.items():
+            if stem in paths:
+                with suppress(*([ValueError] if troubles.told else [])):
+                    extent = fields[name].extent(Path(paths[stem]))
+                    if extent is not None:
+                        frames[name] = extent
         for name, (height, width) in list(frames.items())[1:]:
             first, (tall, wide) = next(iter(frames.items()))
             # A picture made smaller is off by a rounded pixel at most.
             if abs(height * wide - width * tall) > max(height, width, tall, wide):
-                raise UserError(
+                wrong.append(
                     f"{stem}: its pictures do not lie on one another: {first} is {wide}×{tall} "
-                    f"({columns[first].where(stem)}), {name} is {width}×{height} ({columns[name].where(stem)}), as "
+                    f"({files[first][stem]}), {name} is {width}×{height} ({files[name][stem]}), as "
                     "shown by a viewer, which heeds EXIF; turn or crop one of them like the other"
                 )
-    stamp(key)
+                break
+    if wrong:
+        troubles.add(_counted(wrong, f"{len(wrong)} of {len(stems)} samples have pictures that do not fit:"))
+    elif key is not None:
+        stamp(key)
 
 
 @hookimpl

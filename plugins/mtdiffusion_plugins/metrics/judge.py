@@ -51,12 +51,12 @@ class Judge(Evaluator):
         # The plain name is the first judge's; a second one needs its own.
         self.entropy_name = "class_entropy" if self.name == "judge" else f"{self.name}_class_entropy"
         self.metric_directions = {
-            **self.reference.directions,
             f"{self.name}_accuracy": "higher",
             f"{self.name}_agreement": "higher",
+            **self.reference.directions,
             f"perceptual_{self.name}": "lower",
-            f"fid_{self.name}_iid": "lower",
             f"fid_{self.name}_balanced": "lower",
+            f"fid_{self.name}_iid": "lower",
         }
 
     def _pictures(self, x: Tensor) -> Tensor:

@@ -133,9 +133,9 @@ class Segmenter(Evaluator):
         )
         self.reference = TrainingFeatures(self._features(x), self.name, config.neighbours)
         self.metric_directions = {
-            **self.reference.directions,
             f"{self.name}_miou": "higher",
             f"{self.name}_agreement": "higher",
+            **self.reference.directions,
         }
 
     @torch.no_grad()

@@ -56,20 +56,21 @@ class Check:
     Attributes:
         id: its name in reports.
         contract: what it asks, in a line.
-        function: raises :class:`ContractError`, or :class:`NotApplicable`.
+        function: raises :class:`ContractError`, or :class:`NotApplicable`; may return a warning, of what the contract
+            allows and is seldom meant.
         needs: ids of checks without which it would say nothing new.
     """
 
     id: str
     contract: str
-    function: Callable[[Any], None]
+    function: Callable[[Any], str | None]
     needs: tuple[str, ...]
 
 
-def check(*needs: str) -> Callable[[Callable[[S], None]], Check]:
+def check(*needs: str) -> Callable[[Callable[[S], str | None]], Check]:
     """Makes a function a check: its name is the id, the first line of its docstring the contract."""
 
-    def decorate(function: Callable[[S], None]) -> Check:
+    def decorate(function: Callable[[S], str | None]) -> Check:
         contract = (inspect.getdoc(function) or "").partition("\n")[0].rstrip(".")
         return Check(function.__name__, contract, function, needs)
 
@@ -82,7 +83,7 @@ class Outcome:
 
     Attributes:
         status: "ok", "failed" or "skipped".
-        reason: why it failed or was skipped.
+        reason: why it failed or was skipped; of one that is ok, a warning, if there is any.
         error: what was raised, if it failed; a :class:`ContractError` unless the plugin itself raised something.
         blocked: whether it was skipped because what it needs failed or is not to be had.
     """
@@ -130,13 +131,13 @@ class Contract:
                     return Outcome(check, "skipped", f"needs {needed.id}", blocked=True)
         try:
             with _seeded():
-                check.function(self.subject)
+                warning = check.function(self.subject)
         except NotApplicable as reason:
             return Outcome(check, "skipped", str(reason), blocked=isinstance(reason, Unavailable))
         except Exception as error:
             said = str(error) if isinstance(error, ContractError) else f"{type(error).__name__}: {error}{_place(error)}"
             return Outcome(check, "failed", said, error)
-        return Outcome(check, "ok")
+        return Outcome(check, "ok", f"warning: {warning}" if warning else "")
 
 
 def _place(error: Exception) -> str:

@@ -333,6 +333,68 @@ def test_a_bad_embedding_is_named(root, vector, match):
     fails(root, {"clip": "embedding"}, match)
 
 
+def test_all_kinds_of_trouble_are_told_in_one_round(root):
+    """Of samples that lack something, too, and of each split."""
+    for stem in ("000", "001", "002", "003", "004", "005", "006"):
+        (root / "mask" / f"{stem}.png").unlink()
+    for stem in ("001", "020", "021"):  # of the first, the mask is missing as well
+        (root / "image" / f"{stem}.png").write_bytes(b"\x89PNG no more")
+    picture(1, (4, 8)).save(root / "image" / "030.png")
+    picture(2, (8, 12)).save(root / "image" / "031.png")
+    (root / "mask" / "040.bmp.bak").write_text("")
+    text = "stem,value\n" + "".join(f"{stem},{'' if stem == '033' else 1}\n" for stem in STEMS[:-2])
+    (root / "label.csv").write_text(text.replace("022,1", "022,-1").replace("023,1", "023,1.5"))
+    fields = {"image": "image", "mask": "mask", "label": "label"}
+    with pytest.raises(UserError) as caught:
+        build(root, fields)
+    told = str(caught.value)
+    assert "holds files of another type than" in told and "040.bmp.bak" in told
+    assert "2 of 40 samples" in told and "have no 'label': 038, 039" in told
+    assert "3 of 40 files of the field 'image' cannot be used" in told
+    assert all(f"image/{stem}.png" in told for stem in ("001", "020", "021"))
+    assert "'image' has pictures of different sizes" in told
+    assert "030.png is 4×8, " in told and "031.png is 8×12. Set size" in told
+    assert "2 values of 'label' cannot be used" in told and "'022'" in told and "'023'" in told
+    assert told.startswith("5 kinds of trouble with the data:\n- ")
+
+    (root / "mask" / "040.bmp.bak").unlink()
+    with pytest.raises(UserError) as caught:
+        build(root, fields, size=8)
+    told = str(caught.value)
+    assert "have no 'mask': 000, 001, 002, 003, 004 and 2 more" in told
+    assert "3 of 40 files of the field 'image' cannot be used" in told
+    assert "2 of 40 samples have pictures that do not fit" in told and "030: its pictures do not lie" in told
+
+
+def test_the_trouble_of_the_other_split_is_told_as_well(root):
+    fields, share = {"image": "image", "label": "label"}, 0.3
+    held_out = FolderConfig(root=root, fields={"caption": "caption"}, test_fraction=share).build("test").stems
+    trained = [stem for stem in STEMS if stem not in held_out]
+    bad = [trained[0], *held_out[:2]]
+    for stem in bad:
+        (root / "image" / f"{stem}.png").write_bytes(b"")
+    rows = (f"{stem},{-1 if stem == trained[1] else 1}\n" for stem in STEMS)
+    (root / "label.csv").write_text("stem,value\n" + "".join(rows))
+    for split in ("train", "test"):
+        with pytest.raises(UserError, match="3 kinds of trouble") as caught:
+            build(root, fields, split, test_fraction=share)
+        assert f"label of {trained[1]!r}" in str(caught.value)
+        assert all(f"image/{stem}.png" in str(caught.value) for stem in bad)
+
+
+def test_what_was_mended_is_read_as_if_nothing_had_been(root):
+    whole = (root / "image" / "003.png").read_bytes()
+    (root / "image" / "003.png").write_bytes(b"")
+    (root / "mask" / "004.png").rename(root / "004.png")
+    fields = {"image": "image", "mask": "mask"}
+    fails(root, fields, "2 kinds of trouble")
+    (root / "image" / "003.png").write_bytes(whole)
+    fails(root, fields, "1 of 40 samples in .* have no 'mask': 004")
+    (root / "004.png").rename(root / "mask" / "004.png")
+    data = build(root, fields)
+    assert torch.equal(data[4]["mask"], torch.full((8, 12), 4)) and len(data) == 40
+
+
 def test_files_of_another_type_are_not_skipped_silently(root):
     (root / "image" / ".DS_Store").write_text("")
     assert len(build(root, {"image": "image"})) == 40

@@ -22,6 +22,10 @@ from mtdiffusion_registry.testing.modality.subject import ModalitySubject
 __tracebackhide__ = True
 
 CODE_RMS = (0.2, 5.0)
+USUAL_RMS = (0.4, 2.5)
+"""Of codes of real samples; those of the modalities that we ship are from 0.5 to 1."""
+USUAL_OFFSET = 0.8
+"""Share of the mean square that may be the same in all real samples; of the modalities that we ship 0.1 to 0.6."""
 
 
 @check("examples")
@@ -45,16 +49,31 @@ def encode(subject: ModalitySubject) -> None:
 
 
 @check("encode")
-def code_scale(subject: ModalitySubject) -> None:
+def code_scale(subject: ModalitySubject) -> str | None:
     """Codes have a root mean square of about 1."""
+    warnings = []
     for case in subject.cases:
-        found = rms(case.modality.encoder(subject.examples))
+        codes = case.modality.encoder(subject.examples)
+        found, offset = rms(codes), rms(codes.mean(0))
         require(
             CODE_RMS[0] <= found <= CODE_RMS[1],
             f"codes have a root mean square of about 1 (from {CODE_RMS[0]} to {CODE_RMS[1]})",
             f"{found:.3g}",
             "scale the codes: modalities share one noise level",
         )
+        if not subject.real:  # what is made up has any scale
+            continue
+        if not USUAL_RMS[0] <= found <= USUAL_RMS[1]:
+            warnings.append(
+                f"the codes of these samples have a root mean square of {found:.2g}, expected about 1; is the standard "
+                "deviation that they are divided by that of the data?"
+            )
+        elif (share := (offset / found) ** 2) > USUAL_OFFSET:
+            warnings.append(
+                f"{share:.0%} of the mean square of these codes is the same in all samples, and says nothing of any; "
+                "is the mean that is taken off that of the data?"
+            )
+    return warnings[0] if warnings else None
 
 
 @check("build")

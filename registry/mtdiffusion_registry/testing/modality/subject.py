@@ -84,6 +84,11 @@ class ModalitySubject(Subject):
             cases.append(Case(modality.eval(), latent, spec))
         return cases
 
+    @property
+    def real(self) -> bool:
+        """Whether the examples are somebody's, not a fresh head's."""
+        return self.given is not None or self.source is not None
+
     @cached_property
     def examples(self) -> Tensor:
         """Those given, or derived from the source given, or a fresh head's: valid and varied, by contract."""
