@@ -274,7 +274,8 @@ class FolderConfig(DatasetConfig):
         """The root, and which of its folders hold splits: that to train on, then the held-out ones."""
         root = self.root.expanduser().absolute()
         if not root.is_dir():
-            raise UserError(f"data folder {root} does not exist (option root)")
+            found = "is no folder" if root.exists() else "does not exist"
+            raise UserError(f"data folder {root} {found} (option root)")
         return root, [name for name in ("train", *HELD_OUT) if (root / name).is_dir() and name not in self.fields]
 
     def _matched(self, base: Path, sources: Mapping[str, _Source]) -> list[str]:
@@ -417,6 +418,7 @@ def _files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, str]:
     hint = ""
     for where, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(filter(_is_data, folders))
+        _require_no_loop(where, folders)
         inner = PurePosixPath(Path(where).relative_to(folder)).as_posix()
         prefix = "" if inner == "." else f"{inner}/"
         for name in sorted(filter(_is_data, names)):
@@ -431,6 +433,14 @@ def _files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, str]:
     if strange:
         raise UserError(f"{folder} holds files of another type than {', '.join(suffixes)}: {_list(strange)}{hint}")
     return _normal(found, folder)  # type: ignore[return-value]
+
+
+def _require_no_loop(where: str | Path, folders: Iterable[str]) -> None:
+    """Raise ``UserError`` if a link among these folders leads back to one that holds it: there is no end to such."""
+    for name in folders:
+        link = Path(where, name)
+        if link.is_symlink() and Path(where).resolve().is_relative_to(link.resolve()):
+            raise UserError(f"{link}: is a link to {link.resolve()}, which holds it; remove the link")
 
 
 def _is_data(name: str) -> bool:
