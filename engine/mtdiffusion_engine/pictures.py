@@ -286,7 +286,7 @@ def visibility_of(value: Any, size: tuple[int, int] | None = None, *, resize: bo
     if isinstance(value, str | os.PathLike):
         return read_visibility(Path(value), size, resize=resize)
     if isinstance(value, Image.Image):
-        picture = value.convert("L")
+        picture = to_colour(value, Path("a picture of what is visible")).convert("L")
         if size is not None:
             picture = fitted("a picture of what is visible", picture, size, resize=resize, nearest=True)
         return (torch.from_numpy(np.array(picture)) >= 128).float()
