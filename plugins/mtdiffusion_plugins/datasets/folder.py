@@ -201,7 +201,7 @@ class FolderConfig(DatasetConfig):
         if not kept:
             return self
         if left := [name for name in self.fields if name not in kept]:
-            _say_once(f"data.fields: {_list(left)} left out, since no modality reads it")
+            say_once(f"data.fields: {_list(left)} left out, since no modality reads it")
         return attrs.evolve(self, fields=kept, allow_missing=[n for n in self.allow_missing if n in kept])
 
     def data_field(self, name: str) -> DataField | None:
@@ -216,8 +216,8 @@ class FolderConfig(DatasetConfig):
             return []
         found: list[Path] = []
         for where, folders, names in os.walk(folder, followlinks=True):
-            folders[:] = sorted(filter(_is_data, folders))
-            paths = (Path(where, each) for each in sorted(filter(_is_data, names)))
+            folders[:] = sorted(filter(is_data, folders))
+            paths = (Path(where, each) for each in sorted(filter(is_data, names)))
             found += islice((path for path in paths if path.suffix.lower() in suffixes), most - len(found))
             if len(found) == most:
                 break
@@ -299,7 +299,8 @@ class FolderConfig(DatasetConfig):
 
 
 @cache
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
+    """Tell something that holds for the whole process, the first time only."""
     logging.getLogger(LOGGER).info(message)
 
 
@@ -417,11 +418,11 @@ def _files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, str]:
     strange = []
     hint = ""
     for where, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(filter(_is_data, folders))
-        _require_no_loop(where, folders)
+        folders[:] = sorted(filter(is_data, folders))
+        require_no_loop(where, folders)
         inner = PurePosixPath(Path(where).relative_to(folder)).as_posix()
         prefix = "" if inner == "." else f"{inner}/"
-        for name in sorted(filter(_is_data, names)):
+        for name in sorted(filter(is_data, names)):
             stem, suffix = os.path.splitext(name)  # noqa: PTH122  # Paths take long to make, and there are many
             path = f"{where}/{name}"
             if suffix.lower() not in suffixes:
@@ -435,7 +436,7 @@ def _files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, str]:
     return _normal(found, folder)  # type: ignore[return-value]
 
 
-def _require_no_loop(where: str | Path, folders: Iterable[str]) -> None:
+def require_no_loop(where: str | Path, folders: Iterable[str]) -> None:
     """Raise ``UserError`` if a link among these folders leads back to one that holds it: there is no end to such."""
     for name in folders:
         link = Path(where, name)
@@ -443,7 +444,8 @@ def _require_no_loop(where: str | Path, folders: Iterable[str]) -> None:
             raise UserError(f"{link}: is a link to {link.resolve()}, which holds it; remove the link")
 
 
-def _is_data(name: str) -> bool:
+def is_data(name: str) -> bool:
+    """Whether a file or folder of this name is no hidden one, and none that systems leave in folders."""
     return not name.startswith(".") and name.lower() not in _NO_DATA
 
 
