@@ -722,7 +722,8 @@ def _message(error: Exception) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        into = f" to {error.filename2}" if error.filename2 else ""  # of a copy
+        return f"{error.filename}{into}: {error.strerror}" if error.filename else str(error)
     return blame(error) or None
 
 

@@ -392,7 +392,7 @@ class ModalityData:
                 raise UserError(
                     f"{self.what}: modalities.{name}.names: {each!r} is the name of class {number}, and the data have "
                     f"numbers, so that {int(each)} may mean this class or class {int(each)}. Let the data number "
-                    f"classes from 0, and give names that are no numbers of other classes, such as 'class {each}', or none"
+                    f"classes from 0, and give names that are no numbers of other classes, 'class {each}' say, or none"
                 )
             return
 
