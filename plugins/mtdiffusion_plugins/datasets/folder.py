@@ -394,7 +394,9 @@ def _place_file_names(
     base: Path, found: dict[str, _Source | None], fields: Mapping[str, FieldConfig], metadata: tables.Table
 ) -> None:
     """The files that a metadata table names: ``NAME_file_name`` is the field's, ``file_name`` the first field's that
-    has no files otherwise."""
+    has no files otherwise. Files beside these that it does not name are told of."""
+    named: set[str] = set()
+    suffixes: set[str] = set()
     for name in [name for name, source in found.items() if source is None and fields[name].suffixes]:
         column = metadata.values(f"{name}_file_name")
         if column is None:
@@ -409,7 +411,19 @@ def _place_file_names(
             if not path.is_file():
                 raise UserError(f"{metadata.path}: names {file}, and there is no such file in {base}")
             files.append((str(PurePosixPath(key).with_suffix("")), str(path)))
+        named.update(os.path.normpath(path) for _, path in files)
+        suffixes.update(fields[name].suffixes)
         found[name] = _Source(base, _normal(files, metadata.path), {})  # type: ignore[arg-type]
+
+    left = [
+        entry.path
+        for folder in sorted({os.path.dirname(path) for path in named})  # noqa: PTH120  # Paths take long to make
+        for entry in os.scandir(folder)
+        if is_data(entry.name) and Path(entry.name).suffix.lower() in suffixes and entry.path not in named
+    ]
+    if left:
+        some = _list(os.path.relpath(path, base) for path in left)
+        say_once(f"{metadata.path}: leaves out {len(left)} of the files beside those that it names: {some}")
 
 
 def _files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, str]:

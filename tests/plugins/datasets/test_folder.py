@@ -860,3 +860,18 @@ def test_a_file_in_place_of_the_data_is_told_apart_from_none(tmp_path):
 def test_a_size_that_no_picture_can_have_is_refused(tmp_path):
     with pytest.raises(ValueError, match="'size': expected at most 200,000,000 pixels, found 100000 × 100000"):
         FolderConfig(root=tmp_path, fields={"image": "image"}, size=100_000)
+
+
+def test_files_that_a_metadata_table_does_not_name_are_told(tmp_path, caplog):
+    for name in ("a", "b", "c"):
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        picture(0).save(tmp_path / "pictures" / f"{name}.png")
+    rows = "file_name,label\npictures/a.png,0\n./pictures/b.png,1\n"
+    (tmp_path / "metadata.csv").write_text(rows)
+    with caplog.at_level("INFO"):
+        assert len(build(tmp_path, {"image": "image", "label": "label"})) == 2
+    assert "metadata.csv: leaves out 1 of the files beside those that it names: pictures/c.png" in caplog.text
+    caplog.clear()
+    (tmp_path / "metadata.csv").write_text(rows + "pictures/c.png,2\n")
+    assert len(build(tmp_path, {"image": "image", "label": "label"})) == 3
+    assert "leaves out" not in caplog.text
