@@ -745,10 +745,11 @@ def test_evaluate_measures_what_is_chosen(cli: Cli, copy: Path) -> None:
     metrics = json.loads((copy / "metrics.json").read_text())
     assert {key.partition("/")[0] for key in metrics} == {"label|image"} and metrics["label|image/samples"] == 8
     kept = json.loads((copy / "metrics-before.json").read_text())  # nothing that was measured is lost
-    assert {key.partition("/")[0] for key in kept} == {"mask|image+label", "joint"}
+    (of,) = kept
+    assert of.startswith("step-") and {key.partition("/")[0] for key in kept[of]} == {"mask|image+label", "joint"}
     result = cli("evaluate", copy, "--only", "mask|image", *quick)
     assert "measured: step-" in result.out and str(copy / "metrics-before.json") in result.err
-    assert json.loads((copy / "metrics-before.json").read_text()) == kept | metrics
+    assert json.loads((copy / "metrics-before.json").read_text()) == {of: kept[of] | metrics}
     before = contents(copy)
     error = cli("evaluate", copy, "--only", "label|imge").error
     assert 'cannot measure "label|imge": no modality is named imge; did you mean "image"? (there are real, ' in error
@@ -756,6 +757,85 @@ def test_evaluate_measures_what_is_chosen(cli: Cli, copy: Path) -> None:
     error = cli("evaluate", copy, "--samples", "some").error
     assert "argument --samples: expected a whole number, 1 or more or \"all\", found 'some'" in error
     assert contents(copy) == before
+
+
+def test_figures_of_an_earlier_state_are_not_mixed_with_those_of_a_checkpoint(cli: Cli, copy: Path) -> None:
+    measure = ("evaluate", copy, "--steps", 1, "--device", "cpu", "--samples", 4, "--only")
+    assert cli(*measure, "label|image").code == 0
+    first = json.loads((copy / "metrics.json").read_text())
+    os.utime(copy / "metrics.json", (0, 0))  # so that the checkpoint is newer, as after more steps
+    assert cli(*measure, "mask|image").code == 0
+    second = json.loads((copy / "metrics.json").read_text())
+    assert json.loads((copy / "metrics-before.json").read_text()) == {"1970-01-01 00:00:00 UTC": first}
+    (copy / "metrics-before.json").write_text(json.dumps(first))  # as version 0.2 wrote it at first, one flat object
+    assert cli(*measure, "label|image").code == 0
+    kept = json.loads((copy / "metrics-before.json").read_text())
+    assert kept == {"earlier": first, max(kept): second} and max(kept).startswith("step-")
+
+
+def test_damaged_metrics_are_told_and_kept(cli: Cli, copy: Path) -> None:
+    measure = ("evaluate", copy, "--steps", 1, "--device", "cpu", "--samples", 4, "--only", "label|image")
+    (copy / "metrics.json").write_text('{"label|image/accuracy": 0.5,')
+    error = cli("export", copy, "--out", copy.with_name("exported")).error
+    assert f"{copy / 'metrics.json'}: cannot be read" in error and "mtdiffusion evaluate" in error
+    result = cli(*measure)
+    assert result.code == 0
+    assert "metrics.json: cannot be read (" in result.err and str(copy / "metrics-damaged.json") in result.err
+    assert (copy / "metrics-damaged.json").read_text() == '{"label|image/accuracy": 0.5,'
+    assert "label|image/accuracy" in json.loads((copy / "metrics.json").read_text())
+
+
+def test_a_run_without_the_record_of_its_plugins_can_be_exported(cli: Cli, copy: Path) -> None:
+    (copy / "plugins.json").write_text("{")
+    out = copy.with_name("exported")
+    assert "plugins.json: cannot be read" in (error := cli("export", copy, "--out", out).error)
+    assert "remove it: the run is used as well without" in error and not out.exists()
+    (copy / "plugins.json").unlink()
+    assert cli("export", copy, "--out", out).code == 0
+    assert cli("sample", out, "-n", 1, "--steps", 1, "--out", copy.with_name("samples")).code == 0
+
+
+def test_a_gallery_is_no_folder(cli: Cli, copy: Path) -> None:
+    error = cli("gallery", copy, "--out", copy.parent).error
+    assert f"{copy.parent}: expected a picture's file to write, such as gallery.png, found a folder" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (("--seed", 2**64), f"argument --seed: expected a whole number, {2**63 - 1} at most"),
+        (("--guidance", "inf"), "argument --guidance: expected a finite number, found 'inf'"),
+        (("--guidance", "nan"), "argument --guidance: expected a finite number, found 'nan'"),
+    ],
+)
+def test_numbers_that_nothing_can_be_computed_with_are_refused(
+    cli: Cli, copy: Path, tmp_path: Path, arguments: tuple[object, ...], found: str
+) -> None:
+    result = cli("sample", copy, "-n", 1, "--out", tmp_path / "samples", *arguments)
+    assert result.code == 2 and found in result.err and not (tmp_path / "samples").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ("training.learning_rate=inf", "training.learning_rate: 'learning_rate' must be < inf"),
+        ("modalities.image.loss_weight=inf", "modalities.image.loss_weight: found inf, expected a finite number"),
+        ("sampling.guidance=inf", "sampling.guidance: 'guidance' must be < inf"),
+        (
+            "training.seed=99999999999999999999",
+            "training.seed: found 99999999999999999999 (int), expected an integer of",
+        ),
+        (
+            "evaluation.samples=0",
+            """evaluation.samples: 'samples': expected a whole number, 1 or more, or "all", found 0""",
+        ),
+    ],
+)
+def test_numbers_of_a_configuration_that_nothing_can_be_computed_with_are_refused(
+    cli: Cli, tiny_config: Path, tmp_path: Path, change: str, found: str
+) -> None:
+    result = cli("train", tiny_config, "--out", tmp_path / "run", "--set", change)
+    assert result.code == 2 and found in result.err and not (tmp_path / "run").exists()
 
 
 @pytest.mark.usefixtures("ctrl_c")

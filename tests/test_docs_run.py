@@ -470,8 +470,9 @@ def test_the_page_of_a_runs_folder_names_what_is_in_it(beside_demo: Path) -> Non
     assert inside - {"checkpoints/"} == set(named) - {
         "metrics.partial.json",
         "metrics-before.json",
+        "metrics-damaged.json",
         "gallery.html",
-    }  # of a run cut short, of one measured again in part, and of sounds
+    }  # of a run cut short, of one measured again in part, of one that is damaged, and of sounds
     assert main(["sample", "runs/demo", "-n", "2", "--out", "samples"]) == 0
     listed = re.findall(r"^\| (`.*`)(?:, \.\.\.)? \|[^|]*\|$", text.partition("## A folder of samples")[2], re.M)
     for name in re.findall(r"`([^`]+)`", " ".join(listed)):

@@ -6,12 +6,13 @@ modalities, any schedule, any path and any way of conditioning; :func:`sample` i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from attrs import Attribute, field, frozen
-from attrs.validators import ge, in_, optional
+from attrs.validators import and_, ge, in_, lt, optional
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -75,7 +76,7 @@ class SamplerSettings:
     solver: Literal["ancestral", "ddim", "dpmpp_2m"] = field(default="dpmpp_2m", validator=in_(SOLVERS))
     eta: float | None = field(default=None, validator=optional(ge(0.0)))
     path: Mapping[str, float] | None = field(default=None, validator=_by_name)
-    guidance: float = field(default=1.0, validator=ge(0.0))
+    guidance: float = field(default=1.0, validator=and_(ge(0.0), lt(math.inf)))
     guidance_interval: tuple[float, float] = field(default=(0.0, 1.0), converter=tuple, validator=_interval)
     conditioning: Literal["observed", "replacement"] = field(
         default="observed", validator=in_(("observed", "replacement"))

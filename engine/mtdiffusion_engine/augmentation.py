@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from attrs import field, frozen
-from attrs.validators import and_, ge, gt, le, optional
+from attrs.validators import and_, ge, gt, le, lt, optional
 from torch import Tensor
 
 from mtdiffusion import Modality
@@ -31,7 +32,7 @@ class AugmentationConfig:
     flip: float = field(default=0.0, validator=_share)
     vertical_flip: float = field(default=0.0, validator=_share)
     crop: float | None = field(default=None, validator=optional(and_(gt(0.0), le(1.0))))
-    aspect: float = field(default=4 / 3, validator=ge(1.0))
+    aspect: float = field(default=4 / 3, validator=and_(ge(1.0), lt(math.inf)))
     brightness: float = field(default=0.0, validator=_share)
     contrast: float = field(default=0.0, validator=_share)
     saturation: float = field(default=0.0, validator=_share)

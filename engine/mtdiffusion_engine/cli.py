@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -78,6 +79,9 @@ def _near(word: str, known: Sequence[str] | dict[str, argparse.Action]) -> str:
     return did_you_mean(word.partition("=")[0], known)
 
 
+_MOST = 2**63 - 1  # of a signed integer of 64 bits
+
+
 def _whole(text: str, least: int) -> int:
     try:
         value = int(text)
@@ -85,6 +89,8 @@ def _whole(text: str, least: int) -> int:
         value = least - 1
     if value < least:
         raise argparse.ArgumentTypeError(f"expected a whole number, {least} or more, found {text!r}")
+    if value > _MOST:
+        raise argparse.ArgumentTypeError(f"expected a whole number, {_MOST} at most, found {text!r}")
     return value
 
 
@@ -98,9 +104,12 @@ def _natural(text: str) -> int:
 
 def _number(text: str) -> float:
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a number, found {text!r}") from None
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a finite number, found {text!r}")
+    return value
 
 
 def _counts(text: str) -> list[int]:
@@ -713,7 +722,8 @@ def _message(error: Exception) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        into = f" to {error.filename2}" if error.filename2 else ""  # of a copy
+        return f"{error.filename}{into}: {error.strerror}" if error.filename else str(error)
     return blame(error) or None
 
 

@@ -7,6 +7,7 @@ import shlex
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -503,27 +504,41 @@ def _evaluate(run: Run, team: Team | None = None) -> dict[str, Any]:
             raise type(interrupt)(_kept(kept) if team is None or team.first else "") from None
     if team is not None and not team.first:
         return metrics
-    _set_aside(run.path / METRICS, metrics)
+    _set_aside(run, metrics)
     ckpt.write_json(run.path / METRICS, metrics)
     ckpt.write_json(run.path / DIRECTIONS, kept.directions, sort_keys=False)
     kept.remove()
     return metrics
 
 
-def _set_aside(path: Path, metrics: Mapping[str, Any]) -> None:
-    """Keep what was measured before, if not all of it was measured again."""
+def _set_aside(run: Run, metrics: Mapping[str, Any]) -> None:
+    """Keep what was measured before, if not all of it was measured again: under the checkpoint's name, or, where a
+    training has gone on or the configuration has changed since, under the time of the measurement."""
+    path = run.path / METRICS
     aside = path.with_name(f"{path.stem}-before{path.suffix}")
     before = _figures(path)
-    if lacking := before.keys() - metrics.keys():
-        ckpt.write_json(aside, {**_figures(aside), **before})
-        say(f"{_count(len(lacking), 'figure')} of before not measured again; in {aside}")
+    lacking = before.keys() - metrics.keys()
+    if not lacking:
+        return
+    measured = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+    of = f"{measured:%Y-%m-%d %H:%M:%S} UTC" if run.outdates(path) else run.checkpoint.name
+    kept = _figures(aside)
+    if not all(isinstance(figures, dict) for figures in kept.values()):
+        kept = {"earlier": kept}  # of before they were told apart
+    ckpt.write_json(aside, {**kept, of: {**kept.get(of, {}), **before}})
+    say(f"{_count(len(lacking), 'figure')} of before not measured again; in {aside}, under {of!r}")
 
 
 def _figures(path: Path) -> dict[str, Any]:
-    """What a file of metrics holds; nothing, if it is not there or damaged."""
+    """What a file of metrics holds; nothing, if it is not there. A damaged one is renamed before it is written."""
+    if not path.is_file():
+        return {}
     try:
         return ckpt.read_json(path)
-    except UserError:
+    except UserError as error:
+        damaged = path.with_name(f"{path.stem}-damaged{path.suffix}")
+        path.replace(damaged)
+        say(f"{str(error).partition('; ')[0]}; it is kept as {damaged}, and written anew")
         return {}
 
 

@@ -367,7 +367,10 @@ class ModalityData:
         """Under a name at another number, a class would pass for another, in silence."""
         for name, field in self.source.fields.items():
             theirs = list(self.dataset.class_names.get(field, ()))
-            if not theirs or name in self.source.derived:
+            if name in self.source.derived:
+                continue
+            if not theirs:
+                self._check_numbers(name, field)
                 continue
             for number, each in enumerate(self.modalities[name].input_spec.names):
                 if each in theirs and theirs.index(each) != number:
@@ -377,6 +380,21 @@ class ModalityData:
                         f"class {number} of this modality, so that classes would go by the names of others. Give the "
                         f"names in the order of the data: names = [{listed}]"
                     )
+
+    def _check_numbers(self, name: str, field: str) -> None:
+        """Where a class is called by the number of another, a number of the data may be either."""
+        spec = self.modalities[name].input_spec
+        names = spec.names if spec.form == "choice" else ()
+        for number, each in enumerate(names):
+            if not (each.isdecimal() and number != int(each) < len(names)):
+                continue
+            if any(isinstance(self.dataset[i].get(field), Tensor) for i in range(min(len(self), 8))):
+                raise UserError(
+                    f"{self.what}: modalities.{name}.names: {each!r} is the name of class {number}, and the data have "
+                    f"numbers, so that {int(each)} may mean this class or class {int(each)}. Let the data number "
+                    f"classes from 0, and give names that are no numbers of other classes, 'class {each}' say, or none"
+                )
+            return
 
     def verify(self, chunk: int = 256) -> None:
         """Look through all samples, so that a bad one is known before any work depends on it.

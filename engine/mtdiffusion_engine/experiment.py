@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -11,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import attrs
 import torch
 from attrs import Factory, evolve, field, frozen
-from attrs.validators import and_, deep_iterable, ge, gt, in_, le, lt, min_len, optional, or_
+from attrs.validators import and_, deep_iterable, ge, gt, in_, le, lt, min_len, optional
 
 from mtdiffusion import (
     DiffusionProcess,
@@ -146,13 +147,13 @@ class TrainingConfig:
     batch_size: int = field(default=64, validator=ge(1))
     accumulate: int = field(default=1, validator=ge(1))
     optimizer: Literal["adamw", "muon"] = field(default="adamw", validator=in_(("adamw", "muon")))
-    learning_rate: float = field(default=2e-3, validator=gt(0.0))
+    learning_rate: float = field(default=2e-3, validator=and_(gt(0.0), lt(math.inf)))
     warmup: int = field(default=200, validator=ge(0))
     schedule: Literal["cosine", "constant", "wsd"] = field(
         default="cosine", validator=in_(("cosine", "constant", "wsd"))
     )
     decay: float = field(default=0.2, validator=and_(gt(0.0), le(1.0)))
-    weight_decay: float = field(default=0.01, validator=ge(0.0))
+    weight_decay: float = field(default=0.01, validator=and_(ge(0.0), lt(math.inf)))
     beta2: float = field(default=0.99, validator=and_(gt(0.0), lt(1.0)))
     clip: float = field(default=1.0, validator=gt(0.0))
     ema: float = field(default=0.998, validator=_share)
@@ -181,6 +182,11 @@ class TrainingConfig:
             )
 
 
+def _positive_or_all(_: object, attribute: attrs.Attribute[Any], value: int | str | None) -> None:
+    if value not in (None, "all") and (isinstance(value, str) or value < 1):
+        raise ValueError(f"'{attribute.name}': expected a whole number, 1 or more, or \"all\", found {value!r}")
+
+
 @frozen
 class EvaluationConfig:
     """What ``mtdiffusion evaluate`` does.
@@ -201,7 +207,7 @@ class EvaluationConfig:
         evaluators: judges of whole samples.
     """
 
-    samples: int | Literal["all"] | None = field(default=None, validator=optional(or_(in_(("all",)), ge(1))))
+    samples: int | Literal["all"] | None = field(default=None, validator=_positive_or_all)
     conditionals: tuple[str, ...] | None = field(default=None, validator=optional(min_len(1)))
     joint_draws: int = field(default=3, validator=ge(1))
     batch_size: int = field(default=256, validator=ge(1))
@@ -279,6 +285,16 @@ class Experiment:
             )
 
 
+def origins_of(run: Path) -> dict[str, Any]:
+    """Where each kind of a run came from, as its ``plugins.json`` records it; {} where there is none.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
+    path = run / PLUGINS_FILE
+    return read_json(path, "remove it: the run is used as well without") if path.is_file() else {}
+
+
 def load_experiment(path: Path, overrides: list[str], registry: Registry) -> Experiment:
     """Read a configuration file; relative paths in it are relative to the working directory, of an exported run to its
     folder.
@@ -292,9 +308,7 @@ def load_experiment(path: Path, overrides: list[str], registry: Registry) -> Exp
         UserError: for whatever is wrong with it.
     """
     tables = load_toml(path)
-    recorded = path.with_name(PLUGINS_FILE)
-    if recorded.is_file():
-        registry = registry.with_origins(read_json(recorded))
+    registry = registry.with_origins(origins_of(path.parent))
     if is_exported(path.parent):  # before overrides, whose paths are the caller's
         stored = structure_experiment(tables, registry, str(path))
         folder = path.parent.absolute()
@@ -606,6 +620,10 @@ def _build_modalities(experiment: Experiment, layout: Layout, features: FeatureS
             built[name] = config.build(layout.share(name), features)
         except ValueError as error:
             raise ConfigError(f"modalities.{name}: {error}") from error
+        if not math.isfinite(built[name].loss_weight):
+            raise ConfigError(
+                f"modalities.{name}.loss_weight: found {built[name].loss_weight}, expected a finite number"
+            )
         built[name].data_field = experiment.data.data_field(built[name].field or name)
     return built
 

@@ -46,9 +46,12 @@ def draw_gallery(
             holes; None: all of these.
 
     Raises:
-        UserError: if the test split is empty or cannot be read, or for a name that is no modality's or no block's.
+        UserError: if the test split is empty or cannot be read, the path is a folder's, or for a name that is no
+            modality's or no block's.
     """
     model = run.model
+    if path.is_dir():
+        raise UserError(f"{path}: expected a picture's file to write, such as gallery.png, found a folder")
     if unknown := sorted(set(show or ()) - set(model.names)):
         raise UserError(f"show: no modality named {', '.join(unknown)}; this model has {', '.join(model.names)}")
     names = [name for name in model.names if show is None or name in show]

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mtdiffusion import MultimodalDiffusion
 from mtdiffusion_engine import checkpoint as ckpt
-from mtdiffusion_engine.experiment import PLUGINS_FILE, TRAINED, Experiment, resolved, with_paths
+from mtdiffusion_engine.experiment import PLUGINS_FILE, TRAINED, Experiment, origins_of, resolved, with_paths
 from mtdiffusion_engine.metrics import DIRECTIONS, METRICS, legend, rows, stored_directions
 from mtdiffusion_engine.pictures import sample_sheet
 from mtdiffusion_registry import Registry, UserError
@@ -87,14 +87,14 @@ def export_run(run: TrainedRun, folder: Path, *, name: str | None = None, licens
         return place
 
     shutil.copyfile(run.checkpoint / "ema.safetensors", folder / "ema.safetensors")
-    shutil.copyfile(run.path / PLUGINS_FILE, folder / PLUGINS_FILE)
+    ckpt.write_json(folder / PLUGINS_FILE, origins_of(run.path))
     state = ckpt.load_state(run.checkpoint)
     ckpt.write_json(folder / "state.json", {"step": state["step"], "format": state["format"]})
     dump_toml(resolved(with_paths(run.experiment, moved), Registry.discover()), folder / "config.toml")
     metrics = None
     if not run.outdates(run.path / METRICS):
+        metrics = ckpt.read_json(run.path / METRICS, "measure again: mtdiffusion evaluate, which keeps a copy of it")
         shutil.copyfile(run.path / METRICS, folder / METRICS)
-        metrics = ckpt.read_json(folder / METRICS)
         if (run.path / DIRECTIONS).is_file():
             shutil.copyfile(run.path / DIRECTIONS, folder / DIRECTIONS)
     drawn = run.outdates(run.path / GALLERY)
@@ -296,7 +296,7 @@ def _shape(model: MultimodalDiffusion, name: str) -> str:
 
 def _other_packages(folder: Path) -> str:
     """What else is to be installed, for ``pip install``."""
-    found = {origin["distribution"]: origin["version"] for origin in ckpt.read_json(folder / PLUGINS_FILE).values()}
+    found = {origin["distribution"]: origin["version"] for origin in origins_of(folder).values()}
     return "".join(f' "{name}=={number}"' for name, number in sorted(found.items()) if name not in ("mtdiffusion", ""))
 
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from mtdiffusion import Modality, MultimodalDiffusion
-from mtdiffusion_registry.errors import given_file
+from mtdiffusion_registry.errors import UserError, given_file
 from mtdiffusion_registry.pictures import fitted, open_picture, to_colour
 
 Colour = tuple[int, int, int]
@@ -274,6 +274,10 @@ def to_image(picture: Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 
+_SEEN = 128
+"""The least grey that counts as white."""
+
+
 def visibility_of(value: Any, size: tuple[int, int] | None = None, *, resize: bool = True) -> Tensor:
     """A visibility map: a tensor ``[..., h, w]`` as it is; of a picture, or a file of one, ``[h, w]``: 1 (seen) where
     it is white, 0 (to be filled in) where it is black.
@@ -288,11 +292,21 @@ def visibility_of(value: Any, size: tuple[int, int] | None = None, *, resize: bo
     if isinstance(value, str | os.PathLike):
         return read_visibility(Path(value), size, resize=resize)
     if isinstance(value, Image.Image):
-        picture = value.convert("L")
-        if size is not None:
-            picture = fitted("a picture of what is visible", picture, size, resize=resize, nearest=True)
-        return (torch.from_numpy(np.array(picture)) >= 128).float()
+        return _visible(value, Path("a picture of what is visible"), size, resize=resize)
     return torch.as_tensor(value).float()
+
+
+def _visible(picture: Image.Image, path: Path, size: tuple[int, int] | None, *, resize: bool) -> Tensor:
+    greys = to_colour(picture, path).convert("L")
+    _, lightest = greys.getextrema()
+    if 0 < lightest < _SEEN:  # type: ignore[operator]  # of one channel it is a number
+        raise UserError(
+            f"{path}: nothing in it is white, its lightest grey is {lightest} of 255, so nothing would be seen; "
+            "expected white (255) where it is seen and black (0) elsewhere"
+        )
+    if size is not None:
+        greys = fitted(path, greys, size, resize=resize, nearest=True)
+    return (torch.from_numpy(np.array(greys)) >= _SEEN).float()
 
 
 def read_visibility(path: Path, size: tuple[int, int] | None = None, *, resize: bool = True) -> Tensor:
@@ -302,13 +316,11 @@ def read_visibility(path: Path, size: tuple[int, int] | None = None, *, resize: 
         size, resize: as of :func:`visibility_of`.
 
     Raises:
-        UserError: if it is missing, or no picture, or damaged, or has another size and is not to be resized.
+        UserError: if it is missing, or no picture, or damaged, or has no white though it is not black, or has another
+            size and is not to be resized.
     """
     given_file(str(path), "what is visible is given as a picture file, white where it is seen and black elsewhere")
-    picture = to_colour(open_picture(path), path)
-    if size is not None:
-        picture = fitted(path, picture, size, resize=resize, nearest=True)
-    return visibility_of(picture)
+    return _visible(open_picture(path), path, size, resize=resize)
 
 
 class _Page:

@@ -350,6 +350,17 @@ def _pairs(value: object) -> str:
     return str({name: text} if equals and isinstance(value, str) else {"label": "3"})
 
 
+def _folder_of(path: Path, checkpoint: int | None) -> Path:
+    """The folder of a run's weights: of the checkpoint of a step, or the newest."""
+    newest = ckpt.require_run(path)
+    if checkpoint is None:
+        return newest
+    known = {ckpt.step_of(other): other for other in ckpt.list_checkpoints(path)}
+    if checkpoint not in known:
+        raise UserError(f"{path}: no checkpoint of step {checkpoint} (there is {', '.join(map(str, known))})")
+    return known[checkpoint]
+
+
 def load_run(
     path: str | Path,
     *,
@@ -372,16 +383,18 @@ def load_run(
         UserError: if the folder is no run, or something in it is missing or damaged, or for other overrides.
     """
     path, where = Path(path), choose_device(device)
-    folder = ckpt.require_run(path)
-    if checkpoint is not None:
-        known = {ckpt.step_of(other): other for other in ckpt.list_checkpoints(path)}
-        if checkpoint not in known:
-            raise UserError(f"{path}: no checkpoint of step {checkpoint} (there is {', '.join(map(str, known))})")
-        folder = known[checkpoint]
+    folder = _folder_of(path, checkpoint)
     registry = registry or Registry.discover()
     experiment = load_experiment(path / "config.toml", list(overrides), registry)
     if overrides:
         require_trained(experiment, path, registry)
     model = build_model(experiment)
-    ckpt.load_weights(model, folder / "ema.safetensors")
+    while True:
+        try:
+            ckpt.load_weights(model, folder / "ema.safetensors")
+            break
+        except UserError:
+            if checkpoint is not None or folder.is_dir():
+                raise
+            folder = _folder_of(path, checkpoint)  # a training that goes on has removed the one that was the newest
     return Run(path, experiment, model.to(where).eval(), folder)

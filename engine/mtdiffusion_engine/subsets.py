@@ -7,12 +7,13 @@ observed would train nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from attrs import field, frozen
-from attrs.validators import and_, deep_iterable, deep_mapping, ge, gt, le
+from attrs.validators import and_, deep_iterable, deep_mapping, ge, gt, le, lt
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -42,7 +43,7 @@ class ConditioningConfig:
     singleton: float = field(default=0.5, validator=_share)
     partial: float = field(default=0.15, validator=_share)
     hidden_share: tuple[float, float] = field(default=(0.1, 0.75), validator=deep_iterable(_share))
-    subsets: dict[str, float] = field(factory=dict, validator=deep_mapping(value_validator=gt(0.0)))
+    subsets: dict[str, float] = field(factory=dict, validator=deep_mapping(value_validator=and_(gt(0.0), lt(math.inf))))
 
     def draw(
         self,

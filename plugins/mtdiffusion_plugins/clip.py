@@ -18,7 +18,7 @@ from mtdiffusion import Decoder, Encoder, Features, FeatureSpec, LatentSpec, Mod
 from mtdiffusion.loss import low_before_high
 from mtdiffusion_plugins.drawing import vector_tiles
 from mtdiffusion_plugins.embedders.open_clip import ImageEmbedder, load_embedder
-from mtdiffusion_plugins.files import open_picture, read_vector
+from mtdiffusion_plugins.files import read_vector
 from mtdiffusion_plugins.heads import (
     VectorEncoder,
     VectorHead,
@@ -28,11 +28,11 @@ from mtdiffusion_plugins.heads import (
 from mtdiffusion_registry.configs import ModalityConfig
 from mtdiffusion_registry.errors import UserError, given_file
 from mtdiffusion_registry.hookspecs import hookimpl
+from mtdiffusion_registry.pictures import SUFFIXES, open_picture, to_colour
 
 MTDIFFUSION_API = 1
 
 _LEAST_VARIANCE = 1e-5
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _TEXT = "text:"
 
 
@@ -166,11 +166,11 @@ class ClipModality(Modality):
             return self._loaded().embed_text([words])[0]
         words = "" if self.config.model is None else f", a picture's file, or words after {_TEXT!r}"
         path = given_file(text, f"an embedding is given as a file (.safetensors, .npy or .json){words}")
-        if path.suffix.lower() not in _PICTURES:
+        if path.suffix.lower() not in SUFFIXES:
             return F.normalize(read_vector(path, self.dim), dim=0)
         if self.config.model is None:
             raise UserError(f"{path}: no clip.model is configured to embed a picture with; give an embedding file")
-        picture = open_picture(path).convert("RGB")
+        picture = to_colour(open_picture(path), path)
         values = torch.tensor(list(picture.tobytes()), dtype=torch.float32) / 127.5 - 1
         return self._loaded().embed(values.reshape(1, picture.height, picture.width, 3).permute(0, 3, 1, 2))[0]
 

@@ -39,6 +39,7 @@ from mtdiffusion_registry.pictures import (
     read_levels,
     read_palette,
     require_lossless,
+    require_opaque,
     to_colour,
     to_indices,
 )
@@ -107,21 +108,63 @@ class MaskField(FieldConfig):
     def __attrs_post_init__(self) -> None:
         if self.colours and self.values:
             raise ValueError("colours and values: give one of the two")
+        if len(set(self.values)) < len(self.values) or any(value < 0 for value in self.values):
+            raise ValueError(
+                f"values: expected a different pixel value of 0 or more for each class, found {list(self.values)}"
+            )
+        if self.ignore is not None and 0 <= self.ignore < len(self.colours):
+            raise ValueError(
+                f"ignore: expected an index that is no class, 0 to {len(self.colours) - 1}, found {self.ignore}"
+            )
 
     def read(self, path: Source, size: tuple[int, int] | None = None) -> Tensor:
-        require_lossless(path)
+        require_lossless(path, greys=not (self.colours or self.values))
         picture = open_picture(path)
         if self.colours:
             # Scaled first: the nearest pixel's colour is one of the colours, and there are fewer to look up.
+            require_opaque(picture, path)
             page = to_colour(picture, path)
             return self._classes(page, page if size is None else fit(page, size, nearest=True), path)
         picture = to_indices(picture, path)
+        if self.values:
+            picture = self._in_values(picture)
         pixels = np.array(picture if size is None else fit(picture, size, nearest=True)).astype(np.int32)
         if self.values:
-            known = pixels.copy()
-            for index, value in enumerate(self.values):
-                pixels[known == value] = index
-        return torch.from_numpy(pixels.astype(np.uint8) if pixels.min() >= 0 and pixels.max() < 256 else pixels)
+            pixels = self._of_values(pixels, path)
+        return _compact(pixels)
+
+    def _in_values(self, picture: Image.Image) -> Image.Image:
+        """A picture of two shades or with a palette in its shades, where these are the values and its indices are not:
+        programs store 0 and 255 as 0 and 1 if there is nothing else."""
+        if picture.mode not in ("1", "P") or self._are_values(picture):
+            return picture
+        shades = picture.convert("L")
+        return shades if self._are_values(shades) else picture
+
+    def _are_values(self, picture: Image.Image) -> bool:
+        return set(np.unique(np.asarray(picture)).tolist()) <= set(self.values)
+
+    @property
+    def shades(self) -> bool:
+        """Whether white, where a file has one bit a pixel, is the value 255 and not 1."""
+        return 255 in self.values and 1 not in self.values
+
+    def _of_values(self, pixels: np.ndarray, path: Source) -> np.ndarray:
+        """The class of each pixel whose value stands for one; others as they are, which must then be no class."""
+        classes = pixels.copy()
+        for index, value in enumerate(self.values):
+            classes[pixels == value] = index
+        odd = (pixels < len(self.values)) & ~np.isin(pixels, self.values)
+        if odd.any():
+            row, column = np.argwhere(odd)[0]
+            found = int(pixels[row, column])
+            raise UserError(
+                f"{path}: {odd.mean():.1%} of its pixels have a value that is none of values, such as {found} in row "
+                f"{row}, column {column} as it is scaled, and would be taken for class {found}, which is value "
+                f"{self.values[found]}; add the value, or give such pixels a value of {len(self.values)} or more that "
+                "the mask modality ignores"
+            )
+        return classes
 
     def _classes(self, page: Image.Image, fitted: Image.Image, path: Source) -> Tensor:
         """Of a file's picture as it is, and as it is scaled."""
@@ -135,7 +178,7 @@ class MaskField(FieldConfig):
                 f"{path}: {unknown_colours(page, colours, 'that is none of colours')}; add it, or give ignore an index "
                 "for such pixels"
             )
-        return torch.from_numpy(classes.astype(np.uint8) if classes.max() < 256 else classes)
+        return _compact(classes)
 
     def value(self, stored: Tensor) -> Tensor:
         return stored.long()
@@ -165,6 +208,11 @@ class MaskField(FieldConfig):
                         "of the field, or give its pixels the indices of the other; if the indices are right all the "
                         "same, save it without a palette, in grey"
                     )
+
+
+def _compact(indices: np.ndarray) -> Tensor:
+    """int32 indices, in a byte each where they fit."""
+    return torch.from_numpy(indices.astype(np.uint8) if indices.min() >= 0 and indices.max() < 256 else indices)
 
 
 _NEAR = 8  # of 255: a palette that another program has saved again may be off by a little
@@ -273,13 +321,17 @@ class EmbeddingField(FieldConfig):
 
     def read(self, path: Source, size: tuple[int, int] | None = None) -> Tensor:
         try:
-            return self.parse(read_vector(path).numpy())
+            vector = self.parse(read_vector(path).numpy())
+            assert vector is not None  # as of a blank cell only
+            return vector
         except UserError:
             raise
         except ValueError as error:
             raise UserError(f"{path}: {error}") from error
 
-    def parse(self, content: object) -> Tensor:
+    def parse(self, content: object) -> Tensor | None:
+        if content is None or (isinstance(content, float) and math.isnan(content)):
+            return None
         try:
             array = np.asarray(content)
         except ValueError as error:  # a list of lists of different lengths
@@ -288,6 +340,9 @@ class EmbeddingField(FieldConfig):
             raise ValueError(f"expected a vector of numbers, found shape {list(array.shape)} of {array.dtype}")
         vector = torch.from_numpy(array.astype(np.float32))
         norm = vector.norm()
+        if not (torch.isfinite(norm) and norm > 0) and 0 < (most := vector.abs().max()) < torch.inf:
+            vector = vector / most  # of numbers whose squares are too large or too small for float32
+            norm = vector.norm()
         if not (torch.isfinite(norm) and norm > 0):
             raise ValueError("expected a vector of finite numbers that are not all zero")
         return vector / norm

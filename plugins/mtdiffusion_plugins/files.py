@@ -22,6 +22,7 @@ from mtdiffusion_registry.pictures import (
     fitted,
     open_picture,
     require_lossless,
+    require_opaque,
     to_colour,
     to_indices,
     to_levels,
@@ -158,8 +159,10 @@ def read_mask(
     require_lossless(path)
     picture = open_picture(path)
     if not (colours and is_painted(picture, colours)):
+        require_lossless(path, greys=True)
         indices = fitted(path, to_indices(picture, path), sides(size), resize=resize, nearest=True)
         return torch.from_numpy(np.asarray(indices).astype(np.int64))
+    require_opaque(picture, path)
     page = to_colour(picture, path)
     scaled = fitted(path, page, sides(size), resize=resize, nearest=True)
     classes = classes_of_colours(np.asarray(scaled), colours)
@@ -292,7 +295,10 @@ def read_vector(path: Source, dim: int | None = None) -> Tensor:
     try:
         content = path.read_bytes()
         if suffix == ".npy" or content.startswith(b"\x93NUMPY"):  # a file in memory need not have a suffix
-            vector = torch.from_numpy(np.load(BytesIO(content), allow_pickle=False)).float()
+            array = np.load(BytesIO(content), allow_pickle=False)
+            if array.dtype.kind not in "fiub":
+                raise UserError(f"{path}: expected real numbers, found {array.dtype}")
+            vector = torch.from_numpy(array.astype(np.float32))  # of any byte order
         elif suffix == ".json":
             vector = torch.tensor(json.loads(read_text(path)), dtype=torch.float32)
         else:
@@ -301,7 +307,10 @@ def read_vector(path: Source, dim: int | None = None) -> Tensor:
             tensors = load(content)
             if len(tensors) != 1:
                 raise UserError(f"{path}: expected one tensor, found {len(tensors)}: {', '.join(tensors) or 'none'}")
-            vector = next(iter(tensors.values())).float()
+            vector = next(iter(tensors.values()))
+            if vector.is_complex():
+                raise UserError(f"{path}: expected real numbers, found {vector.dtype}")
+            vector = vector.float()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except UserError:

@@ -296,12 +296,12 @@ class MaskModality(Modality):
         return config if isinstance(config, MaskField) else None
 
     def _holds_classes(self, picture: Image.Image, field: MaskField) -> bool:
-        """Whether a grey picture's values can only be classes, where the data have colours."""
-        if not field.colours or picture.mode not in ("1", "L", "I", "I;16"):
+        """Whether a grey picture's values can only be classes, where the data have colours or other values."""
+        if picture.mode not in ("1", "L", "I", "I;16") or (picture.mode == "1" and field.shades):
             return False
         values = set(np.unique(np.asarray(picture)).tolist())
         greys = {red for red, green, blue in rgb_of_names(field.colours) if red == green == blue}
-        return values <= {*range(self.classes), self.ignore} and not values <= greys
+        return values <= {*range(self.classes), self.ignore} and not values <= {*greys, *field.values}
 
     def _as_data(self, path: Path, picture: Image.Image, field: MaskField) -> Tensor:
         try:

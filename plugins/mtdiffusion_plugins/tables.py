@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from attrs import frozen
@@ -18,6 +18,9 @@ from mtdiffusion_registry.errors import UserError
 
 KEYS = ("stem", "file_name")
 """Columns that say whose a row is, in order of preference."""
+
+BEYOND = "\0"
+"""The key of a row's cells beyond those that the header has names for; no column is named so."""
 
 Row = Mapping[str, object]
 
@@ -37,11 +40,21 @@ class Table:
     rows: list[tuple[str, Row]]
 
     def values(self, *names: str) -> list[tuple[str, object]] | None:
-        """Keys and values of the first of these columns that there is (of rows without columns: their values); None if
-        there is none."""
+        """Keys and values of the column that has one of these names (of rows without columns: their values); None if
+        there is none.
+
+        Raises:
+            UserError: if there are several.
+        """
         if self.columns is None:
             return [(key, row[""]) for key, row in self.rows]
-        name = next((name for name in names if name in self.columns), None)
+        there = [name for name in dict.fromkeys(names) if name in self.columns]
+        if len(there) > 1:
+            raise UserError(
+                f"{self.path}: has the columns {' and '.join(map(repr, there))}, and each may be the one to read; keep "
+                "one, or rename the other"
+            )
+        name = there[0] if there else None
         return None if name is None else [(key, row.get(name)) for key, row in self.rows]
 
 
@@ -64,20 +77,39 @@ def _separated(path: Path) -> Table:
     header = text.lstrip().partition("\n")[0]
     # A spreadsheet separates by what its country's numbers leave free, whatever the suffix says.
     separator = max("\t;,", key=header.count)
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=True)
+    rows = csv.DictReader(
+        io.StringIO(text, newline=""), delimiter=separator, restkey=BEYOND, strict=True, skipinitialspace=True
+    )
     names = [(name or "").strip() for name in rows.fieldnames or ()]
     rows.fieldnames = names
     return _records(path, names, rows)
 
 
+def _require_once(path: Path, names: Sequence[str], what: str) -> None:
+    """Raise ``UserError`` if two columns or keys have one name: which of them is meant is not said."""
+    twice = sorted({name for name in names if name and names.count(name) > 1})
+    if twice:
+        raise UserError(
+            f"{path}: has more than one {what} {', '.join(map(repr, twice))}; keep one, or rename the others"
+        )
+
+
 def _records(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, object]]) -> Table:
     columns = list(columns)
+    _require_once(path, columns, "column")
     key = next((key for key in KEYS if key in columns), None)
     if key is None:
         found = ", ".join(columns) or "none"
         raise UserError(f"{path}: needs a column 'stem' or 'file_name' that says whose a row is, found {found}")
     records = []
     for place, row in enumerate(rows, 1):
+        beyond = row.get(BEYOND)
+        if isinstance(beyond, list) and any(cell.strip() for cell in beyond):
+            raise UserError(
+                f"{path}: row {place} has {len(columns) + len(beyond)} cells and the header {len(columns)}, so part "
+                f"of it belongs to no column: {', '.join(map(repr, beyond[:3]))}. Put cells that hold the separator "
+                "in double quotes"
+            )
         stem = row.get(key)
         if not isinstance(stem, str) or not stem.strip():
             if isinstance(stem, int) and not isinstance(stem, bool):
@@ -94,14 +126,17 @@ class _Pairs(list[tuple[str, object]]):
     """A JSON object's pairs: a dict would keep the last of two equal keys and say nothing."""
 
 
-def _plain(value: object) -> object:
-    return {key: _plain(item) for key, item in value} if isinstance(value, _Pairs) else value
+def _plain(value: object, path: Path) -> object:
+    if not isinstance(value, _Pairs):
+        return value
+    _require_once(path, [key for key, _ in value], "value of the key")
+    return {key: _plain(item, path) for key, item in value}
 
 
 def _json(path: Path) -> Table:
     found = json.loads(read_text(path), object_pairs_hook=_Pairs)
     if isinstance(found, _Pairs):
-        records = [(key, _plain(value)) for key, value in found]
+        records = [(key, _plain(value, path)) for key, value in found]
         if records and all(isinstance(value, dict) for _, value in records):
             columns = dict.fromkeys(name for _, value in records for name in value)  # type: ignore[attr-defined]
             return Table(path, tuple(columns), [(key, value) for key, value in records])  # type: ignore[misc]
@@ -116,7 +151,7 @@ def _json(path: Path) -> Table:
 
 def _json_lines(path: Path) -> Table:
     rows = []
-    for place, line in enumerate(read_text(path).splitlines(), 1):
+    for place, line in enumerate(read_text(path).split("\n"), 1):  # splitlines splits within texts, too: at U+2028
         if line.strip():
             try:
                 rows.append(json.loads(line, object_pairs_hook=_Pairs))
@@ -128,7 +163,7 @@ def _json_lines(path: Path) -> Table:
 
 
 def _objects(path: Path, rows: list[_Pairs]) -> Table:
-    plain = [dict(row) for row in rows]
+    plain: list[dict[str, object]] = [_plain(row, path) for row in rows]  # type: ignore[misc]  # pairs become a dict
     return _records(path, dict.fromkeys(name for row in plain for name in row), plain)
 
 

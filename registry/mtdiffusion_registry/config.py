@@ -211,6 +211,8 @@ def _scalar_hook(type_: type, accepted: tuple[type, ...]) -> Hook:
     def hook(value: object, _: object) -> object:
         if not isinstance(value, accepted) or (isinstance(value, bool) and type_ is not bool):  # a bool is an int, too
             raise _mismatch(value, type_)
+        if type_ is int and not -(2**63) <= value < 2**63:  # type: ignore[operator]
+            raise ValueError(f"{_found(value)}, expected an integer of 64 bits, at most {2**63 - 1}")
         return type_(value)
 
     return hook

@@ -34,6 +34,12 @@ def partial_of(path: Path, *, folder: bool = False) -> Iterator[Path]:
         with suppress(OSError):  # a file system that knows no locks
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield partial
+    except OSError as error:
+        if (
+            error.errno is not None and error.filename is None
+        ):  # of a full disk the system does not say what was to be written
+            error.filename = str(path)
+        raise
     finally:
         os.close(lock)
         _remove(partial)

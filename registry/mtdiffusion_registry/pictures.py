@@ -6,6 +6,7 @@ A picture is decoded whole, turned as its EXIF data say, and of 8 bits a channel
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -22,6 +23,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", "
 """Of files that are taken for pictures, in lower case."""
 
 _ORIENTATION = 0x0112  # EXIF
+_WIDTH, _LENGTH, _PHOTOMETRIC = 256, 257, 262  # TIFF
 _TURNED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -32,7 +34,8 @@ _TURNED = {
     8: Image.Transpose.ROTATE_90,
 }
 _SWAPS_SIDES = (5, 6, 7, 8)
-_MOST_PIXELS = 2 * 10**8
+MOST_PIXELS = 2 * 10**8
+"""That a picture may have."""
 
 
 @frozen
@@ -66,7 +69,7 @@ def picture_size(path: Source) -> tuple[int, int]:
         UserError: if the file is missing or no picture.
     """
     with _opened(path) as picture:
-        width, height = picture.size
+        width, height = _stored_size(picture)
         return (width, height) if _orientation(picture) in _SWAPS_SIDES else (height, width)
 
 
@@ -97,6 +100,8 @@ def open_picture(path: Source, at_least: tuple[int, int] | None = None) -> Image
             if picture.width >= 4 * width and picture.height >= 4 * height:
                 picture.draft(None, (2 * width, 2 * height))  # twice as large: the rest is filtered properly
         picture.load()
+        if picture.format == "TIFF":
+            turned = _orientation(picture)  # what is left to do: Pillow turns these while it loads them
         return picture.transpose(_TURNED[turned]) if turned in _TURNED else picture
 
 
@@ -109,8 +114,8 @@ def to_colour(picture: Image.Image, path: Source) -> Image.Image:
     Raises:
         UserError: if its pixels have no known range (32-bit integers, floats).
     """
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
-        picture = Image.fromarray((np.asarray(picture).astype(np.int64) // 257).astype(np.uint8))
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
+        picture = _of_8_bits(picture)
     if picture.mode.startswith(("I", "F")):
         raise UserError(
             f"{path}: pictures must have 8 or 16 bits a channel, this one has mode {picture.mode!r}, whose range is "
@@ -122,6 +127,16 @@ def to_colour(picture: Image.Image, path: Source) -> Image.Image:
         page.alpha_composite(picture)
         picture = page
     return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _of_8_bits(picture: Image.Image) -> Image.Image:
+    """A picture of 16-bit greys in 8 bits, and as transparent as it was: a PNG may say of one grey that it is."""
+    levels = np.asarray(picture).astype(np.int64)
+    page = Image.fromarray((levels // 257).astype(np.uint8))
+    clear = picture.info.get("transparency")
+    if isinstance(clear, int):
+        page.putalpha(Image.fromarray(np.where(levels == clear, 0, 255).astype(np.uint8)))
+    return page
 
 
 def to_indices(picture: Image.Image, path: Source) -> Image.Image:
@@ -142,10 +157,16 @@ def to_indices(picture: Image.Image, path: Source) -> Image.Image:
     return picture
 
 
-def require_lossless(path: Source) -> None:
-    """Raise :class:`UserError` if a picture's file was compressed with losses: pixels are then not what was saved, and
-    neighbouring classes blur into others."""
+def require_lossless(path: Source, *, greys: bool = False) -> None:
+    """Raise :class:`UserError` if a picture's pixels are not what was saved: its file was compressed with losses, which
+    blurs neighbouring classes into others.
+
+    Args:
+        greys: whether greys are to be the numbers that the file stores, as class indices are, and not shades from 0
+            (black) to 255 (white), which some formats make of them.
+    """
     with _opened(path) as picture:
+        spread = _respread(picture) if greys else ""
         kind = str(picture.format)
         lossy = kind in ("JPEG", "MPO", "JPEG2000", "AVIF") or picture.info.get("compression") in ("jpeg", "webp")
     if kind == "WEBP":
@@ -154,6 +175,42 @@ def require_lossless(path: Source) -> None:
         raise UserError(
             f"{path}: a mask saved as {kind} with losses no longer holds its classes, as neighbouring ones blur into "
             "others; make it anew from the original, as PNG"
+        )
+    if spread:
+        raise UserError(
+            f"{path}: {spread}, so that programs read its pixels as different numbers, and these need not be the class "
+            "indices that were saved; save it as PNG with 8 bits a pixel"
+        )
+
+
+def _respread(picture: Image.Image) -> str:
+    """Why a picture's greys are not the numbers that its file stores; empty if they are. To be asked before it is
+    loaded."""
+    tiles = getattr(picture, "tile", ())
+    if picture.format == "PPM" and tiles:
+        arguments = tiles[0][3]
+        most = arguments[1] if isinstance(arguments, tuple) and len(arguments) == 2 else 255
+        return "" if most in (255, 65535) else f"its greatest grey is {most}"
+    raw = str(tiles[0][3]) if tiles else ""
+    if picture.mode in ("1", "L") and (bits := re.search(r"\bL;([24])", raw)):
+        return f"it has {bits[1]} bits a pixel"
+    if picture.format == "TIFF" and getattr(picture, "tag_v2", {}).get(_PHOTOMETRIC) == 0:
+        return "it is a TIFF in which 0 is white"
+    return ""
+
+
+def require_opaque(picture: Image.Image, path: Source) -> None:
+    """Raise :class:`UserError` if a picture whose colours are to be classes is transparent somewhere: what is seen
+    there is the colour of whatever lies behind."""
+    if picture.mode not in ("RGBA", "LA", "PA", "La", "RGBa") and "transparency" not in picture.info:
+        return
+    alpha = np.asarray(picture.convert("RGBA").getchannel("A"))
+    if (alpha < 255).any():
+        row, column = np.argwhere(alpha < 255)[0]
+        raise UserError(
+            f"{path}: {(alpha < 255).mean():.1%} of its pixels are transparent, the first in row {row}, column "
+            f"{column}, and have the colour of no class; save it without transparency, each pixel in the colour of its "
+            "class"
         )
 
 
@@ -218,10 +275,9 @@ def _opened(path: Source) -> Iterator[Image.Image]:
     """An opened picture; whatever is wrong with its file is a UserError."""
     try:
         with Image.open(BytesIO(path.content) if isinstance(path, Encoded) else path) as picture:
-            if picture.width * picture.height > _MOST_PIXELS:
+            if picture.width * picture.height > MOST_PIXELS:
                 raise UserError(
-                    f"{path}: has {picture.width} × {picture.height} pixels, more than {_MOST_PIXELS:,}; "
-                    "make it smaller"
+                    f"{path}: has {picture.width} × {picture.height} pixels, more than {MOST_PIXELS:,}; make it smaller"
                 )
             frames = getattr(picture, "n_frames", 1)
             if frames > 1 and picture.format != "MPO":  # MPO: a photograph and its preview
@@ -235,6 +291,14 @@ def _opened(path: Source) -> Iterator[Image.Image]:
         raise UserError(f"{path}: cannot be read as a picture (PNG and JPEG can)") from None
     except Exception as error:  # Pillow's readers raise whatever their parsing runs into
         raise UserError(f"{path}: the picture is damaged or cannot be read ({type(error).__name__}: {error})") from None
+
+
+def _stored_size(picture: Image.Image) -> tuple[int, int]:
+    """Width and height as stored, before any turning: newer Pillows give those of a TIFF as they are shown."""
+    if picture.format == "TIFF":
+        tags = picture.tag_v2  # type: ignore[attr-defined]
+        return int(tags[_WIDTH]), int(tags[_LENGTH])
+    return picture.size
 
 
 def _orientation(picture: Image.Image) -> int:

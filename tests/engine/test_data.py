@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 from types import MappingProxyType
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mtdiffusion_engine.data import ModalityData, StepSampler, derive_seed, made_ahead, training_batches
 from mtdiffusion_engine.experiment import build_model
 from mtdiffusion_plugins.clip import ClipConfig
+from mtdiffusion_plugins.datasets.folder import FolderConfig
+from mtdiffusion_plugins.fields import ClassFolderField
 from mtdiffusion_plugins.label import LabelConfig
 from mtdiffusion_registry import UserError
 from tests.engine.tiny import ToyData, toy
@@ -280,6 +284,37 @@ def test_classes_called_by_other_numbers_than_theirs_are_noticed() -> None:
     data = ModalityData(Numbered(11, "", -1), {"label": model.modality("label")})
     with pytest.raises(UserError, match=r"'1' is class 0 of the data, and class 1 of this modality"):
         data.verify()
+
+
+@pytest.mark.parametrize("names", [("1", "2", "3"), ("001", "000", "002"), ("0", "2", "x")])
+def test_a_number_of_the_data_is_not_taken_for_a_class_of_another_name(names: tuple[str, ...]) -> None:
+    model = build_model(toy())
+    label = LabelConfig(classes=3, names=names).build(model.layout.share("label"), model.backbone.features)
+    with pytest.raises(
+        UserError, match=r"modalities\.label\.names: '\d+' is the name of class \d, and the data have num"
+    ):
+        ModalityData(ToyData(11, "", -1), {"label": label}).verify()
+
+
+@pytest.mark.parametrize("names", [("0", "1", "2"), ("1 star", "2 stars", "3 stars"), ("10", "20", "30")])
+def test_names_that_are_no_number_of_another_class_are_taken(names: tuple[str, ...]) -> None:
+    model = build_model(toy())
+    label = LabelConfig(classes=3, names=names).build(model.layout.share("label"), model.backbone.features)
+    ModalityData(ToyData(11, "", -1), {"label": label}).verify()
+
+
+@pytest.mark.parametrize("named", [1, 8])
+def test_names_that_are_numbers_serve_data_that_have_names(tmp_path: Path, named: int) -> None:
+    for i, name in enumerate("123" * named):
+        folder = tmp_path / "image" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(folder / f"{i:02}.png")
+    data = FolderConfig(root=tmp_path, fields={"image": "image", "label": ClassFolderField()}, test_fraction=0)
+    model = build_model(toy())
+    label = LabelConfig(classes=3, names=("1", "2", "3")).build(model.layout.share("label"), model.backbone.features)
+    found = ModalityData(data.build("train"), {"label": label})
+    found.verify()
+    assert found.batch(range(3 * named)).x["label"].tolist() == [0] * named + [1] * named + [2] * named
 
 
 def test_what_was_looked_through_is_not_again_while_it_stays_the_same() -> None:

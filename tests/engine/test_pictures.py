@@ -360,3 +360,16 @@ def test_a_visibility_map_is_a_tensor_a_picture_or_its_file(tmp_path: Path) -> N
     picture.save(tmp_path / "map.png")
     for value in (visible, visible.bool().numpy(), picture, tmp_path / "map.png", str(tmp_path / "map.png")):
         assert torch.equal(visibility_of(value), visible)
+
+
+def test_a_map_of_what_is_visible_is_white_where_it_is_seen(tmp_path: Path) -> None:
+    seen = np.array([[1, 0], [1, 1]], np.uint8)
+    for name, image in (("a.png", seen * np.uint8(255)), ("b.png", seen > 0), ("c.tif", seen * np.uint16(65535))):
+        Image.fromarray(image).save(tmp_path / name)
+        assert read_visibility(tmp_path / name).tolist() == seen.tolist()
+        assert visibility_of(Image.open(tmp_path / name)).tolist() == seen.tolist()
+    Image.fromarray(seen * np.uint8(0)).save(tmp_path / "none.png")
+    assert not read_visibility(tmp_path / "none.png").any()
+    Image.fromarray(seen).save(tmp_path / "ones.png")  # 0 and 1, as arrays of booleans are often saved
+    with pytest.raises(UserError, match=r"ones\.png: nothing in it is white, its lightest grey is 1 of 255"):
+        read_visibility(tmp_path / "ones.png")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,8 @@ import torch
 from PIL import Image
 
 from mtdiffusion import sample
-from mtdiffusion_engine import Run, load_run
+from mtdiffusion_engine import Run, checkpoint, load_run
+from mtdiffusion_engine import run as run_module
 from mtdiffusion_engine.pictures import to_image
 from mtdiffusion_engine.trainer import Trainer
 from mtdiffusion_registry import UserError
@@ -249,6 +252,27 @@ def test_little_strength_keeps_what_was_given(run: Run) -> None:
 
 def test_only_what_is_asked_for_is_generated(run: Run) -> None:
     assert run.sample(2, observed={"label": 1}, generate=["mask"]).keys() == {"label", "mask"}
+
+
+def test_the_newest_checkpoint_may_be_removed_by_a_training_that_goes_on(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(tiny_run, folder)
+    newest = checkpoint.list_checkpoints(folder)[-1]
+    build = run_module.build_model
+
+    def meanwhile(experiment: Any) -> Any:
+        step = (checkpoint.step_of(newest) or 0) + 10
+        if newest.is_dir():
+            newest.rename(newest.with_name(checkpoint.name_of(step)))
+        return build(experiment)
+
+    monkeypatch.setattr(run_module, "build_model", meanwhile)
+    assert checkpoint.step_of(load_run(folder).checkpoint) == (checkpoint.step_of(newest) or 0) + 10
+    (load_run(folder).checkpoint / "ema.safetensors").unlink()
+    with pytest.raises(UserError, match=r"ema\.safetensors: missing from the checkpoint"):
+        load_run(folder)
 
 
 def test_a_checkpoint_can_be_chosen(tiny_run: Path) -> None:

@@ -68,3 +68,16 @@ def test_a_reader_that_does_not_do_as_read_is_refused(reader, match, monkeypatch
 def test_colours_that_are_none_or_alike_are_refused(values):
     with pytest.raises(ValueError, match="colours: expected"):
         MaskField(**values)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"values": (0, 255, 255)}, r"values: expected a different pixel value .* found \[0, 255, 255\]"),
+        ({"values": (0, -1)}, r"values: expected .* of 0 or more"),
+        ({"colours": ("black", "red"), "ignore": 1}, r"ignore: expected an index that is no class, 0 to 1, found 1"),
+    ],
+)
+def test_masks_whose_values_would_be_two_classes_are_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        MaskField(**options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -53,3 +54,9 @@ def test_what_a_process_of_the_same_number_left_is_in_nobodys_way(tmp_path: Path
     with partial_of(tmp_path / "a", folder=True) as partial:
         partial.replace(tmp_path / "a")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_full_disk_names_what_was_to_be_written(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space") as raised, partial_of(tmp_path / "a.json"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert raised.value.filename == str(tmp_path / "a.json")

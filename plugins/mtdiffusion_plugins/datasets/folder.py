@@ -201,7 +201,7 @@ class FolderConfig(DatasetConfig):
         if not kept:
             return self
         if left := [name for name in self.fields if name not in kept]:
-            _say_once(f"data.fields: {_list(left)} left out, since no modality reads it")
+            say_once(f"data.fields: {_list(left)} left out, since no modality reads it")
         return attrs.evolve(self, fields=kept, allow_missing=[n for n in self.allow_missing if n in kept])
 
     def data_field(self, name: str) -> DataField | None:
@@ -216,8 +216,8 @@ class FolderConfig(DatasetConfig):
             return []
         found: list[Path] = []
         for where, folders, names in os.walk(folder, followlinks=True):
-            folders[:] = sorted(filter(_is_data, folders))
-            paths = (Path(where, each) for each in sorted(filter(_is_data, names)))
+            folders[:] = sorted(filter(is_data, folders))
+            paths = (Path(where, each) for each in sorted(filter(is_data, names)))
             found += islice((path for path in paths if path.suffix.lower() in suffixes), most - len(found))
             if len(found) == most:
                 break
@@ -291,7 +291,8 @@ class FolderConfig(DatasetConfig):
         """The root, and which of its folders hold splits: that to train on, then the held-out ones."""
         root = self.root.expanduser().absolute()
         if not root.is_dir():
-            raise UserError(f"data folder {root} does not exist (option root)")
+            found = "is no folder" if root.exists() else "does not exist"
+            raise UserError(f"data folder {root} {found} (option root)")
         return root, [name for name in ("train", *HELD_OUT) if (root / name).is_dir() and name not in self.fields]
 
     def _matched(self, base: Path, sources: Mapping[str, _Source], troubles: Troubles) -> list[str]:
@@ -318,7 +319,8 @@ class FolderConfig(DatasetConfig):
 
 
 @cache
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
+    """Tell something that holds for the whole process, the first time only."""
     logging.getLogger(LOGGER).info(message)
 
 
@@ -427,7 +429,9 @@ def _place_file_names(
     base: Path, found: dict[str, _Source | None], fields: Mapping[str, FieldConfig], metadata: tables.Table
 ) -> None:
     """The files that a metadata table names: ``NAME_file_name`` is the field's, ``file_name`` the first field's that
-    has no files otherwise."""
+    has no files otherwise. Files beside these that it does not name are told of."""
+    named: set[str] = set()
+    suffixes: set[str] = set()
     for name in [name for name, source in found.items() if source is None and fields[name].suffixes]:
         column = metadata.values(f"{name}_file_name")
         if column is None:
@@ -442,7 +446,19 @@ def _place_file_names(
             if not path.is_file():
                 raise UserError(f"{metadata.path}: names {file}, and there is no such file in {base}")
             files.append((str(PurePosixPath(key).with_suffix("")), str(path)))
+        named.update(os.path.normpath(path) for _, path in files)
+        suffixes.update(fields[name].suffixes)
         found[name] = _Source(base, _normal(files, metadata.path), {})  # type: ignore[arg-type]
+
+    left = [
+        entry.path
+        for folder in sorted({os.path.dirname(path) for path in named})  # noqa: PTH120  # Paths take long to make
+        for entry in os.scandir(folder)
+        if is_data(entry.name) and Path(entry.name).suffix.lower() in suffixes and entry.path not in named
+    ]
+    if left:
+        some = _list(os.path.relpath(path, base) for path in left)
+        say_once(f"{metadata.path}: leaves out {len(left)} of the files beside those that it names: {some}")
 
 
 def _files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, str]:
@@ -451,10 +467,11 @@ def _files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, str]:
     strange = []
     hint = ""
     for where, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(filter(_is_data, folders))
+        folders[:] = sorted(filter(is_data, folders))
+        require_no_loop(where, folders)
         inner = PurePosixPath(Path(where).relative_to(folder)).as_posix()
         prefix = "" if inner == "." else f"{inner}/"
-        for name in sorted(filter(_is_data, names)):
+        for name in sorted(filter(is_data, names)):
             stem, suffix = os.path.splitext(name)  # noqa: PTH122  # Paths take long to make, and there are many
             path = f"{where}/{name}"
             if suffix.lower() not in suffixes:
@@ -468,7 +485,16 @@ def _files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, str]:
     return _normal(found, folder)  # type: ignore[return-value]
 
 
-def _is_data(name: str) -> bool:
+def require_no_loop(where: str | Path, folders: Iterable[str]) -> None:
+    """Raise ``UserError`` if a link among these folders leads back to one that holds it: there is no end to such."""
+    for name in folders:
+        link = Path(where, name)
+        if link.is_symlink() and Path(where).resolve().is_relative_to(link.resolve()):
+            raise UserError(f"{link}: is a link to {link.resolve()}, which holds it; remove the link")
+
+
+def is_data(name: str) -> bool:
+    """Whether a file or folder of this name is no hidden one, and none that systems leave in folders."""
     return not name.startswith(".") and name.lower() not in _NO_DATA
 
 

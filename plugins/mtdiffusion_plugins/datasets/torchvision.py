@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mtdiffusion.interfaces import Dataset
 from mtdiffusion_plugins.datasets._decoded import Decoded, decode
+from mtdiffusion_plugins.datasets.folder import is_data, require_no_loop, say_once
 from mtdiffusion_plugins.fields import ImageField, MaskField
 from mtdiffusion_plugins.files import from_levels, read_pixels
 from mtdiffusion_plugins.sizes import Size, positive_size, sides
@@ -117,12 +118,18 @@ def _image_folder(root: Path, split: str, size: tuple[int, int]) -> TorchvisionD
 
     paths: list[str] = []
     labels: list[int] = []
+    left = [entry.name for entry in folder_of(split).iterdir() if entry.is_file() and is_data(entry.name)]
     # In the order of torchvision's ImageFolder, whose import takes over a second.
     for index, name in enumerate(classes):
-        for where, _, files in sorted(os.walk(folder_of(split) / name, followlinks=True)):
-            found = [f"{where}/{file}" for file in sorted(filter(_is_data, files))]
+        for where, folders, files in sorted(os.walk(folder_of(split) / name, followlinks=True)):
+            require_no_loop(where, folders)
+            found = [f"{where}/{file}" for file in sorted(filter(_is_picture, files))]
+            left += [f"{name}/{file}" for file in files if not _is_picture(file) and is_data(file)]
             paths += found
             labels += [index] * len(found)
+    if left:
+        some = ", ".join(sorted(left)[:5])
+        say_once(f"{folder_of(split)}: {len(left)} files that are no pictures of a class are left out: {some}")
     label = torch.tensor(labels, dtype=torch.int64)
     made = TorchvisionDataset(_decoded(paths, size), ("label", label), names=classes)
     made.source = Listing(list(zip(paths, labels, strict=True)))
@@ -137,7 +144,7 @@ def _classes(folder: Path) -> list[str]:
     return names
 
 
-def _is_data(name: str) -> bool:
+def _is_picture(name: str) -> bool:
     suffix = os.path.splitext(name)[1]  # noqa: PTH122  # a Path takes many times as long to make, and there are many
     return suffix.lower() in ImageField.suffixes and not name.startswith(".")
 

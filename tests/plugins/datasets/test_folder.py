@@ -1,6 +1,8 @@
 import json
 import os
 import pickle
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,10 @@ from mtdiffusion_engine.experiment import build_model
 from mtdiffusion_plugins.datasets import _decoded
 from mtdiffusion_plugins.datasets.folder import FolderConfig
 from mtdiffusion_plugins.fields import ClassFolderField, ImageField, MaskField
+from mtdiffusion_plugins.files import from_levels
 from mtdiffusion_plugins.label import LabelConfig
 from mtdiffusion_registry.errors import UserError
+from mtdiffusion_registry.pictures import picture_size
 
 STEMS = [f"{index:03}" for index in range(40)]
 
@@ -606,8 +610,6 @@ def test_masks_compressed_with_losses_are_refused(tmp_path, suffix, options):
 def test_masks_without_losses_are_read(tmp_path, suffix, options):
     half(tmp_path / "mask" / f"x{suffix}", **options)
     mask = build(tmp_path, {"mask": MaskField(values=(0, 255))})[0]["mask"]
-    if suffix == ".gif":  # which numbers the colours anew
-        mask = mask.clamp(max=1)
     assert mask.unique().tolist() == [0, 1]
 
 
@@ -712,3 +714,226 @@ def test_labels_as_text_files_may_be_indices_and_names(abc):
         data = build(abc, {"image": "image", "label": "label"})
         found = [data[i]["label"] for i in range(3)]
         assert [x.item() if isinstance(x, torch.Tensor) else x for x in found] == wanted
+
+
+ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize(("suffix", "options"), [(".tif", {}), (".png", {}), (".webp", {"lossless": True})])
+def test_pictures_are_turned_once_whatever_their_format(tmp_path, suffix, options, orientation):
+    (tmp_path / "image").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = picture(0, (6, 4))
+    image.save(tmp_path / "image" / f"x{suffix}", exif=exif, **options)
+    shown = np.array(image.transpose(ORIENTATIONS[orientation]))
+    assert picture_size(tmp_path / "image" / f"x{suffix}") == shown.shape[:2]
+    pixels = from_levels(torch.from_numpy(shown).permute(2, 0, 1))
+    assert torch.equal(build(tmp_path, {"image": "image"})[0]["image"], pixels)
+
+
+def grey_png(pixels, bits, clear=None):
+    """A grey PNG of so many bits a pixel, and of one grey that is transparent: Pillow writes 1, 8 and 16 bits only."""
+    height, width = pixels.shape
+    lines = (int("".join(f"{value:0{bits}b}" for value in line), 2) for line in pixels.tolist())
+    data = b"".join(b"\0" + line.to_bytes(width * bits // 8, "big") for line in lines)
+    parts = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)),
+        *([] if clear is None else [(b"tRNS", struct.pack(">H", clear))]),
+        (b"IDAT", zlib.compress(data)),
+        (b"IEND", b""),
+    ]
+    chunks = (struct.pack(">I", len(x)) + name + x + struct.pack(">I", zlib.crc32(name + x)) for name, x in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def levels(folder, name, content):
+    """0..255 of a picture that is all there is of a data set."""
+    (folder / "image").mkdir(exist_ok=True)
+    (folder / "image" / name).write_bytes(content)
+    x = build(folder, {"image": ImageField(channels=1)})[0]["image"]
+    (folder / "image" / name).unlink()
+    return ((x[0] + 1) * 127.5).round().int().tolist()
+
+
+def test_greys_of_16_bits_are_read_from_each_format_and_transparent_ones_are_white(tmp_path):
+    pixels = np.array([[0, 257 * 7], [257 * 200, 65535]])
+    assert levels(tmp_path, "x.png", grey_png(pixels, 16)) == [[0, 7], [200, 255]]
+    assert levels(tmp_path, "x.png", grey_png(pixels, 16, clear=257 * 7)) == [[0, 255], [200, 255]]
+    assert levels(tmp_path, "x.pgm", b"P5 2 2 65535\n" + pixels.astype(">u2").tobytes()) == [[0, 7], [200, 255]]
+    assert levels(tmp_path, "x.png", grey_png(np.array([[0, 1, 2, 3]]), 2)) == [[0, 85, 170, 255]]
+
+
+INDICES = np.array([[0, 1, 2, 1], [2, 0, 1, 0]], np.uint8)
+
+
+def tiff_0_is_white(path):
+    Image.fromarray(INDICES).save(path, tiffinfo={262: 0})
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "why"),
+    [
+        ("x.png", lambda path: path.write_bytes(grey_png(INDICES, 2)), "it has 2 bits a pixel"),
+        ("x.png", lambda path: path.write_bytes(grey_png(INDICES, 4)), "it has 4 bits a pixel"),
+        ("x.pgm", lambda path: path.write_bytes(b"P5 4 2 2\n" + INDICES.tobytes()), "its greatest grey is 2"),
+        ("x.tif", tiff_0_is_white, "it is a TIFF in which 0 is white"),
+    ],
+)
+def test_masks_whose_greys_are_not_the_numbers_that_are_stored_are_refused(tmp_path, name, write, why):
+    (tmp_path / "mask").mkdir()
+    write(tmp_path / "mask" / name)
+    fails(tmp_path, {"mask": "mask"}, rf"{name}: {why}, .* save it as PNG with 8 bits a pixel")
+
+
+def test_masks_of_exact_greys_are_read_from_every_format(tmp_path):
+    (tmp_path / "mask").mkdir()
+    for name in ("a.png", "b.bmp", "c.tif", "d.gif", "e.pgm"):
+        Image.fromarray(INDICES).save(tmp_path / "mask" / name)
+    (tmp_path / "mask" / "f.png").write_bytes(grey_png(INDICES, 8))
+    (tmp_path / "mask" / "g.png").write_bytes(grey_png(INDICES.astype(int), 16))
+    data = build(tmp_path, {"mask": "mask"})
+    assert all(data[i]["mask"].tolist() == INDICES.tolist() for i in range(7))
+
+
+@pytest.mark.parametrize("values", [(0, 255), (255, 0)])
+def test_values_are_shades_where_a_file_numbers_them_anew(tmp_path, values):
+    white = INDICES > 0
+    (tmp_path / "mask").mkdir()
+    for name, image in (("a.png", white), ("b.tif", white), ("c.png", white * np.uint8(255))):
+        Image.fromarray(image).save(tmp_path / "mask" / name)
+    two = Image.fromarray(white.astype(np.uint8))
+    two.putpalette([0, 0, 0, 255, 255, 255])
+    two.save(tmp_path / "mask" / "d.gif")
+    data = build(tmp_path, {"mask": MaskField(values=values)})
+    wanted = np.where(white, values.index(255), values.index(0)).tolist()
+    assert [data[i]["mask"].tolist() for i in range(4)] == [wanted] * 4
+
+
+def test_a_value_that_is_none_of_values_is_not_taken_for_a_class(tmp_path):
+    (tmp_path / "mask").mkdir()
+    Image.fromarray(np.array([[0, 255, 1, 7]], np.uint8)).save(tmp_path / "mask" / "x.png")
+    fails(
+        tmp_path, {"mask": MaskField(values=(0, 255))}, r"x\.png: 25\.0% .* 1 in row 0, column 2 .*which is value 255"
+    )
+    assert build(tmp_path, {"mask": MaskField(values=(0, 255, 1))})[0]["mask"].tolist() == [[0, 1, 2, 7]]
+
+
+def test_transparent_pixels_of_painted_masks_are_refused(tmp_path):
+    (tmp_path / "mask").mkdir()
+    pixels = np.zeros((1, 4, 4), np.uint8)
+    pixels[0, 1:], pixels[0, 0] = (255, 255, 255, 255), (0, 0, 0, 0)
+    colours = MaskField(colours=("black", "white"))
+    Image.fromarray(pixels).save(tmp_path / "mask" / "x.png")
+    fails(tmp_path, {"mask": colours}, r"x\.png: 25\.0% of its pixels are transparent, the first in row 0, column 0")
+    pixels[0, 0, 3] = 255
+    Image.fromarray(pixels).save(tmp_path / "mask" / "x.png")
+    assert build(tmp_path, {"mask": colours})[0]["mask"].tolist() == [[0, 1, 1, 1]]
+
+
+def test_an_index_for_other_colours_may_be_negative(tmp_path):
+    (tmp_path / "mask").mkdir()
+    Image.fromarray(np.array([[[0, 0, 0], [9, 9, 9]]], np.uint8)).save(tmp_path / "mask" / "x.png")
+    mask = build(tmp_path, {"mask": MaskField(colours=("black", "white"), ignore=-100)})[0]["mask"]
+    assert mask.tolist() == [[0, -100]]
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "match"),
+    [
+        (
+            "caption.csv",
+            "stem,value\na,one\nb,red, and round\nc,two\n",
+            r"row 2 has 3 cells and the header 2.*' ?and round'",
+        ),
+        ("caption.csv", "stem,value,value\na,x,y\nb,x,y\nc,x,y\n", r"has more than one column 'value'"),
+        ("caption.csv", "stem,value,caption\na,x,y\nb,x,y\nc,x,y\n", r"has the columns 'value' and 'caption'"),
+        ("caption.json", '[{"stem": "a", "value": "x", "value": "y"}]', r"has more than one value of the key 'value'"),
+        ("caption.jsonl", '{"stem": "a", "value": "x", "value": "y"}\n', r"has more than one value of the key 'value'"),
+    ],
+)
+def test_tables_that_say_more_than_is_read_are_refused(abc, name, table, match):
+    (abc / name).write_text(table)
+    fails(abc, {"image": "image", "caption": "caption"}, rf"{name}: {match}")
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\x85", "\x0c", "\x1c"])
+def test_what_ends_a_line_elsewhere_is_part_of_a_text(abc, end):
+    rows = [json.dumps({"stem": stem, "value": f"one{end}two"}, ensure_ascii=False) for stem in "abc"]
+    (abc / "caption.jsonl").write_text("\r\n".join(rows), encoding="utf-8", newline="")
+    assert build(abc, {"image": "image", "caption": "caption"})[1]["caption"] == f"one{end}two"
+
+
+def test_columns_without_a_name_and_empty_cells_beyond_the_last_are_nothing(abc):
+    (abc / "label.csv").write_text(",stem,value,,\n0,a,1,,\n1,b,0,,,,\n2,c,1,,\n")
+    data = build(abc, {"image": "image", "label": "label"})
+    assert [int(data[i]["label"]) for i in range(3)] == [1, 0, 1]
+
+
+def test_a_blank_embedding_is_a_missing_one(abc):
+    (abc / "clip.json").write_text(json.dumps({"a": [3, 4], "b": None, "c": [0, 1]}))
+    data = build(abc, {"image": "image", "clip": "embedding"}, allow_missing=["clip"])
+    assert [data[i]["clip"].tolist() if "clip" in data[i] else None for i in range(3)] == [
+        pytest.approx([0.6, 0.8]),
+        None,
+        [0, 1],
+    ]
+    fails(abc, {"image": "image", "clip": "embedding"}, r"1 of 3 samples have nothing in 'clip': b")
+
+
+def test_embeddings_of_any_real_numbers_are_read_and_others_refused(abc):
+    (abc / "clip").mkdir()
+    for stem, vector in (("a", np.array([3, 4], ">f8")), ("b", np.array([3e30, 4e30])), ("c", np.array([3, 4], "<u2"))):
+        np.save(abc / "clip" / f"{stem}.npy", vector)
+    data = build(abc, {"image": "image", "clip": "embedding"})
+    assert all(data[i]["clip"].tolist() == pytest.approx([0.6, 0.8]) for i in range(3))
+    np.save(abc / "clip" / "b.npy", np.array([3 + 1j, 4]))
+    fails(abc, {"image": "image", "clip": "embedding"}, r"b\.npy: expected real numbers, found complex128")
+
+
+@pytest.mark.parametrize("target", [".", "..", "../.."])
+def test_a_link_that_leads_back_is_named(abc, target):
+    (abc / "image" / "again").symlink_to(target)
+    fails(abc, {"image": "image"}, r"again: is a link to .*, which holds it; remove the link")
+
+
+def test_a_link_to_another_folder_is_followed(abc, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    picture(5).save(elsewhere / "d.png")
+    (abc / "image" / "more").symlink_to(elsewhere)
+    assert build(abc, {"image": "image"}).stems == ["a", "b", "c", "more/d"]
+
+
+def test_a_file_in_place_of_the_data_is_told_apart_from_none(tmp_path):
+    (tmp_path / "data").write_text("x")
+    fails(tmp_path / "data", {"image": "image"}, r"data is no folder")
+    fails(tmp_path / "date", {"image": "image"}, r"date does not exist")
+
+
+def test_a_size_that_no_picture_can_have_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="'size': expected at most 200,000,000 pixels, found 100000 × 100000"):
+        FolderConfig(root=tmp_path, fields={"image": "image"}, size=100_000)
+
+
+def test_files_that_a_metadata_table_does_not_name_are_told(tmp_path, caplog):
+    for name in ("a", "b", "c"):
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        picture(0).save(tmp_path / "pictures" / f"{name}.png")
+    rows = "file_name,label\npictures/a.png,0\n./pictures/b.png,1\n"
+    (tmp_path / "metadata.csv").write_text(rows)
+    with caplog.at_level("INFO"):
+        assert len(build(tmp_path, {"image": "image", "label": "label"})) == 2
+    assert "metadata.csv: leaves out 1 of the files beside those that it names: pictures/c.png" in caplog.text
+    caplog.clear()
+    (tmp_path / "metadata.csv").write_text(rows + "pictures/c.png,2\n")
+    assert len(build(tmp_path, {"image": "image", "label": "label"})) == 3
+    assert "leaves out" not in caplog.text

@@ -45,6 +45,24 @@ def test_image_folder(tmp_path: Path) -> None:
     assert train.source is not None and train.source.samples == ImageFolder(tmp_path / "train").samples
 
 
+def test_what_is_no_picture_of_a_class_is_told_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    picture(tmp_path / "train/cat/a.png")
+    picture(tmp_path / "train/loose.png")
+    for name in ("cat/b.heic", "cat/.DS_Store", "cat/Thumbs.db", "cat/._a.png"):
+        (tmp_path / "train" / name).write_bytes(b"x")
+    with caplog.at_level("INFO"):
+        assert len(TorchvisionConfig(name="image_folder", root=tmp_path, size=8).build("train")) == 1
+    assert "train: 2 files that are no pictures of a class are left out: cat/b.heic, loose.png" in caplog.text
+
+
+@pytest.mark.parametrize("target", [".", ".."])
+def test_a_link_that_leads_back_is_named(tmp_path: Path, target: str) -> None:
+    picture(tmp_path / "train/cat/a.png")
+    (tmp_path / "train/cat/again").symlink_to(target)
+    with pytest.raises(UserError, match=r"cat/again: is a link to .*, which holds it"):
+        TorchvisionConfig(name="image_folder", root=tmp_path, size=8).build("train")
+
+
 def test_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torchvision.datasets import CIFAR10
 
