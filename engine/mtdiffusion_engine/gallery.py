@@ -86,7 +86,7 @@ def draw_gallery(
     title = title if several else f"A model of {names[0]}"
     told = (
         "Given is what held-out samples have; truth is the rest of the same samples, which the model was not shown. "
-        "All else in a column was generated together, as one sample: where its rows disagree, the model does."
+        "What is generated in a column was generated together, as one sample."
     )
     kind = Image.registered_extensions().get(path.suffix.lower(), "PNG")
     with partial_of(path) as partial:
