@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 
 from mtdiffusion_plugins.datasets._readers import ReadingProcess, count_for, read_by
-from mtdiffusion_registry.cache import cached, config_key
+from mtdiffusion_registry.cache import cached, code_key, config_key
 from mtdiffusion_registry.configs import FieldConfig
 from mtdiffusion_registry.errors import Troubles, UserError
 from mtdiffusion_registry.pace import Pace
 from mtdiffusion_registry.partial import partial_of, remove_abandoned
+from mtdiffusion_registry.pictures import Encoded
 
 CACHE_LIMIT = 50 * 2**30
 """Bytes that one field may take on disk; beyond it, files are decoded at every access."""
@@ -274,7 +275,8 @@ def _different(
 
 
 def _key(field: FieldConfig, paths: Sequence[str], size: tuple[int, int] | None) -> str:
-    digest = hashlib.sha256(f"{_FORMAT} {config_key(field)} {size}".encode())
+    # A field of any package reads pictures by what the registry has.
+    digest = hashlib.sha256(f"{_FORMAT} {config_key(field)} {code_key(Encoded)} {size}".encode())
     for path in paths:
         try:
             found = os.stat(path)  # noqa: PTH116  # many times as fast as by way of a Path, and there are many

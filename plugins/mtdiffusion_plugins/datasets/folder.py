@@ -438,17 +438,14 @@ def _place_file_names(
             column = [(key, key) for key, _ in metadata.rows]
             if any(source is not None and source.where == base for source in found.values()):
                 continue  # another field's already
-        files = []
-        for key, file in column:
-            path = base / str(file)
-            if base.resolve() not in path.resolve().parents:
-                raise UserError(f"{metadata.path}: {file!r} leads out of {base}")
-            if not path.is_file():
-                raise UserError(f"{metadata.path}: names {file}, and there is no such file in {base}")
-            files.append((str(PurePosixPath(key).with_suffix("")), str(path)))
-        named.update(os.path.normpath(path) for _, path in files)
+        try:
+            files = _named(base, column, metadata)
+        except UserError:
+            del found[name]  # with this all is said of it
+            raise
+        named.update(os.path.normpath(path) for path in files.values())
         suffixes.update(fields[name].suffixes)
-        found[name] = _Source(base, _normal(files, metadata.path), {})  # type: ignore[arg-type]
+        found[name] = _Source(base, files, {})
 
     left = [
         entry.path
@@ -459,6 +456,24 @@ def _place_file_names(
     if left:
         some = _list(os.path.relpath(path, base) for path in left)
         say_once(f"{metadata.path}: leaves out {len(left)} of the files beside those that it names: {some}")
+
+
+def _named(base: Path, column: Iterable[tuple[str, object]], metadata: tables.Table) -> dict[str, str]:
+    """The files that a metadata table's column names, by stem."""
+    files: list[tuple[str, str]] = []
+    absent: list[str] = []
+    for key, file in column:
+        path = base / str(file)
+        if base.resolve() not in path.resolve().parents:
+            raise UserError(f"{metadata.path}: {file!r} leads out of {base}")
+        if not path.is_file():
+            absent.append(str(file))
+        files.append((str(PurePosixPath(key).with_suffix("")), str(path)))
+    if absent:
+        if len(absent) > 1:
+            raise UserError(f"{metadata.path}: names {len(absent)} files that are not in {base}: {_list(absent)}")
+        raise UserError(f"{metadata.path}: names {absent[0]}, and there is no such file in {base}")
+    return _normal(files, metadata.path)  # type: ignore[return-value]
 
 
 def _files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, str]:
@@ -489,8 +504,12 @@ def require_no_loop(where: str | Path, folders: Iterable[str]) -> None:
     """Raise ``UserError`` if a link among these folders leads back to one that holds it: there is no end to such."""
     for name in folders:
         link = Path(where, name)
-        if link.is_symlink() and Path(where).resolve().is_relative_to(link.resolve()):
-            raise UserError(f"{link}: is a link to {link.resolve()}, which holds it; remove the link")
+        if not link.is_symlink():
+            continue
+        real = link.resolve()
+        # Of two folders with a link to one another, neither holds the other.
+        if Path(where).resolve().is_relative_to(real) or any(each.resolve() == real for each in link.parents):
+            raise UserError(f"{link}: is a link to {real}, which holds it; remove the link")
 
 
 def is_data(name: str) -> bool:
