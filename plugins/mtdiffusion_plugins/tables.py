@@ -44,15 +44,16 @@ class Table:
         there is none.
 
         Raises:
-            UserError: if there are several, or one of them twice.
+            UserError: if there are several that differ, or one of them twice.
         """
         if self.columns is None:
             return [(key, row[""]) for key, row in self.rows]
         there = [name for name in dict.fromkeys(names) if name in self.columns]
-        if len(there) > 1:
+        # As text: cells may be arrays, which are not simply equal.
+        if len({tuple(str(row.get(name)) for _, row in self.rows) for name in there}) > 1:
             raise UserError(
-                f"{self.path}: has the columns {' and '.join(map(repr, there))}, and each may be the one to read; keep "
-                "one, or rename the other"
+                f"{self.path}: has the columns {' and '.join(map(repr, there))}, which differ, and each may be the one "
+                "to read; keep one, or rename the other"
             )
         _require_once(self.path, [name for name in self.columns if name in there], "column")
         name = there[0] if there else None

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mtdiffusion.interfaces import Dataset
 from mtdiffusion_plugins.datasets._decoded import Decoded, decode
-from mtdiffusion_plugins.datasets.folder import is_data, require_no_loop, say_once
+from mtdiffusion_plugins.datasets._walking import is_data, require_no_loop, say_once
 from mtdiffusion_plugins.fields import ImageField, MaskField
 from mtdiffusion_plugins.files import from_levels, read_pixels
 from mtdiffusion_plugins.sizes import Size, positive_size, sides

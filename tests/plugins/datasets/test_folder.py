@@ -925,6 +925,12 @@ def test_what_ends_a_line_elsewhere_is_part_of_a_text(abc, end):
     assert build(abc, {"image": "image", "caption": "caption"})[1]["caption"] == f"one{end}two"
 
 
+def test_two_columns_that_say_the_same_are_one(abc):
+    (abc / "label.csv").write_text("stem,value,label\na,1,1\nb,0,0\nc,1,1\n")
+    data = build(abc, {"image": "image", "label": "label"})
+    assert [int(data[i]["label"]) for i in range(3)] == [1, 0, 1]
+
+
 def test_columns_of_one_name_that_nobody_reads_are_nothing(abc):
     (abc / "label.csv").write_text("stem,note,value,note\na,x,1,y\nb,x,0,y\nc,x,1,y\n")
     data = build(abc, {"image": "image", "label": "label"})
