@@ -370,6 +370,24 @@ def test_all_kinds_of_trouble_are_told_in_one_round(root):
     assert "2 of 40 samples have pictures that do not fit" in told and "030: its pictures do not lie" in told
 
 
+@pytest.mark.parametrize("known", ["a field that is nowhere", "another size"])
+def test_files_that_cannot_be_used_yet_are_not_read_for_ever(root, known, monkeypatch):
+    monkeypatch.setattr(_decoded, "PATIENCE", 0)
+    monkeypatch.setattr(_decoded, "_PART", 8)
+    for stem in ("002", "003", "039"):
+        (root / "image" / f"{stem}.png").write_bytes(b"\x89PNG no more")
+    fields = {"image": "image"}
+    if known == "another size":
+        picture(1, (4, 8)).save(root / "image" / "001.png")
+    else:
+        fields["depth"] = "mask"
+    with pytest.raises(UserError) as caught:
+        build(root, fields)
+    told = str(caught.value)
+    assert "2 of the first 8 of 40 files of the field 'image' cannot be used" in told and "039.png" not in told
+    assert ("001.png is 4×8" if known == "another size" else "no data for field 'depth'") in told
+
+
 def test_the_trouble_of_the_other_split_is_told_as_well(root):
     fields, share = {"image": "image", "label": "label"}, 0.3
     held_out = FolderConfig(root=root, fields={"caption": "caption"}, test_fraction=share).build("test").stems
