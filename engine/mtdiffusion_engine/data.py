@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import product
+from itertools import islice, product
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -26,6 +26,7 @@ from mtdiffusion_registry.pace import Pace
 
 T = TypeVar("T")
 
+_LOOKED_AT = 256  # samples, for the first that have a field
 PATIENCE = 30.0
 """Seconds that looking through a data set takes at most at every start, where what was seen cannot be remembered."""
 
@@ -388,7 +389,9 @@ class ModalityData:
         for number, each in enumerate(names):
             if not (each.isdecimal() and number != int(each) < len(names)):
                 continue
-            if any(isinstance(self.dataset[i].get(field), Tensor) for i in range(min(len(self), 8))):
+            samples = (self.dataset[i] for i in range(min(len(self), _LOOKED_AT)))
+            there = (sample[field] for sample in samples if field in sample)
+            if any(isinstance(value, Tensor) for value in islice(there, 8)):
                 raise UserError(
                     f"{self.what}: modalities.{name}.names: {each!r} is the name of class {number}, and the data have "
                     f"numbers, so that {int(each)} may mean this class or class {int(each)}. Let the data number "

@@ -40,8 +40,8 @@ from mtdiffusion_registry.pictures import (
     read_palette,
     require_lossless,
     require_opaque,
-    to_colour,
     to_indices,
+    to_paint,
 )
 
 MTDIFFUSION_API = 1
@@ -85,10 +85,11 @@ class MaskField(FieldConfig):
 
     Attributes:
         colours: the colour of each class in order, such as ``["#000000", "#ff0000"]``; (): pixels are class indices.
-        ignore: with colours, the index of pixels of any other colour, which the mask modality is told to ignore; None:
-            another colour is an error.
+        ignore: with colours or values, the index of pixels of any other, and of transparent ones, which the mask
+            modality is told to ignore; None: another colour is an error, and so is another value that is a class's
+            index.
         values: the pixel value of each class in order, such as ``[0, 255]``; (): the class itself. Other values stay
-            as they are.
+            as they are, unless ``ignore`` says otherwise.
     """
 
     kind: ClassVar[str] = "mask"
@@ -112,34 +113,40 @@ class MaskField(FieldConfig):
             raise ValueError(
                 f"values: expected a different pixel value of 0 or more for each class, found {list(self.values)}"
             )
-        if self.ignore is not None and 0 <= self.ignore < len(self.colours):
-            raise ValueError(
-                f"ignore: expected an index that is no class, 0 to {len(self.colours) - 1}, found {self.ignore}"
-            )
+        classes = len(self.colours or self.values)
+        if self.ignore is not None and 0 <= self.ignore < classes:
+            raise ValueError(f"ignore: expected an index that is no class, 0 to {classes - 1}, found {self.ignore}")
 
     def read(self, path: Source, size: tuple[int, int] | None = None) -> Tensor:
         require_lossless(path, greys=not (self.colours or self.values))
         picture = open_picture(path)
         if self.colours:
             # Scaled first: the nearest pixel's colour is one of the colours, and there are fewer to look up.
-            require_opaque(picture, path)
-            page = to_colour(picture, path)
-            return self._classes(page, page if size is None else fit(page, size, nearest=True), path)
+            page, clear = to_paint(picture, path)
+            if self.ignore is None:
+                require_opaque(
+                    clear,
+                    path,
+                    "save it without transparency, each pixel in the colour of its class, or give ignore an index for "
+                    "such pixels",
+                )
+            return self._classes(page, _scaled(page, size), None if clear is None else _scaled(clear, size), path)
         picture = to_indices(picture, path)
         if self.values:
             picture = self._in_values(picture)
-        pixels = np.array(picture if size is None else fit(picture, size, nearest=True)).astype(np.int32)
+        pixels = np.array(_scaled(picture, size)).astype(np.int32)
         if self.values:
             pixels = self._of_values(pixels, path)
         return _compact(pixels)
 
     def _in_values(self, picture: Image.Image) -> Image.Image:
-        """A picture of two shades or with a palette in its shades, where these are the values and its indices are not:
-        programs store 0 and 255 as 0 and 1 if there is nothing else."""
-        if picture.mode not in ("1", "P") or self._are_values(picture):
+        """A picture of two shades or with a palette of greys in its shades, where these are values: programs number
+        the shades that a picture has anew, 255 alone as 0, say. Otherwise in its indices."""
+        if picture.mode not in ("1", "P"):
             return picture
-        shades = picture.convert("L")
-        return shades if self._are_values(shades) else picture
+        red, green, blue = picture.convert("RGB").split()
+        grey = red.tobytes() == green.tobytes() == blue.tobytes()
+        return red if grey and self._are_values(red) else picture
 
     def _are_values(self, picture: Image.Image) -> bool:
         return set(np.unique(np.asarray(picture)).tolist()) <= set(self.values)
@@ -154,6 +161,9 @@ class MaskField(FieldConfig):
         classes = pixels.copy()
         for index, value in enumerate(self.values):
             classes[pixels == value] = index
+        if self.ignore is not None:
+            classes[~np.isin(pixels, self.values)] = self.ignore
+            return classes
         odd = (pixels < len(self.values)) & ~np.isin(pixels, self.values)
         if odd.any():
             row, column = np.argwhere(odd)[0]
@@ -161,16 +171,17 @@ class MaskField(FieldConfig):
             raise UserError(
                 f"{path}: {odd.mean():.1%} of its pixels have a value that is none of values, such as {found} in row "
                 f"{row}, column {column} as it is scaled, and would be taken for class {found}, which is value "
-                f"{self.values[found]}; add the value, or give such pixels a value of {len(self.values)} or more that "
-                "the mask modality ignores"
+                f"{self.values[found]}; add the value, or give ignore an index for such pixels"
             )
         return classes
 
-    def _classes(self, page: Image.Image, fitted: Image.Image, path: Source) -> Tensor:
-        """Of a file's picture as it is, and as it is scaled."""
+    def _classes(self, page: Image.Image, fitted: Image.Image, unpainted: Image.Image | None, path: Source) -> Tensor:
+        """Of a file's picture as it is, as it is scaled, and of where that has no colour (255)."""
         colours = {rgb: index for index, rgb in enumerate(rgb_of_names(self.colours))}
         classes = classes_of_colours(np.asarray(fitted), colours)
         unknown = classes < 0
+        if unpainted is not None:
+            unknown |= np.asarray(unpainted) > 0
         if self.ignore is not None:
             classes[unknown] = self.ignore
         elif unknown.any():
@@ -208,6 +219,10 @@ class MaskField(FieldConfig):
                         "of the field, or give its pixels the indices of the other; if the indices are right all the "
                         "same, save it without a palette, in grey"
                     )
+
+
+def _scaled(picture: Image.Image, size: tuple[int, int] | None) -> Image.Image:
+    return picture if size is None else fit(picture, size, nearest=True)
 
 
 def _compact(indices: np.ndarray) -> Tensor:

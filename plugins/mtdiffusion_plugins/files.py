@@ -26,6 +26,7 @@ from mtdiffusion_registry.pictures import (
     to_colour,
     to_indices,
     to_levels,
+    to_paint,
 )
 
 Colour = tuple[int, int, int]
@@ -162,8 +163,8 @@ def read_mask(
         require_lossless(path, greys=True)
         indices = fitted(path, to_indices(picture, path), sides(size), resize=resize, nearest=True)
         return torch.from_numpy(np.asarray(indices).astype(np.int64))
-    require_opaque(picture, path)
-    page = to_colour(picture, path)
+    page, clear = to_paint(picture, path)
+    require_opaque(clear, path, "save it without transparency, each pixel in the colour of its class")
     scaled = fitted(path, page, sides(size), resize=resize, nearest=True)
     classes = classes_of_colours(np.asarray(scaled), colours)
     if (classes < 0).any():

@@ -299,6 +299,8 @@ class MaskModality(Modality):
         """Whether a grey picture's values can only be classes, where the data have colours or other values."""
         if picture.mode not in ("1", "L", "I", "I;16") or (picture.mode == "1" and field.shades):
             return False
+        if field.values and field.ignore is not None:  # of any other value it says what it is
+            return False
         values = set(np.unique(np.asarray(picture)).tolist())
         greys = {red for red, green, blue in rgb_of_names(field.colours) if red == green == blue}
         return values <= {*range(self.classes), self.ignore} and not values <= {*greys, *field.values}

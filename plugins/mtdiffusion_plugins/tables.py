@@ -44,16 +44,18 @@ class Table:
         there is none.
 
         Raises:
-            UserError: if there are several.
+            UserError: if there are several that differ, or one of them twice.
         """
         if self.columns is None:
             return [(key, row[""]) for key, row in self.rows]
         there = [name for name in dict.fromkeys(names) if name in self.columns]
-        if len(there) > 1:
+        # As text: cells may be arrays, which are not simply equal.
+        if len({tuple(str(row.get(name)) for _, row in self.rows) for name in there}) > 1:
             raise UserError(
-                f"{self.path}: has the columns {' and '.join(map(repr, there))}, and each may be the one to read; keep "
-                "one, or rename the other"
+                f"{self.path}: has the columns {' and '.join(map(repr, there))}, which differ, and each may be the one "
+                "to read; keep one, or rename the other"
             )
+        _require_once(self.path, [name for name in self.columns if name in there], "column")
         name = there[0] if there else None
         return None if name is None else [(key, row.get(name)) for key, row in self.rows]
 
@@ -96,7 +98,7 @@ def _require_once(path: Path, names: Sequence[str], what: str) -> None:
 
 def _records(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, object]]) -> Table:
     columns = list(columns)
-    _require_once(path, columns, "column")
+    _require_once(path, [name for name in columns if name in KEYS], "column")
     key = next((key for key in KEYS if key in columns), None)
     if key is None:
         found = ", ".join(columns) or "none"

@@ -60,8 +60,11 @@ class SeveralErrors(UserError):
 
     def __init__(self, each: Sequence[str]) -> None:
         self.each = list(each)
-        listed = "\n".join("- " + message.replace("\n", "\n  ") for message in each)
-        super().__init__(f"{len(self.each)} kinds of trouble with the data:\n{listed}")
+        super().__init__(self.each)  # what it is made of again where it comes from another process
+
+    def __str__(self) -> str:
+        listed = "\n".join("- " + message.replace("\n", "\n  ") for message in self.each)
+        return f"{len(self.each)} kinds of trouble with the data:\n{listed}"
 
 
 class PluginError(UserError):

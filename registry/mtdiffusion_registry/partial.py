@@ -6,6 +6,7 @@ system gives back when a process ends, however it ends. So whoever writes the sa
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -13,6 +14,8 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+_OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 @contextmanager
@@ -35,9 +38,7 @@ def partial_of(path: Path, *, folder: bool = False) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield partial
     except OSError as error:
-        if (
-            error.errno is not None and error.filename is None
-        ):  # of a full disk the system does not say what was to be written
+        if error.errno in _OF_WRITING and error.filename is None:  # of a full disk it does not say what was written
             error.filename = str(path)
         raise
     finally:

@@ -114,19 +114,27 @@ def to_colour(picture: Image.Image, path: Source) -> Image.Image:
     Raises:
         UserError: if its pixels have no known range (32-bit integers, floats).
     """
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
+    if _is_16_bits(picture):
         picture = _of_8_bits(picture)
     if picture.mode.startswith(("I", "F")):
         raise UserError(
             f"{path}: pictures must have 8 or 16 bits a channel, this one has mode {picture.mode!r}, whose range is "
             "not known; save it with 8 bits a channel"
         )
-    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+    if _has_alpha(picture):
         picture = picture.convert("RGBA")
         page = Image.new("RGBA", picture.size, "white")
         page.alpha_composite(picture)
         picture = page
     return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _is_16_bits(picture: Image.Image) -> bool:
+    return picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM"))
+
+
+def _has_alpha(picture: Image.Image) -> bool:
+    return picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info
 
 
 def _of_8_bits(picture: Image.Image) -> Image.Image:
@@ -193,24 +201,43 @@ def _respread(picture: Image.Image) -> str:
         return "" if most in (255, 65535) else f"its greatest grey is {most}"
     raw = str(tiles[0][3]) if tiles else ""
     if picture.mode in ("1", "L") and (bits := re.search(r"\bL;([24])", raw)):
-        return f"it has {bits[1]} bits a pixel"
+        return f"its greys have {bits[1]} bits"
     if picture.format == "TIFF" and getattr(picture, "tag_v2", {}).get(_PHOTOMETRIC) == 0:
         return "it is a TIFF in which 0 is white"
     return ""
 
 
-def require_opaque(picture: Image.Image, path: Source) -> None:
-    """Raise :class:`UserError` if a picture whose colours are to be classes is transparent somewhere: what is seen
-    there is the colour of whatever lies behind."""
-    if picture.mode not in ("RGBA", "LA", "PA", "La", "RGBa") and "transparency" not in picture.info:
-        return
-    alpha = np.asarray(picture.convert("RGBA").getchannel("A"))
-    if (alpha < 255).any():
-        row, column = np.argwhere(alpha < 255)[0]
+def to_paint(picture: Image.Image, path: Source) -> tuple[Image.Image, Image.Image | None]:
+    """The colours that a picture stores, in RGB of 8 bits a channel, where these are to be classes; and in grey, where
+    it is wholly transparent (255) and so shows no colour of its own. None: nowhere.
+
+    What is transparent in part, as the soft edge of a brush is, has the colour that it is painted in.
+
+    Raises:
+        UserError: as :func:`to_colour`.
+    """
+    if _is_16_bits(picture):
+        picture = _of_8_bits(picture)
+    if not _has_alpha(picture):
+        return to_colour(picture, path), None
+    picture = picture.convert("RGBA")
+    clear = picture.getchannel("A").point([255] + [0] * 255)
+    return picture.convert("RGB"), clear if clear.getbbox() else None
+
+
+def require_opaque(clear: Image.Image | None, path: Source, remedy: str) -> None:
+    """Raise :class:`UserError` if a painted picture is wholly transparent somewhere (:func:`to_paint`): what is seen
+    there is the colour of whatever lies behind.
+
+    Args:
+        remedy: what to do about it.
+    """
+    if clear is not None:
+        pixels = np.asarray(clear) > 0
+        row, column = np.argwhere(pixels)[0]
         raise UserError(
-            f"{path}: {(alpha < 255).mean():.1%} of its pixels are transparent, the first in row {row}, column "
-            f"{column}, and have the colour of no class; save it without transparency, each pixel in the colour of its "
-            "class"
+            f"{path}: {pixels.mean():.1%} of its pixels are transparent, the first in row {row}, column {column}, and "
+            f"have the colour of no class; {remedy}"
         )
 
 

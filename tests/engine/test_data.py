@@ -296,6 +296,21 @@ def test_a_number_of_the_data_is_not_taken_for_a_class_of_another_name(names: tu
         ModalityData(ToyData(11, "", -1), {"label": label}).verify()
 
 
+class LateLabels(ToyData):
+    """Whose first samples have no label."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor | str]:
+        sample = super().__getitem__(index)
+        return {name: value for name, value in sample.items() if name != "label" or index > 8}
+
+
+def test_numbers_that_come_late_are_not_taken_for_classes_of_other_names() -> None:
+    model = build_model(toy())
+    label = LabelConfig(classes=3, names=("1", "2", "3")).build(model.layout.share("label"), model.backbone.features)
+    with pytest.raises(UserError, match="'1' is the name of class 0, and the data have numbers"):
+        ModalityData(LateLabels(11, "", -1), {"label": label}).verify()
+
+
 @pytest.mark.parametrize("names", [("0", "1", "2"), ("1 star", "2 stars", "3 stars"), ("10", "20", "30")])
 def test_names_that_are_no_number_of_another_class_are_taken(names: tuple[str, ...]) -> None:
     model = build_model(toy())

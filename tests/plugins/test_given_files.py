@@ -117,6 +117,15 @@ def test_a_mask_in_the_legends_colours_and_one_of_indices_are_read_where_the_dat
         mask.parse(saved(tmp_path / "strange.png", CLASSES, ("white", "green", "red")))
 
 
+def test_values_that_are_void_are_void_in_a_file_that_might_hold_classes(tmp_path: Path) -> None:
+    """0 is void to the data, and 1 their class 0; without ``ignore`` such a file can hold classes alone."""
+    path, given = saved(tmp_path / "mine.png", CLASSES % 2), torch.from_numpy(CLASSES % 2)
+    mask = mask_of(tmp_path / "data", ", values = [1, 2], ignore = 255", classes=2, more=", ignore = 255")
+    assert torch.equal(mask.parse(path), torch.where(given == 1, 0, 255))
+    mask = mask_of(tmp_path / "data", ", values = [1, 2]", classes=2, more=", ignore = 255")
+    assert torch.equal(mask.parse(path), given)
+
+
 def test_a_mask_with_another_palette_than_the_datas_is_refused(tmp_path: Path) -> None:
     for stem in "ab":
         saved(tmp_path / "data" / "mask" / f"{stem}.png", CLASSES, ("black", "red", "lime"))

@@ -1,10 +1,12 @@
-"""Errors: what is proposed in place of a word that nobody knows."""
+"""Errors: what is proposed in place of a word that nobody knows, and several at once."""
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 
-from mtdiffusion_registry.errors import LONGEST, did_you_mean
+from mtdiffusion_registry.errors import LONGEST, Troubles, did_you_mean
 
 
 @pytest.mark.parametrize(
@@ -49,3 +51,12 @@ def test_what_is_far_is_not(word: str, known: str) -> None:
 
 def test_the_nearest_is_proposed() -> None:
     assert did_you_mean("mask", ["masked", "masks", "task"]) == '; did you mean "masks"?'
+
+
+def test_several_errors_are_told_one_after_another_in_any_process() -> None:
+    troubles = Troubles()
+    troubles.add("one:\na", "two", "two")
+    with troubles.gathered():
+        raise troubles.error()  # what is told already is not told again
+    told = "2 kinds of trouble with the data:\n- one:\n  a\n- two"
+    assert str(troubles.error()) == str(pickle.loads(pickle.dumps(troubles.error()))) == told

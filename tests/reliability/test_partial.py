@@ -60,3 +60,9 @@ def test_a_full_disk_names_what_was_to_be_written(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space") as raised, partial_of(tmp_path / "a.json"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert raised.value.filename == str(tmp_path / "a.json")
+
+
+def test_an_error_of_something_else_is_not_laid_on_the_file(tmp_path: Path) -> None:
+    with pytest.raises(ConnectionRefusedError) as raised, partial_of(tmp_path / "a.json"):
+        raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+    assert raised.value.filename is None

@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from itertools import islice
@@ -24,15 +24,18 @@ import torch
 from torch import Tensor
 
 from mtdiffusion_plugins.datasets._readers import ReadingProcess, count_for, read_by
-from mtdiffusion_registry.cache import cached, config_key
+from mtdiffusion_registry.cache import cached, code_key, config_key
 from mtdiffusion_registry.configs import FieldConfig
 from mtdiffusion_registry.errors import Troubles, UserError
 from mtdiffusion_registry.pace import Pace
 from mtdiffusion_registry.partial import partial_of, remove_abandoned
+from mtdiffusion_registry.pictures import Encoded
 
 CACHE_LIMIT = 50 * 2**30
 """Bytes that one field may take on disk; beyond it, files are decoded at every access."""
 _FORMAT = 1
+PATIENCE = 30.0
+"""Seconds for which files are looked through for further trouble where it is known that they cannot be used yet."""
 _PART, _AHEAD = 32, 32  # files, and how many times as many are under way
 _SHOWN = 5  # of files that cannot be read
 
@@ -100,7 +103,8 @@ def decode(
         paths: absolute.
         size: of spatial fields.
         beside: further files that they must agree with (:meth:`FieldConfig.check_files`).
-        keep: False: these are not the files that will be wanted, so that what they hold is not kept on disk.
+        keep: False: these are not the files that will be wanted, so that what they hold is not kept on disk, and they
+            are looked through for :data:`PATIENCE` seconds at most.
 
     Returns:
         Tensors by place; or, of a field that reads texts or single numbers, these in a list.
@@ -139,9 +143,13 @@ def _decode(
     shape: tuple[torch.Size, torch.dtype] | None = None
     first, odd = 0, list[tuple[str, torch.Size]]()
     troubles = Troubles()
+
+    def in_vain() -> bool:
+        return bool(odd) or not (keep or few)
+
     with partial_of(_place(key)) as partial:
         place = 0
-        for found in _all(name, field, paths, size, troubles):
+        for found in _all(name, field, paths, size, troubles, in_vain):
             if found is None:
                 place += 1
                 continue
@@ -201,10 +209,15 @@ def _widened(path: Path, array: np.ndarray, done: int, stored: Tensor) -> np.nda
 
 
 def _all(
-    name: str, field: FieldConfig, paths: Sequence[str], size: tuple[int, int] | None, troubles: Troubles
+    name: str,
+    field: FieldConfig,
+    paths: Sequence[str],
+    size: tuple[int, int] | None,
+    troubles: Troubles,
+    in_vain: Callable[[], bool],
 ) -> Iterator[Tensor | str | None]:
     """What the files hold, in order: texts, or values ``[n, ...]`` of some files side by side; None of one that cannot
-    be read, of which ``troubles`` are told in the end."""
+    be read, of which ``troubles`` are told in the end. If it is ``in_vain``, of those that time is left for."""
     wrong: list[str] = []
     pace = Pace(f"reading {name}", len(paths))
     reader = field.reader()
@@ -248,9 +261,12 @@ def _all(
                     yield each
             done = min(done + _PART, len(paths))
             pace.tell(done)
+            if pace.seconds > PATIENCE and in_vain():
+                break
     if wrong:
         more = f"\nand {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-        count = f"{len(wrong)} of {len(paths)} files of the field {name!r} cannot be used:\n" if len(wrong) > 1 else ""
+        looked = f"the first {done} of {len(paths)}" if done < len(paths) else f"{done}"
+        count = f"{len(wrong)} of {looked} files of the field {name!r} cannot be used:\n" if len(wrong) > 1 else ""
         troubles.add(count + "\n".join(wrong[:_SHOWN]) + more)
 
 
@@ -274,7 +290,8 @@ def _different(
 
 
 def _key(field: FieldConfig, paths: Sequence[str], size: tuple[int, int] | None) -> str:
-    digest = hashlib.sha256(f"{_FORMAT} {config_key(field)} {size}".encode())
+    # A field of any package reads pictures by what the registry has.
+    digest = hashlib.sha256(f"{_FORMAT} {config_key(field)} {code_key(Encoded)} {size}".encode())
     for path in paths:
         try:
             found = os.stat(path)  # noqa: PTH116  # many times as fast as by way of a Path, and there are many

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import unicodedata
 import zipfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
-from functools import cache, partial
+from functools import partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import ClassVar, Literal
@@ -27,11 +26,11 @@ from mtdiffusion.interfaces import Dataset
 from mtdiffusion_plugins import tables
 from mtdiffusion_plugins.datasets._cells import by_kind, data_field, require_fields, resolved
 from mtdiffusion_plugins.datasets._decoded import Decoded, decode, stamp, stamped
+from mtdiffusion_plugins.datasets._walking import is_data, require_no_loop, say_once
 from mtdiffusion_plugins.sizes import Size, positive_size, sides
 from mtdiffusion_registry.configs import DataField, DatasetConfig, FieldConfig
 from mtdiffusion_registry.errors import EmptySplit, Troubles, UserError
 from mtdiffusion_registry.hookspecs import hookimpl
-from mtdiffusion_registry.pace import LOGGER
 from mtdiffusion_registry.pictures import SUFFIXES as PICTURES
 from mtdiffusion_registry.pictures import open_picture as _open
 
@@ -47,7 +46,6 @@ BESIDE = 32
 METADATA = "metadata"
 """A table of this name holds columns for several fields; its ``file_name`` is the picture's, from its own folder."""
 _UNPACKED = 100  # times the size of a file that its content may have
-_NO_DATA = ("thumbs.db", "desktop.ini", "__macosx")  # what systems leave in folders, beside names that begin with a dot
 
 
 @frozen
@@ -318,12 +316,6 @@ class FolderConfig(DatasetConfig):
         return sorted(everything)
 
 
-@cache
-def say_once(message: str) -> None:
-    """Tell something that holds for the whole process, the first time only."""
-    logging.getLogger(LOGGER).info(message)
-
-
 def _fraction(stem: str) -> float:
     """A number in [0, 1) that depends on the stem only (``hash`` differs from run to run)."""
     return int.from_bytes(hashlib.sha256(stem.encode(errors="surrogateescape")).digest()[:8], "big") / 2**64
@@ -438,17 +430,14 @@ def _place_file_names(
             column = [(key, key) for key, _ in metadata.rows]
             if any(source is not None and source.where == base for source in found.values()):
                 continue  # another field's already
-        files = []
-        for key, file in column:
-            path = base / str(file)
-            if base.resolve() not in path.resolve().parents:
-                raise UserError(f"{metadata.path}: {file!r} leads out of {base}")
-            if not path.is_file():
-                raise UserError(f"{metadata.path}: names {file}, and there is no such file in {base}")
-            files.append((str(PurePosixPath(key).with_suffix("")), str(path)))
-        named.update(os.path.normpath(path) for _, path in files)
+        try:
+            files = _named(base, column, metadata)
+        except UserError:
+            del found[name]  # with this all is said of it
+            raise
+        named.update(os.path.normpath(path) for path in files.values())
         suffixes.update(fields[name].suffixes)
-        found[name] = _Source(base, _normal(files, metadata.path), {})  # type: ignore[arg-type]
+        found[name] = _Source(base, files, {})
 
     left = [
         entry.path
@@ -459,6 +448,24 @@ def _place_file_names(
     if left:
         some = _list(os.path.relpath(path, base) for path in left)
         say_once(f"{metadata.path}: leaves out {len(left)} of the files beside those that it names: {some}")
+
+
+def _named(base: Path, column: Iterable[tuple[str, object]], metadata: tables.Table) -> dict[str, str]:
+    """The files that a metadata table's column names, by stem."""
+    files: list[tuple[str, str]] = []
+    absent: list[str] = []
+    for key, file in column:
+        path = base / str(file)
+        if base.resolve() not in path.resolve().parents:
+            raise UserError(f"{metadata.path}: {file!r} leads out of {base}")
+        if not path.is_file():
+            absent.append(str(file))
+        files.append((str(PurePosixPath(key).with_suffix("")), str(path)))
+    if absent:
+        if len(absent) > 1:
+            raise UserError(f"{metadata.path}: names {len(absent)} files that are not in {base}: {_list(absent)}")
+        raise UserError(f"{metadata.path}: names {absent[0]}, and there is no such file in {base}")
+    return _normal(files, metadata.path)  # type: ignore[return-value]
 
 
 def _files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, str]:
@@ -483,19 +490,6 @@ def _files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, str]:
     if strange:
         raise UserError(f"{folder} holds files of another type than {', '.join(suffixes)}: {_list(strange)}{hint}")
     return _normal(found, folder)  # type: ignore[return-value]
-
-
-def require_no_loop(where: str | Path, folders: Iterable[str]) -> None:
-    """Raise ``UserError`` if a link among these folders leads back to one that holds it: there is no end to such."""
-    for name in folders:
-        link = Path(where, name)
-        if link.is_symlink() and Path(where).resolve().is_relative_to(link.resolve()):
-            raise UserError(f"{link}: is a link to {link.resolve()}, which holds it; remove the link")
-
-
-def is_data(name: str) -> bool:
-    """Whether a file or folder of this name is no hidden one, and none that systems leave in folders."""
-    return not name.startswith(".") and name.lower() not in _NO_DATA
 
 
 def _normal(items: Iterable[tuple[str, object]], where: Path) -> dict[str, object]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mtdiffusion.interfaces import Dataset
 from mtdiffusion_plugins.datasets._decoded import Decoded, decode
-from mtdiffusion_plugins.datasets.folder import is_data, require_no_loop, say_once
+from mtdiffusion_plugins.datasets._walking import is_data, require_no_loop, say_once
 from mtdiffusion_plugins.fields import ImageField, MaskField
 from mtdiffusion_plugins.files import from_levels, read_pixels
 from mtdiffusion_plugins.sizes import Size, positive_size, sides
@@ -121,8 +121,7 @@ def _image_folder(root: Path, split: str, size: tuple[int, int]) -> TorchvisionD
     left = [entry.name for entry in folder_of(split).iterdir() if entry.is_file() and is_data(entry.name)]
     # In the order of torchvision's ImageFolder, whose import takes over a second.
     for index, name in enumerate(classes):
-        for where, folders, files in sorted(os.walk(folder_of(split) / name, followlinks=True)):
-            require_no_loop(where, folders)
+        for where, files in sorted(_walked(folder_of(split) / name)):
             found = [f"{where}/{file}" for file in sorted(filter(_is_picture, files))]
             left += [f"{name}/{file}" for file in files if not _is_picture(file) and is_data(file)]
             paths += found
@@ -134,6 +133,13 @@ def _image_folder(root: Path, split: str, size: tuple[int, int]) -> TorchvisionD
     made = TorchvisionDataset(_decoded(paths, size), ("label", label), names=classes)
     made.source = Listing(list(zip(paths, labels, strict=True)))
     return made
+
+
+def _walked(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Each folder in one and the names of its files. A link that leads back is refused before it is followed."""
+    for where, folders, files in os.walk(folder, followlinks=True):
+        require_no_loop(where, folders)
+        yield where, files
 
 
 def _classes(folder: Path) -> list[str]:

@@ -18,7 +18,7 @@ from mtdiffusion_engine.experiment import build_model
 from mtdiffusion_plugins.datasets import _decoded
 from mtdiffusion_plugins.datasets.folder import FolderConfig
 from mtdiffusion_plugins.fields import ClassFolderField, ImageField, MaskField
-from mtdiffusion_plugins.files import from_levels
+from mtdiffusion_plugins.files import from_levels, read_mask
 from mtdiffusion_plugins.label import LabelConfig
 from mtdiffusion_registry.errors import UserError
 from mtdiffusion_registry.pictures import picture_size
@@ -368,6 +368,24 @@ def test_all_kinds_of_trouble_are_told_in_one_round(root):
     assert "have no 'mask': 000, 001, 002, 003, 004 and 2 more" in told
     assert "3 of 40 files of the field 'image' cannot be used" in told
     assert "2 of 40 samples have pictures that do not fit" in told and "030: its pictures do not lie" in told
+
+
+@pytest.mark.parametrize("known", ["a field that is nowhere", "another size"])
+def test_files_that_cannot_be_used_yet_are_not_read_for_ever(root, known, monkeypatch):
+    monkeypatch.setattr(_decoded, "PATIENCE", 0)
+    monkeypatch.setattr(_decoded, "_PART", 8)
+    for stem in ("002", "003", "039"):
+        (root / "image" / f"{stem}.png").write_bytes(b"\x89PNG no more")
+    fields = {"image": "image"}
+    if known == "another size":
+        picture(1, (4, 8)).save(root / "image" / "001.png")
+    else:
+        fields["depth"] = "mask"
+    with pytest.raises(UserError) as caught:
+        build(root, fields)
+    told = str(caught.value)
+    assert "2 of the first 8 of 40 files of the field 'image' cannot be used" in told and "039.png" not in told
+    assert ("001.png is 4×8" if known == "another size" else "no data for field 'depth'") in told
 
 
 def test_the_trouble_of_the_other_split_is_told_as_well(root):
@@ -783,8 +801,8 @@ def tiff_0_is_white(path):
 @pytest.mark.parametrize(
     ("name", "write", "why"),
     [
-        ("x.png", lambda path: path.write_bytes(grey_png(INDICES, 2)), "it has 2 bits a pixel"),
-        ("x.png", lambda path: path.write_bytes(grey_png(INDICES, 4)), "it has 4 bits a pixel"),
+        ("x.png", lambda path: path.write_bytes(grey_png(INDICES, 2)), "its greys have 2 bits"),
+        ("x.png", lambda path: path.write_bytes(grey_png(INDICES, 4)), "its greys have 4 bits"),
         ("x.pgm", lambda path: path.write_bytes(b"P5 4 2 2\n" + INDICES.tobytes()), "its greatest grey is 2"),
         ("x.tif", tiff_0_is_white, "it is a TIFF in which 0 is white"),
     ],
@@ -828,16 +846,68 @@ def test_a_value_that_is_none_of_values_is_not_taken_for_a_class(tmp_path):
     assert build(tmp_path, {"mask": MaskField(values=(0, 255, 1))})[0]["mask"].tolist() == [[0, 1, 2, 7]]
 
 
-def test_transparent_pixels_of_painted_masks_are_refused(tmp_path):
+def test_a_palette_of_greys_is_read_by_its_shades_in_a_mask_of_one_class_too(tmp_path):
+    """A GIF of white alone numbers it 0."""
     (tmp_path / "mask").mkdir()
-    pixels = np.zeros((1, 4, 4), np.uint8)
-    pixels[0, 1:], pixels[0, 0] = (255, 255, 255, 255), (0, 0, 0, 0)
-    colours = MaskField(colours=("black", "white"))
-    Image.fromarray(pixels).save(tmp_path / "mask" / "x.png")
-    fails(tmp_path, {"mask": colours}, r"x\.png: 25\.0% of its pixels are transparent, the first in row 0, column 0")
-    pixels[0, 0, 3] = 255
-    Image.fromarray(pixels).save(tmp_path / "mask" / "x.png")
-    assert build(tmp_path, {"mask": colours})[0]["mask"].tolist() == [[0, 1, 1, 1]]
+    for name, shade in (("a.gif", 255), ("b.gif", 0)):
+        Image.new("L", (3, 2), shade).save(tmp_path / "mask" / name)
+    Image.new("L", (3, 2), 255).quantize(2).save(tmp_path / "mask" / "c.png")
+    data = build(tmp_path, {"mask": MaskField(values=(0, 255))})
+    assert [data[i]["mask"].unique().tolist() for i in range(3)] == [[1], [0], [1]]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_palettes_of_few_bits_are_read_as_indices(tmp_path, bits):
+    classes = np.arange(2**bits, dtype=np.uint8).reshape(1, -1).repeat(2, 0)
+    image = Image.fromarray(classes).convert("P")
+    image.putpalette([channel for i in range(2**bits) for channel in (i * 37 % 256, i * 91 % 256, 200 - i)])
+    (tmp_path / "mask").mkdir()
+    image.save(tmp_path / "mask" / "x.png", bits=bits)
+    depth, kind = (tmp_path / "mask" / "x.png").read_bytes()[24:26]
+    assert (depth, kind) == (bits, 3)
+    assert build(tmp_path, {"mask": "mask"})[0]["mask"].tolist() == classes.tolist()
+    assert read_mask(tmp_path / "mask" / "x.png", classes.shape).tolist() == classes.tolist()
+
+
+def test_values_that_are_none_of_a_class_can_be_void(tmp_path):
+    (tmp_path / "mask").mkdir()
+    Image.fromarray(np.array([[0, 1, 2, 7]], np.uint8)).save(tmp_path / "mask" / "x.png")
+    fails(
+        tmp_path, {"mask": MaskField(values=(1, 2))}, r"x\.png: .* such as 0 in row 0.* give ignore an index for such"
+    )
+    mask = build(tmp_path, {"mask": MaskField(values=(1, 2), ignore=255)})[0]["mask"]
+    assert mask.tolist() == [[255, 0, 1, 255]]
+
+
+def painted(folder, *alphas):
+    """A mask of white pixels of these alphas after a black one."""
+    pixels = np.full((1, 1 + len(alphas), 4), 255, np.uint8)
+    pixels[0, 0, :3], pixels[0, 1:, 3] = 0, alphas
+    (folder / "mask").mkdir(exist_ok=True)
+    Image.fromarray(pixels).save(folder / "mask" / "x.png")
+
+
+def test_transparent_pixels_of_painted_masks_are_void_or_refused(tmp_path):
+    painted(tmp_path, 255, 0, 255)
+    colours = ("black", "white")
+    match = r"x\.png: 25\.0% of its pixels are transparent, the first in row 0, column 2.* or give ignore an index"
+    fails(tmp_path, {"mask": MaskField(colours=colours)}, match)
+    mask = build(tmp_path, {"mask": MaskField(colours=colours, ignore=255)})[0]["mask"]
+    assert mask.tolist() == [[0, 1, 255, 1]]
+    with pytest.raises(UserError, match="are transparent"):
+        read_mask(tmp_path / "mask" / "x.png", (1, 4), colours={(0, 0, 0): 0, (255, 255, 255): 1})
+    pixels = np.array([[0, 65535]])
+    (tmp_path / "mask" / "x.png").write_bytes(grey_png(pixels, 16, clear=65535))
+    fails(tmp_path, {"mask": MaskField(colours=colours)}, "50.0% of its pixels are transparent, .* column 1")
+
+
+def test_what_is_transparent_in_part_has_the_colour_that_is_stored(tmp_path):
+    """As a brush with a soft edge, or a layer to be laid over a picture."""
+    painted(tmp_path, 255, 128, 3)
+    mask = build(tmp_path, {"mask": MaskField(colours=("black", "white"))})[0]["mask"]
+    assert mask.tolist() == [[0, 1, 1, 1]]
+    colours = {(0, 0, 0): 0, (255, 255, 255): 1}
+    assert read_mask(tmp_path / "mask" / "x.png", (1, 4), colours=colours).tolist() == [[0, 1, 1, 1]]
 
 
 def test_an_index_for_other_colours_may_be_negative(tmp_path):
@@ -873,6 +943,20 @@ def test_what_ends_a_line_elsewhere_is_part_of_a_text(abc, end):
     assert build(abc, {"image": "image", "caption": "caption"})[1]["caption"] == f"one{end}two"
 
 
+def test_two_columns_that_say_the_same_are_one(abc):
+    (abc / "label.csv").write_text("stem,value,label\na,1,1\nb,0,0\nc,1,1\n")
+    data = build(abc, {"image": "image", "label": "label"})
+    assert [int(data[i]["label"]) for i in range(3)] == [1, 0, 1]
+
+
+def test_columns_of_one_name_that_nobody_reads_are_nothing(abc):
+    (abc / "label.csv").write_text("stem,note,value,note\na,x,1,y\nb,x,0,y\nc,x,1,y\n")
+    data = build(abc, {"image": "image", "label": "label"})
+    assert [int(data[i]["label"]) for i in range(3)] == [1, 0, 1]
+    (abc / "label.csv").write_text("stem,value,stem\na,1,a\nb,0,b\nc,1,c\n")
+    fails(abc, {"image": "image", "label": "label"}, "label.csv: has more than one column 'stem'")
+
+
 def test_columns_without_a_name_and_empty_cells_beyond_the_last_are_nothing(abc):
     (abc / "label.csv").write_text(",stem,value,,\n0,a,1,,\n1,b,0,,,,\n2,c,1,,\n")
     data = build(abc, {"image": "image", "label": "label"})
@@ -906,6 +990,13 @@ def test_a_link_that_leads_back_is_named(abc, target):
     fails(abc, {"image": "image"}, r"again: is a link to .*, which holds it; remove the link")
 
 
+def test_links_that_lead_to_one_another_are_named(abc, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (abc / "image" / "more").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(abc / "image")
+    fails(abc, {"image": "image"}, r"more/back: is a link to .*image, which holds it; remove the link")
+
+
 def test_a_link_to_another_folder_is_followed(abc, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     picture(5).save(elsewhere / "d.png")
@@ -937,3 +1028,12 @@ def test_files_that_a_metadata_table_does_not_name_are_told(tmp_path, caplog):
     (tmp_path / "metadata.csv").write_text(rows + "pictures/c.png,2\n")
     assert len(build(tmp_path, {"image": "image", "label": "label"})) == 3
     assert "leaves out" not in caplog.text
+
+
+def test_files_that_a_metadata_table_names_and_are_not_there_are_told_once(tmp_path):
+    picture(0).save(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text("file_name,label\na.png,0\nb.png,1\nc.png,1\n")
+    with pytest.raises(UserError) as caught:
+        build(tmp_path, {"image": "image", "label": "label"})
+    table = tmp_path / "metadata.csv"
+    assert str(caught.value) == f"{table}: names 2 files that are not in {tmp_path}: b.png, c.png"

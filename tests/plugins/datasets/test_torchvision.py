@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 
@@ -61,6 +62,19 @@ def test_a_link_that_leads_back_is_named(tmp_path: Path, target: str) -> None:
     (tmp_path / "train/cat/again").symlink_to(target)
     with pytest.raises(UserError, match=r"cat/again: is a link to .*, which holds it"):
         TorchvisionConfig(name="image_folder", root=tmp_path, size=8).build("train")
+
+
+def test_a_link_that_leads_back_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of them at each turn make as many folders as nobody can wait for."""
+    picture(tmp_path / "train/cat/a.png")
+    for name in ("again", "once_more"):
+        (tmp_path / "train/cat" / name).symlink_to(".")
+    seen: list[str] = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path=".": seen.append(str(path)) or scandir(path))
+    with pytest.raises(UserError, match="again: is a link to"):
+        TorchvisionConfig(name="image_folder", root=tmp_path, size=8).build("train")
+    assert not [path for path in seen if "again" in path or "once_more" in path]
 
 
 def test_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
