@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from attrs import Attribute, field, frozen
-from attrs.validators import and_, ge, in_, lt, optional
+from attrs.validators import and_, ge, in_, le, lt, optional
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -74,7 +74,7 @@ class SamplerSettings:
 
     steps: int = field(default=32, validator=ge(1))
     solver: Literal["ancestral", "ddim", "dpmpp_2m"] = field(default="dpmpp_2m", validator=in_(SOLVERS))
-    eta: float | None = field(default=None, validator=optional(and_(ge(0.0), lt(math.inf))))
+    eta: float | None = field(default=None, validator=optional(and_(ge(0.0), le(1e6))))
     path: Mapping[str, float] | None = field(default=None, validator=_by_name)
     guidance: float = field(default=1.0, validator=and_(ge(0.0), lt(math.inf)))
     guidance_interval: tuple[float, float] = field(default=(0.0, 1.0), converter=tuple, validator=_interval)

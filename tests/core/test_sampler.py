@@ -1004,6 +1004,7 @@ def test_a_shared_layout_has_no_clocks_to_set_apart(request_: dict[str, Any], me
         {"steps": 0},
         {"solver": "euler"},
         {"eta": -0.5, "solver": "ddim"},
+        {"eta": 1e200},
         {"guidance": -1.0},
         {"guidance_interval": (0.5, 0.5)},
         {"guidance_interval": (-0.1, 0.5)},
