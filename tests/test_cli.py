@@ -821,7 +821,7 @@ def test_numbers_that_nothing_can_be_computed_with_are_refused(
         ("training.learning_rate=inf", "training.learning_rate: 'learning_rate' must be < inf"),
         ("modalities.image.loss_weight=inf", "modalities.image.loss_weight: found inf, expected a finite number"),
         ("sampling.guidance=inf", "sampling.guidance: 'guidance' must be < inf"),
-        ("sampling.eta=inf", "sampling.eta: 'eta' must be < inf"),
+        ("sampling.eta=inf", "sampling.eta: 'eta' must be <= 1000000.0"),
         (
             "training.seed=99999999999999999999",
             "training.seed: found 99999999999999999999 (int), expected an integer of",
