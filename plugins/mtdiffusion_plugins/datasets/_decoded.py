@@ -26,7 +26,7 @@ from torch import Tensor
 from mtdiffusion_plugins.datasets._readers import ReadingProcess, count_for, read_by
 from mtdiffusion_registry.cache import cached, config_key
 from mtdiffusion_registry.configs import FieldConfig
-from mtdiffusion_registry.errors import Troubles, UserError
+from mtdiffusion_registry.errors import SHOWN, Troubles, UserError, counted
 from mtdiffusion_registry.pace import Pace
 from mtdiffusion_registry.partial import partial_of, remove_abandoned
 
@@ -34,7 +34,6 @@ CACHE_LIMIT = 50 * 2**30
 """Bytes that one field may take on disk; beyond it, files are decoded at every access."""
 _FORMAT = 1
 _PART, _AHEAD = 32, 32  # files, and how many times as many are under way
-_SHOWN = 5  # of files that cannot be read
 
 
 def given(field: FieldConfig, stored: Tensor, dtypes: Collection[torch.dtype]) -> Tensor:
@@ -249,9 +248,7 @@ def _all(
             done = min(done + _PART, len(paths))
             pace.tell(done)
     if wrong:
-        more = f"\nand {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-        count = f"{len(wrong)} of {len(paths)} files of the field {name!r} cannot be used:\n" if len(wrong) > 1 else ""
-        troubles.add(count + "\n".join(wrong[:_SHOWN]) + more)
+        troubles.add(counted(wrong, f"{len(wrong)} of {len(paths)} files of the field {name!r} cannot be used:"))
 
 
 def _read(field: FieldConfig, path: str, size: tuple[int, int] | None) -> Tensor | str:
@@ -265,8 +262,8 @@ def _different(
     def said(shape: Sequence[int]) -> str:
         return f"{shape[-1]}×{shape[-2]}" if field.spatial else str(list(shape))
 
-    others = ", ".join(f"{path} is {said(shape)}" for path, shape in odd[:_SHOWN])
-    more = f" and {len(odd) - _SHOWN} more are not" if len(odd) > _SHOWN else ""
+    others = ", ".join(f"{path} is {said(shape)}" for path, shape in odd[:SHOWN])
+    more = f" and {len(odd) - SHOWN} more are not" if len(odd) > SHOWN else ""
     what, remedy = ("values", "shapes"), ""
     if field.spatial:
         what, remedy = ("pictures", "sizes"), ". Set size to scale and crop them to one"
