@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import version
@@ -137,6 +138,41 @@ def test_it_runs_as_a_module_too() -> None:
     done = subprocess.run([*command, "nonsense"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "mtdiffusion: error: " in done.stderr
+
+
+INTERRUPTED = """
+import signal, sys
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell turns off for what runs in the background
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "MODULE":
+            sys.meta_path.remove(self)
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+"""
+"""Ctrl-C as a module is imported."""
+
+
+@pytest.mark.parametrize(
+    "module", ["mtdiffusion_engine.cli", "argparse", pytest.param("torch", marks=pytest.mark.long)]
+)
+@pytest.mark.parametrize("start", [["-m", "mtdiffusion"], ["-c", "SCRIPT"]])
+def test_ctrl_c_while_the_command_is_imported_leaves_no_traceback(
+    tmp_path: Path, tiny_config: Path, module: str, start: list[str]
+) -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    script = project["scripts"]["mtdiffusion"]
+    place, name = script.split(":")
+    # As pip writes it, whichever was installed before.
+    start = [each.replace("SCRIPT", f"import sys; from {place} import {name}; sys.exit({name}())") for each in start]
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTED.replace("MODULE", module))
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    command = [sys.executable, *start, "config", "check", tiny_config]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "mtdiffusion: interrupted\n")
 
 
 def test_a_reader_that_stops_reading_is_no_error() -> None:

@@ -314,7 +314,8 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     """state.json of a checkpoint.
 
     Raises:
-        UserError: if it is missing or damaged, or of another format than this version's.
+        UserError: if it is missing or damaged, of another format than this version's, or of another step than its
+            folder's name says.
     """
     path = checkpoint / "state.json"
     state = read_json(path, _REMEDY)
@@ -330,6 +331,13 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
         )
     if "step" not in state:
         raise UserError(f"{path}: damaged (it has no step); {_REMEDY}")
+    named = step_of(checkpoint) if checkpoint.parent.name == "checkpoints" else None  # an exported run has any name
+    if named not in (None, state["step"]):
+        raise UserError(
+            f"{path}: is of step {state['step']}, and its folder is named {checkpoint.name}, so that one of them is of "
+            f"another checkpoint. If the folder was renamed, name it {name_of(state['step'])} again; else remove it to "
+            "fall back on the one before"
+        )
     return state
 
 

@@ -12,6 +12,7 @@ from mtdiffusion_engine.evaluation import planned
 from mtdiffusion_engine.experiment import Experiment
 from mtdiffusion_engine.judging import check_evaluators
 from mtdiffusion_registry import EmptySplit
+from mtdiffusion_registry.errors import all_told
 
 
 def doubts_of(experiment: Experiment, model: MultimodalDiffusion) -> Iterator[str]:
@@ -23,6 +24,15 @@ def doubts_of(experiment: Experiment, model: MultimodalDiffusion) -> Iterator[st
         )
     if warning := terminal_warning(model.process):
         yield warning
+
+
+def check_training(train: ModalityData, experiment: Experiment, model: MultimodalDiffusion) -> None:
+    """Look through the training split; if there is trouble, through the held-out one, too.
+
+    Raises:
+        UserError: all that is wrong.
+    """
+    all_told(train.verify, lambda: load_data(experiment, model, "test").verify())
 
 
 def check_held_out(experiment: Experiment, model: MultimodalDiffusion) -> tuple[ModalityData | None, list[str]]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mtdiffusion_engine import checkpoint as ckpt
 from mtdiffusion_engine import packing, sampling
-from mtdiffusion_engine.checks import check_held_out, doubts_of
+from mtdiffusion_engine.checks import check_held_out, check_training, doubts_of
 from mtdiffusion_engine.cost import count_cost, describe_cost
 from mtdiffusion_engine.data import load_data
 from mtdiffusion_engine.environment import choose_device, left_alone, native_bfloat16
@@ -70,7 +70,7 @@ def check_config(args: Namespace) -> dict[str, Any] | None:
         experiment = load_experiment(args.config, args.set, registry)
     model = build_model(experiment, weightless=True)
     train = load_data(experiment, model, "train")
-    train.verify()
+    check_training(train, experiment, model)
     test, warnings = check_held_out(experiment, model)
     held_out = 0 if test is None else len(test)
     warnings = [*warnings, *doubts_of(experiment, model)]

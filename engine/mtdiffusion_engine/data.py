@@ -22,6 +22,7 @@ from mtdiffusion_engine.augmentation import Augmentation
 from mtdiffusion_engine.experiment import Experiment
 from mtdiffusion_registry import DatasetConfig, EmptySplit, UserError
 from mtdiffusion_registry.cache import cached, config_key, load_kept, save_kept
+from mtdiffusion_registry.errors import Fault, SampleError, SampleTroubles, SeveralErrors
 from mtdiffusion_registry.pace import Pace
 
 T = TypeVar("T")
@@ -108,12 +109,12 @@ class Source:
         """A sample of the data set; with a seed, as the data set varies it.
 
         Raises:
-            UserError: if it cannot be read; the message names it.
+            SampleError: if it cannot be read; the message names it.
         """
         try:
             return self.dataset[index] if seed is None else self.dataset.varied(index, seed)
         except (ValueError, OSError) as error:  # a UserError is a ValueError
-            raise UserError(f"{self.what}: {self.dataset.describe(index)}: {error}") from error
+            raise SampleError.of(error, self.dataset.describe(index), self.what) from error
 
     def sample(self, index: int, seed: int | None = None) -> dict[str, Tensor | str]:
         """A sample by modality, as :meth:`raw` has it; those that it lacks are not there."""
@@ -224,17 +225,23 @@ class ModalityData:
         except ValueError as error:
             raise self._wrong(index, name, error) from error
 
-    def _wrong(self, index: int, name: str, error: Exception) -> UserError:
-        where = self.dataset.describe(index, self.source.fields[name])
-        return UserError(f"{self.what}: {where}: modality {name!r}: {error}")
+    def _wrong(self, index: int, name: str, error: Exception) -> SampleError:
+        fault = Fault(f"have a value that modality {name!r} refuses", f"modality {name!r}: {error}")
+        return SampleError([fault], self.dataset.describe(index, self.source.fields[name]), self.what)
 
     def _check_fields(self, partial: bool) -> None:
         found: set[str] = set()
         fields = self.source.fields
+        damaged: SampleError | None = None
         for index in range(len(self)):  # as a rule the first has them all
-            found |= set(self.source.raw(index))
+            try:
+                found |= set(self.source.raw(index))
+            except SampleError as error:  # which is told with others when all are looked through
+                damaged = damaged or error
             if found >= set(fields.values()):
                 break
+        if damaged is not None and not found >= set(fields.values()):
+            raise damaged
         self._found = {name for name, field in fields.items() if field in found}
         for name, field in fields.items():
             if field not in found and not (partial and found & set(fields.values())):
@@ -406,8 +413,8 @@ class ModalityData:
         a data set without a fingerprint, as many samples as can be read in :data:`PATIENCE` seconds.
 
         Raises:
-            UserError: as :meth:`collate`, of the first bad one; or if a modality has a class's name at another number
-                than the data.
+            UserError: as :meth:`collate`, of all bad ones: of each kind of trouble how many have it, and the first few;
+                or if a modality has a class's name at another number than the data.
         """
         self._check_names()
         seen = None
@@ -418,17 +425,41 @@ class ModalityData:
                 return
         pace = Pace(f"checking {self.what}", len(self))
         source = self.stored()  # as training reads them: what is stored can be checked, and takes half as long to read
+        troubles = SampleTroubles(self.what)
         for start in range(0, len(self), chunk):
-            gathered = source.gather(range(start, min(start + chunk, len(self))))
-            for name, (rows, found) in gathered.values.items():
-                if rows:
-                    self._checked(name, [gathered.indices[row] for row in rows], found, stored=True)
-            pace.tell(start + chunk)
-            if self.dataset.fingerprint is None and pace.seconds > PATIENCE:
-                pace.log(f"{start + chunk:,} of {len(self):,} samples were checked; others are when they come up")
+            stop = min(start + chunk, len(self))
+            self._look_at(source, range(start, stop), troubles)
+            pace.tell(stop)
+            if self.dataset.fingerprint is None and pace.seconds > PATIENCE and stop < len(self):
+                troubles.tell(stop)
+                pace.log(f"{stop:,} of {len(self):,} samples were checked; others are when they come up")
                 return
+        troubles.tell(len(self))
         if seen is not None:
             seen.touch()
+
+    def _look_at(self, source: Source, indices: Sequence[int], troubles: SampleTroubles) -> None:
+        """Note what is wrong with some samples, one by one where something is."""
+        try:
+            gathered = source.gather(indices)
+        except SampleError as error:
+            if len(indices) == 1:
+                troubles.add(error)
+            else:
+                for index in indices:
+                    self._look_at(source, [index], troubles)
+            return
+        for name, (rows, found) in gathered.values.items():
+            where = [gathered.indices[row] for row in rows]
+            try:
+                if rows:
+                    self._checked(name, where, found, stored=True)
+            except SampleError:
+                for place, index in enumerate(where):
+                    try:
+                        self._checked(name, [index], found[place : place + 1], stored=True)
+                    except SampleError as error:
+                        troubles.add(error)
 
 
 def load_data(experiment: Experiment, model: MultimodalDiffusion, split: Literal["train", "test"]) -> ModalityData:
@@ -550,9 +581,15 @@ def _through_modalities(
             modality.check_data_field()
         except ValueError as error:
             raise UserError(f"data: modalities.{name}: {error}") from error
-    _fit(experiment, modalities)
     keys = {name: config_key(experiment.modalities[name]) for name in modalities}
-    return ModalityData(dataset, modalities, f"data ({split})", keys, partial=split != "train")
+    what = f"data ({split})"
+    try:
+        _fit(experiment, modalities)
+        return ModalityData(dataset, modalities, what, keys, partial=split != "train")
+    except SampleError:  # met by a modality that is derived or fitted, before all are looked through
+        others = {name: modality for name, modality in modalities.items() if not modality.derived}
+        ModalityData(dataset, others, what, partial=True).verify()
+        raise
 
 
 @contextmanager
@@ -562,6 +599,8 @@ def _named(split: str) -> Iterator[None]:
         yield
     except EmptySplit:
         raise
+    except SeveralErrors as error:
+        raise SeveralErrors(error.each, f"data ({split}): ") from error
     except ValueError as error:
         raise UserError(f"data ({split}): {error}") from error
 

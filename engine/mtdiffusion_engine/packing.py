@@ -8,15 +8,20 @@ from torch import Tensor
 
 from mtdiffusion import Dataset
 from mtdiffusion_registry import DatasetConfig, EmptySplit, UserError
+from mtdiffusion_registry.errors import all_told
+from mtdiffusion_registry.looking import look_through
 from mtdiffusion_registry.pace import Pace
 
 
 class _Told(Dataset):
-    """A data set that tells how far its reader is, and whose errors name the sample."""
+    """A data set that tells how far its reader is; when a sample cannot be read, all that is wrong with it and with the
+    ``others``."""
 
     def __init__(self, dataset: Dataset, what: str, fingerprint: str | None) -> None:
         self.dataset, self.what, self.fingerprint = dataset, what, fingerprint
         self._pace = Pace(f"packing {what}", len(dataset))
+        self._next = 0
+        self.others: list[_Told] = []
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -24,10 +29,21 @@ class _Told(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
         try:
             sample = self.dataset[index]
-        except (ValueError, OSError) as error:
-            raise UserError(f"{self.what}: {self.describe(index)}: {error}") from error
+        except (ValueError, OSError):
+            all_told(lambda: self.look_through(index), *(each.look_through for each in self.others))
+            raise  # of what can be read now
+        self._next = index + 1
         self._pace.tell(index + 1)
         return sample
+
+    def look_through(self, start: int | None = None) -> None:
+        """Read the samples from ``start`` on, or those that were not yet.
+
+        Raises:
+            UserError: all that is wrong with them.
+        """
+        start, self._next = self._next if start is None else start, len(self)
+        look_through(self.dataset, self.what, start)
 
     def describe(self, index: int, field: str | None = None) -> str:
         return self.dataset.describe(index, field)
@@ -45,9 +61,10 @@ def pack_data(data: DatasetConfig, packer: type[DatasetConfig], folder: Path) ->
 
     Raises:
         EmptySplit: if there are no training samples.
-        UserError: if a sample cannot be read or written.
+        UserError: if samples cannot be read: of each kind of trouble in how many, and the first few; or if one cannot
+            be written.
     """
-    splits: dict[str, Dataset] = {}
+    splits: dict[str, _Told] = {}
     for split in ("train", "test"):
         try:
             dataset = data.build(split)
@@ -58,5 +75,7 @@ def pack_data(data: DatasetConfig, packer: type[DatasetConfig], folder: Path) ->
         except ValueError as error:
             raise UserError(f"data ({split}): {error}") from error
         splits[split] = _Told(dataset, f"data ({split})", dataset.fingerprint)
+    for each in splits.values():
+        each.others = [other for other in splits.values() if other is not each]
     packer.pack(splits, folder)
     return {name: len(dataset) for name, dataset in splits.items()}

@@ -31,7 +31,7 @@ from mtdiffusion.precision import to_device
 from mtdiffusion_engine import checkpoint as ckpt
 from mtdiffusion_engine.augmentation import Augmentation
 from mtdiffusion_engine.chance import StepChance
-from mtdiffusion_engine.checks import check_held_out, doubts_of
+from mtdiffusion_engine.checks import check_held_out, check_training, doubts_of
 from mtdiffusion_engine.data import (
     Batch,
     ModalityData,
@@ -200,7 +200,7 @@ class Trainer:
         self._origin = None if resume or init_from is None else self._initialise(init_from)
         self.data = load_data(experiment, self.model, "train")
         self.augmentation = Augmentation.of(experiment.augmentation, self.data.modalities)
-        self.data.verify()  # what does not fit is said before anything is written
+        check_training(self.data, experiment, self.model)  # what does not fit is said before anything is written
         self.step = 0
         self._saved = -1
         self._require_even_shares()

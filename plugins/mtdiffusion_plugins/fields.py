@@ -28,7 +28,7 @@ from mtdiffusion_plugins.files import (
     used_colours,
 )
 from mtdiffusion_registry.configs import FieldConfig, Reader
-from mtdiffusion_registry.errors import UserError
+from mtdiffusion_registry.errors import UserError, counted
 from mtdiffusion_registry.hookspecs import hookimpl
 from mtdiffusion_registry.pictures import (
     SUFFIXES,
@@ -206,19 +206,43 @@ class MaskField(FieldConfig):
         palettes = [_palette(path) for path in paths]
         if len({*palettes} - {()}) < 2:
             return
-        seen: dict[int, tuple[Colour, Source, bool]] = {}
-        for path in compress(paths, palettes):
-            used = _used(path)
-            rising = _rising(used)
-            for index, colour in used.items():
-                first, where, risen = seen.setdefault(index, (colour, path, rising))
-                if _differ(colour, first) and not (rising and risen):
-                    raise UserError(
-                        f"{path}: index {index} of its palette is {hex_of(colour)}, and {hex_of(first)} in {where}, so "
-                        "it seems to mean another class. If the colours say what the classes are, list them in colours "
-                        "of the field, or give its pixels the indices of the other; if the indices are right all the "
-                        "same, save it without a palette, in grey"
+        used = {path: _used(path) for path in compress(paths, palettes)}
+        usual = _usual(used)
+        wrong = []
+        for path, colours in used.items():
+            rising = _rising(colours)
+            for index, colour in colours.items():
+                common, where, risen = usual[index]
+                if _differ(colour, common) and not (rising and risen):
+                    wrong.append(
+                        f"{path}: index {index} of its palette is {hex_of(colour)}, and {hex_of(common)} in {where}"
                     )
+                    break
+        if wrong:
+            told = counted(wrong, f"{len(wrong):,} of {len(used):,} masks with a palette contradict the others:")
+            told += (
+                ", so it seems to mean another class. " if len(wrong) == 1 else "\nSo they seem to mean other classes. "
+            )
+            it = "it" if len(wrong) == 1 else "them"
+            raise UserError(
+                f"{told}If the colours say what the classes are, list them in colours of the field, or give the pixels "
+                f"the indices of the other; if the indices are right all the same, save {it} without a palette, in grey"
+            )
+
+
+def _usual(used: Mapping[Source, Mapping[int, Colour]]) -> dict[int, tuple[Colour, Source, bool]]:
+    """The colour that each index has in most files (of as many, that of the first), the first of these files, and
+    whether its colours rise with the index."""
+    counts: dict[int, dict[tuple[Colour, bool], list[Source]]] = {}
+    for path, colours in used.items():
+        rising = _rising(colours)
+        for index, colour in colours.items():
+            counts.setdefault(index, {}).setdefault((colour, rising), []).append(path)
+    usual = {}
+    for index, each in counts.items():
+        (colour, rising), files = max(each.items(), key=lambda item: len(item[1]))  # the first of equal ones
+        usual[index] = colour, files[0], rising
+    return usual
 
 
 def _scaled(picture: Image.Image, size: tuple[int, int] | None) -> Image.Image:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from difflib import SequenceMatcher, get_close_matches
 from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
+
+SHOWN = 5
+"""Of what is wrong alike, so many are named."""
 
 
 class UserError(ValueError):
@@ -56,15 +62,119 @@ class Troubles:
 
 
 class SeveralErrors(UserError):
-    """Errors of several kinds, which can all be mended before the next try."""
+    """Errors of several kinds, which can all be mended before the next try.
 
-    def __init__(self, each: Sequence[str]) -> None:
-        self.each = list(each)
-        super().__init__(self.each)  # what it is made of again where it comes from another process
+    Attributes:
+        each: what each says.
+        where: goes before all of them.
+    """
 
-    def __str__(self) -> str:
-        listed = "\n".join("- " + message.replace("\n", "\n  ") for message in self.each)
-        return f"{len(self.each)} kinds of trouble with the data:\n{listed}"
+    def __init__(self, each: Sequence[str], where: str = "") -> None:
+        self.each, self.where = list(each), where
+        listed = "\n".join("- " + message.replace("\n", "\n  ") for message in each)
+        super().__init__(f"{where}{len(self.each)} kinds of trouble with the data:\n{listed}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.each, self.where)
+
+
+def all_told(read: Callable[[], T], *others: Callable[[], object]) -> T:
+    """What ``read`` returns. If there is trouble, who mends it is to know that of the others as well, such as the other
+    splits, of which an empty one is none.
+
+    Raises:
+        UserError: all of it.
+    """
+    troubles = Troubles()
+    with troubles.gathered():
+        return read()
+    for other in others:
+        with troubles.gathered(), suppress(EmptySplit):
+            other()
+    raise troubles.error()
+
+
+def counted(each: Sequence[str], what: str, count: int | None = None) -> str:
+    """One message of what is wrong alike: the one, or the first few and how many there are.
+
+    Args:
+        what: the line above them, if there are several.
+        count: how many there are, if these are the first of them.
+    """
+    count = len(each) if count is None else count
+    if count == 1:
+        return each[0]
+    more = [f"and {count - SHOWN:,} more"] if count > SHOWN else []
+    return "\n".join([what, *each[:SHOWN], *more])
+
+
+class Fault(NamedTuple):
+    """Something that is wrong with a sample.
+
+    Attributes:
+        kind: what is wrong with all such samples, in words that follow "3 of 40 samples", such as "have a field 'mask'
+            that cannot be read".
+        said: what is wrong with this one.
+        remedy: a sentence that holds for all of them; empty if what is said says it.
+    """
+
+    kind: str
+    said: str
+    remedy: str = ""
+
+
+class SampleError(UserError):
+    """A sample that cannot be used, and all that is wrong with it, by kinds: of many samples those of a kind are told
+    together (:class:`SampleTroubles`).
+
+    Attributes:
+        faults: what is wrong.
+        where: which sample it is; empty as long as that is not known.
+        what: which data set it is in.
+    """
+
+    def __init__(self, faults: Sequence[Fault], where: str = "", what: str = "") -> None:
+        self.faults, self.where, self.what = list(faults), where, what
+        said = "; ".join(". ".join(filter(None, (fault.said, fault.remedy))) for fault in faults)
+        super().__init__(": ".join(filter(None, (what, where, said))))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.faults, self.where, self.what)
+
+    @classmethod
+    def of(cls, error: Exception, where: str, what: str) -> SampleError:
+        """What reading a sample raised, and which sample it is."""
+        faults = error.faults if isinstance(error, SampleError) else [Fault("cannot be read", str(error))]
+        return cls(faults, where, what)
+
+
+class SampleTroubles:
+    """What is wrong with the samples of a data set: of each kind how many samples have it, and the first few."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._found: dict[str, tuple[list[tuple[str, Fault]], int]] = {}
+
+    def add(self, error: SampleError) -> None:
+        """Count a sample's faults, those of a kind once."""
+        for fault in {each.kind: each for each in reversed(error.faults)}.values():
+            first, count = self._found.get(fault.kind, ([], 0))
+            self._found[fault.kind] = [*first, *[(error.where, fault)] * (count < SHOWN)], count + 1
+
+    def tell(self, seen: int) -> None:
+        """Raise what was found among ``seen`` samples.
+
+        Raises:
+            UserError: if there was anything.
+        """
+        troubles = Troubles()
+        for kind, (first, count) in self._found.items():
+            lines = [": ".join(filter(None, (where, fault.said))) for where, fault in first]
+            told = counted(lines, f"{count:,} of {seen:,} samples {kind}:", count)
+            remedy = first[0][1].remedy
+            told += f"{'. ' if count == 1 else chr(10)}{remedy}" if remedy else ""
+            troubles.add(f"{self.what}: {told}" if self.what else told)
+        troubles.tell()
 
 
 class PluginError(UserError):

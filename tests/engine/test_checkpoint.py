@@ -174,3 +174,16 @@ def test_what_is_no_run_is_said(tmp_path: Path) -> None:
         ckpt.require_run(tmp_path / "config.toml")
     with pytest.raises(UserError, match="has no checkpoint yet"):
         ckpt.require_run(tmp_path)
+
+
+def test_a_checkpoint_of_another_step_than_its_folder_says_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").touch()
+    saved = save(tmp_path, 7)
+    assert ckpt.require_run(tmp_path) == saved
+    renamed = saved.rename(saved.with_name("step-00000009"))
+    expected = r"state\.json: is of step 7, and its folder is named step-00000009, .* name it step-00000007 again"
+    with pytest.raises(UserError, match=expected):
+        ckpt.require_run(tmp_path)
+    renamed.rename(saved)
+    exported = shutil.copytree(saved, tmp_path / "step-00000009")  # an exported run may be called anything
+    assert ckpt.load_state(exported)["step"] == 7

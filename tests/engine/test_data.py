@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -19,6 +21,7 @@ from mtdiffusion_plugins.datasets.folder import FolderConfig
 from mtdiffusion_plugins.fields import ClassFolderField
 from mtdiffusion_plugins.label import LabelConfig
 from mtdiffusion_registry import UserError
+from mtdiffusion_registry.errors import Fault, SampleError
 from tests.engine.tiny import ToyData, toy
 
 
@@ -392,3 +395,56 @@ def test_workers_are_given_no_modules(method: str) -> None:
     for one, other in zip(wanted, found, strict=True):
         assert torch.equal(one.presence, other.presence)
         assert all(torch.equal(one.x[name], other.x[name]) for name in one.x)
+
+
+class Damaged(ToyData):
+    """Toy data with several kinds of trouble."""
+
+    def __init__(self, count: int, changes: Mapping[int, Mapping[str, object]]) -> None:
+        super().__init__(count, "", -1)
+        self.changes = changes
+
+    def __getitem__(self, index: int) -> dict[str, Tensor | str]:
+        changes = self.changes.get(index, {})
+        if "error" in changes:
+            raise changes["error"]  # type: ignore[misc]
+        return super().__getitem__(index) | changes  # type: ignore[operator]
+
+
+def test_all_kinds_of_trouble_of_samples_are_told_in_one_round() -> None:
+    changes: dict[int, dict[str, object]] = {i: {"label": torch.tensor(70 + i)} for i in range(290, 297)}
+    changes |= {
+        0: {"error": ValueError("no more")},  # the first, by which it is seen what fields there are
+        3: {"error": OSError(5, "Input/output error")},
+        5: {"label": "cat", "mask": "dog"},
+        9: {
+            "error": SampleError(
+                [Fault("have an odd 'x'", "x is odd", "Even it"), Fault("have no y", "y is not there")]
+            )
+        },
+    }
+    model = build_model(toy())
+    modalities = {name: model.modality(name) for name in model.names}
+    data = ModalityData(Damaged(300, changes), modalities)
+    with pytest.raises(UserError) as caught:
+        data.verify()
+    lines = str(caught.value).split("\n")
+    assert lines[0] == "5 kinds of trouble with the data:"
+    assert lines[1:4] == [
+        "- data: 2 of 300 samples cannot be read:",
+        "  sample 0: no more",
+        "  sample 3: [Errno 5] Input/output error",
+    ]
+    assert "- data: sample 9: x is odd. Even it" in lines and "- data: sample 9: y is not there" in lines
+    assert next(line for line in lines if "'mask'" in line).startswith(
+        "- data: sample 5: modality 'mask': found the text"
+    )
+    place = lines.index("- data: 8 of 300 samples have a value that modality 'label' refuses:")
+    told = lines[place + 1 : place + 7]
+    assert told[0].startswith("  sample 5: modality 'label': ") and told[5] == "  and 3 more"
+    assert [line.split(":")[0].strip() for line in told[1:5]] == [f"sample {i}" for i in range(290, 294)]
+    with pytest.raises(UserError, match=r"^data: sample 9: x is odd\. Even it; y is not there$") as once:
+        data.batch([9])
+    assert str(pickle.loads(pickle.dumps(once.value))) == str(once.value)  # as from a worker process
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert str(again) == str(caught.value) and again.each == caught.value.each  # type: ignore[attr-defined]

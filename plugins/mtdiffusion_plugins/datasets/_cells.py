@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from io import BytesIO
@@ -11,20 +12,33 @@ from typing import Any
 
 import numpy as np
 import torch
-from attrs import Attribute, field, frozen
+from attrs import Attribute, evolve, field, frozen
 from PIL import Image
 from torch import Tensor
 
+from mtdiffusion.interfaces import Dataset
 from mtdiffusion_plugins.datasets._decoded import given
 from mtdiffusion_plugins.fields import FIELDS
 from mtdiffusion_registry.cache import config_key
 from mtdiffusion_registry.configs import DataField, FieldConfig
-from mtdiffusion_registry.errors import UserError, did_you_mean
+from mtdiffusion_registry.errors import Fault, SampleError, Troubles, UserError, did_you_mean
+from mtdiffusion_registry.looking import look_through
 from mtdiffusion_registry.pictures import Encoded, Source
 from mtdiffusion_registry.registry import Registry
 
 SOME = 32
 """Rows that are looked at for what contradicts one another."""
+PATIENCE = 30.0
+"""Seconds in which rows are looked at for further trouble, where there is some."""
+
+
+class Rows(Dataset):
+    """A data set that reads rows by cells."""
+
+    @abstractmethod
+    def row(self, index: int) -> Mapping[str, Any]:
+        """What the columns that are read hold of a sample; what is wrong with a cell, a ``UserError``, stands in its
+        place."""
 
 
 def by_kind(fields: Mapping[str, FieldConfig | str]) -> dict[str, FieldConfig | str]:
@@ -132,26 +146,56 @@ class Cells:
                 )
         return cls(found, {name: columns.get(name, name) for name in fields}, size, optional)
 
-    def require_columns(self, there: Collection[str], where: str) -> None:
-        """Raise ``UserError`` if what is read from lacks a column."""
-        for name, column in self.columns.items():
-            if column not in there:
-                raise UserError(
-                    f"{where}: has no column {column!r} for the field {name!r}{did_you_mean(column, there)} (its "
-                    f'columns are {", ".join(there)}). Say which it is: columns = {{ {name} = "..." }}'
-                )
+    def lacking(self, there: Collection[str], where: str) -> dict[str, str]:
+        """By field, what to tell of the columns that what is read from lacks."""
+        return {
+            name: f"{where}: has no column {self.columns[name]!r} for the field {name!r}"
+            f"{did_you_mean(self.columns[name], there)} (its columns are {', '.join(there)}). Say which it is: "
+            f'columns = {{ {name} = "..." }}'
+            for name in self.fields
+            if self.columns[name] not in there
+        }
+
+    def without(self, fields: Collection[str]) -> Cells:
+        """The same less these fields."""
+        return evolve(
+            self,
+            fields={name: each for name, each in self.fields.items() if name not in fields},
+            columns={name: column for name, column in self.columns.items() if name not in fields},
+        )
 
     def key(self) -> str:
         """What identifies how cells are read."""
         return repr([(name, self.columns[name], config_key(each)) for name, each in self.fields.items()] + [self.size])
 
-    def require_agreement(self, count: int, row_of: Callable[[int], Mapping[str, Any]]) -> None:
-        """Raise ``UserError`` if fields find that some rows contradict one another (:meth:`FieldConfig.check_files`).
+    def require_sound(
+        self,
+        dataset: Rows,
+        split: str,
+        troubles: Troubles,
+        *,
+        thorough: bool = False,
+        most: int | None = None,
+    ) -> None:
+        """Look at a few rows for what contradicts one another; and where there is trouble, at all of them for
+        :data:`PATIENCE` seconds, so that all of it is told.
 
         Args:
-            count: how many rows there are, of which a few are looked at.
-            row_of: a row by its index.
+            troubles: what is known already, of the table or the archives.
+            thorough: whether all rows are looked at in any case, as there is trouble elsewhere.
+            most: so many of the first rows are looked at for contradictions, and never all; None: spread over all.
+
+        Raises:
+            UserError: all that is wrong.
         """
+        self._check_agreement(len(dataset) if most is None else min(most, len(dataset)), dataset.row, troubles)
+        if (thorough or troubles.told) and most is None and self.fields:
+            with troubles.gathered():
+                look_through(dataset, f"{split} split", patience=PATIENCE)
+        troubles.tell()
+
+    def _check_agreement(self, count: int, row_of: Callable[[int], Mapping[str, Any]], troubles: Troubles) -> None:
+        """Note what fields find that contradicts one another (:meth:`FieldConfig.check_files`) in a few of the rows."""
         checked = {
             name: each
             for name, each in self.fields.items()
@@ -159,9 +203,11 @@ class Cells:
         }
         found: dict[str, list[Source]] = {name: [] for name in checked}
         for index in range(0, count if checked else 0, -(-count // SOME)):
+            row: Mapping[str, Any] = {}
             with suppress(ValueError, OSError):  # what cannot be read is told when its turn comes
                 row = row_of(index)
-                for name, each in checked.items():
+            for name, each in checked.items():
+                with suppress(ValueError, OSError):
                     column = self.columns[name]
                     content = _plain(row.get(column), each, f"sample {index}, {self.what} {column!r}")
                     found[name] += [content] if isinstance(content, Path | Encoded) else []
@@ -169,16 +215,17 @@ class Cells:
             try:
                 each.check_files(found[name])  # type: ignore[arg-type]  # an encoded field takes files in memory
             except ValueError as error:
-                raise UserError(f"field {name!r}: {error}") from error
+                troubles.add(f"field {name!r}: {error}")
 
     def sample(self, row: Mapping[str, Any]) -> dict[str, Tensor | str]:
         """A sample of a row; of fields that it may lack, those that the row has.
 
         Raises:
-            UserError: if a cell is damaged or blank though it must not be, or pictures of a row do not lie on one
+            SampleError: if cells are damaged or blank though they must not be, or pictures of a row do not lie on one
                 another.
         """
         values: dict[str, Tensor | str] = {}
+        faults: list[Fault] = []
         frames: dict[str, tuple[int, int]] = {}
         spatial = sum(each.spatial for each in self.fields.values())
         for name, each in self.fields.items():
@@ -186,37 +233,44 @@ class Cells:
             try:
                 content = _plain(row[self.columns[name]], each, where)
                 if spatial > 1 and each.spatial and isinstance(content, Path | Encoded):
-                    self._require_aligned(name, each, content, frames)
+                    faults += self._misaligned(name, each, content, frames)
                 value = _read(each, content, self.size if each.spatial else None)
                 if isinstance(value, Tensor):
                     value = given(each, value, self.taken.get(name, ()))
-            except UserError:
-                raise
             except (ValueError, OSError) as error:
-                raise UserError(f"{where}: cannot be read as {each.kind} ({error})") from error
+                said = (
+                    str(error) if isinstance(error, UserError) else f"{where}: cannot be read as {each.kind} ({error})"
+                )
+                faults.append(Fault(f"have a field {name!r} that cannot be read", said))
+                continue
             if value is not None:
                 values[name] = value
             elif name not in self.optional:
-                raise UserError(
-                    f"{where}: is blank, and there must be a {name!r}. If samples may lack it, add {name!r} to "
-                    "allow_missing"
+                faults.append(
+                    Fault(
+                        f"have nothing in {name!r}",
+                        f"{where}: is blank, and there must be a {name!r}",
+                        f"If samples may lack it, add {name!r} to allow_missing",
+                    )
                 )
+        if faults:
+            raise SampleError(faults)
         return values
 
-    def _require_aligned(
+    def _misaligned(
         self, name: str, field: FieldConfig, source: Source, frames: dict[str, tuple[int, int]]
-    ) -> None:
+    ) -> list[Fault]:
         if not field.encoded or (extent := field.extent(source)) is None:  # type: ignore[arg-type]  # as it says
-            return
+            return []
         for first, (tall, wide) in frames.items():
             height, width = extent
             # A picture made smaller is off by a rounded pixel at most.
             if abs(height * wide - width * tall) > max(height, width, tall, wide):
-                raise UserError(
-                    f"its pictures do not lie on one another: {first} is {wide}×{tall}, {name} is {width}×{height}, as "
-                    "shown by a viewer, which heeds EXIF; turn or crop one of them like the other"
-                )
+                said = f"its pictures do not lie on one another: {first} is {wide}×{tall}, {name} is {width}×{height}"
+                remedy = "Turn or crop one of them like the other; sizes are as a viewer shows them, which heeds EXIF"
+                return [Fault("have pictures that do not fit", said, remedy)]
         frames[name] = extent
+        return []
 
 
 def resolved(each: FieldConfig | str, name: str) -> FieldConfig:
@@ -253,7 +307,13 @@ def data_field(
 
 
 def _plain(content: Any, field: FieldConfig, where: str) -> Any:
-    """A cell as a file (:class:`Encoded` or a path), or as what :meth:`FieldConfig.parse` takes."""
+    """A cell as a file (:class:`Encoded` or a path), or as what :meth:`FieldConfig.parse` takes.
+
+    Raises:
+        UserError: the cell, if it is one: what is wrong with it stands in its place.
+    """
+    if isinstance(content, UserError):
+        raise content
     name = where
     if isinstance(content, Mapping) and content.keys() >= {"bytes", "path"}:  # a picture or a sound of Hugging Face's
         path = content["path"]

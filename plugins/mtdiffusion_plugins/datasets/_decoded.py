@@ -26,7 +26,7 @@ from torch import Tensor
 from mtdiffusion_plugins.datasets._readers import ReadingProcess, count_for, read_by
 from mtdiffusion_registry.cache import cached, code_key, config_key
 from mtdiffusion_registry.configs import FieldConfig
-from mtdiffusion_registry.errors import Troubles, UserError
+from mtdiffusion_registry.errors import SHOWN, Troubles, UserError, counted
 from mtdiffusion_registry.pace import Pace
 from mtdiffusion_registry.partial import partial_of, remove_abandoned
 from mtdiffusion_registry.pictures import Encoded
@@ -37,7 +37,6 @@ _FORMAT = 1
 PATIENCE = 30.0
 """Seconds for which files are looked through for further trouble where it is known that they cannot be used yet."""
 _PART, _AHEAD = 32, 32  # files, and how many times as many are under way
-_SHOWN = 5  # of files that cannot be read
 
 
 def given(field: FieldConfig, stored: Tensor, dtypes: Collection[torch.dtype]) -> Tensor:
@@ -264,10 +263,8 @@ def _all(
             if pace.seconds > PATIENCE and in_vain():
                 break
     if wrong:
-        more = f"\nand {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         looked = f"the first {done} of {len(paths)}" if done < len(paths) else f"{done}"
-        count = f"{len(wrong)} of {looked} files of the field {name!r} cannot be used:\n" if len(wrong) > 1 else ""
-        troubles.add(count + "\n".join(wrong[:_SHOWN]) + more)
+        troubles.add(counted(wrong, f"{len(wrong)} of {looked} files of the field {name!r} cannot be used:"))
 
 
 def _read(field: FieldConfig, path: str, size: tuple[int, int] | None) -> Tensor | str:
@@ -281,8 +278,8 @@ def _different(
     def said(shape: Sequence[int]) -> str:
         return f"{shape[-1]}×{shape[-2]}" if field.spatial else str(list(shape))
 
-    others = ", ".join(f"{path} is {said(shape)}" for path, shape in odd[:_SHOWN])
-    more = f" and {len(odd) - _SHOWN} more are not" if len(odd) > _SHOWN else ""
+    others = ", ".join(f"{path} is {said(shape)}" for path, shape in odd[:SHOWN])
+    more = f" and {len(odd) - SHOWN} more are not" if len(odd) > SHOWN else ""
     what, remedy = ("values", "shapes"), ""
     if field.spatial:
         what, remedy = ("pictures", "sizes"), ". Set size to scale and crop them to one"

@@ -29,7 +29,7 @@ from mtdiffusion_plugins.datasets._decoded import Decoded, decode, stamp, stampe
 from mtdiffusion_plugins.datasets._walking import is_data, require_no_loop, say_once
 from mtdiffusion_plugins.sizes import Size, positive_size, sides
 from mtdiffusion_registry.configs import DataField, DatasetConfig, FieldConfig
-from mtdiffusion_registry.errors import EmptySplit, Troubles, UserError
+from mtdiffusion_registry.errors import EmptySplit, Troubles, UserError, all_told, counted
 from mtdiffusion_registry.hookspecs import hookimpl
 from mtdiffusion_registry.pictures import SUFFIXES as PICTURES
 from mtdiffusion_registry.pictures import open_picture as _open
@@ -223,16 +223,12 @@ class FolderConfig(DatasetConfig):
 
     def build(self, split: Literal["train", "test"]) -> FolderDataset:
         base, by_hash = self._base(split)
-        troubles = Troubles()
-        with troubles.gathered():
-            return self._read(base, split, by_hash)
-        # Who mends this is to know what is wrong with the other splits as well.
-        with troubles.gathered(), suppress(EmptySplit):
-            other: Literal["train", "test"] = "test" if split == "train" else "train"
-            self._read(self._base(other)[0], other, by_hash)
-        with troubles.gathered(), suppress(EmptySplit):
-            self.validation()
-        raise troubles.error()
+        other: Literal["train", "test"] = "test" if split == "train" else "train"
+        return all_told(
+            lambda: self._read(base, split, by_hash),
+            lambda: self._read(self._base(other)[0], other, by_hash),
+            self.validation,
+        )
 
     def validation(self) -> FolderDataset | None:
         root, there = self._split_folders()
@@ -594,7 +590,7 @@ def _column(
             if value is not None:
                 found[stem] = value
     if wrong:
-        raise UserError(_counted(wrong, f"{len(wrong)} values of {name!r} cannot be used:"))
+        raise UserError(counted(wrong, f"{len(wrong)} values of {name!r} cannot be used:"))
     return _Column(
         {stem: row for row, stem in enumerate(found)}, _together(name, source.where, found), [str(source.where)]
     )
@@ -613,14 +609,6 @@ def _together(name: str, where: Path, found: Mapping[str, Value]) -> Tensor | li
                 f"{list(tensors[first].shape)}"
             )
     return torch.stack(list(tensors.values()))
-
-
-def _counted(each: Sequence[str], what: str, most: int = 5) -> str:
-    """One message of what is wrong alike: the one, or the first few and how many there are."""
-    if len(each) == 1:
-        return each[0]
-    more = [f"and {len(each) - most} more"] if len(each) > most else []
-    return "\n".join([what, *each[:most], *more])
 
 
 def _check_aligned(
@@ -665,7 +653,7 @@ def _check_aligned(
                 )
                 break
     if wrong:
-        troubles.add(_counted(wrong, f"{len(wrong)} of {len(stems)} samples have pictures that do not fit:"))
+        troubles.add(counted(wrong, f"{len(wrong)} of {len(stems)} samples have pictures that do not fit:"))
     elif key is not None:
         stamp(key)
 

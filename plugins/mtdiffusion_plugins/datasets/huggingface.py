@@ -18,11 +18,10 @@ from attrs import field, frozen
 from attrs.validators import and_, deep_mapping, ge, instance_of, le, min_len
 from torch import Tensor
 
-from mtdiffusion.interfaces import Dataset
-from mtdiffusion_plugins.datasets._cells import Cells, by_kind, choice, data_field, names, of_fields, only
+from mtdiffusion_plugins.datasets._cells import Cells, Rows, by_kind, choice, data_field, names, of_fields, only
 from mtdiffusion_plugins.sizes import Size, positive_size, sides
 from mtdiffusion_registry.configs import DataField, DatasetConfig, FieldConfig
-from mtdiffusion_registry.errors import EmptySplit, UserError, did_you_mean
+from mtdiffusion_registry.errors import EmptySplit, Troubles, UserError, all_told, did_you_mean
 from mtdiffusion_registry.hookspecs import hookimpl
 
 MTDIFFUSION_API = 1
@@ -35,7 +34,7 @@ _LARGE = 2**24  # bytes of a dictionary; writers give it up from a megabyte on
 _READERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
 
 
-class HuggingFaceDataset(Dataset):
+class HuggingFaceDataset(Rows):
     """Rows of a memory-mapped table; pictures are decoded at each access.
 
     Args:
@@ -66,9 +65,7 @@ class HuggingFaceDataset(Dataset):
 
     def without(self, fields: Collection[str]) -> HuggingFaceDataset:
         other = copy(self)
-        other._cells = attrs.evolve(
-            self._cells, fields={name: each for name, each in self._cells.fields.items() if name not in fields}
-        )
+        other._cells = self._cells.without(fields)
         return other
 
     def stored(self, dtypes: Mapping[str, Collection[torch.dtype]]) -> HuggingFaceDataset:
@@ -77,7 +74,6 @@ class HuggingFaceDataset(Dataset):
         return other
 
     def row(self, index: int) -> dict[str, Any]:
-        """What the columns that are read hold of a sample."""
         row: dict[str, Any] = self._table[int(self.rows[index])]
         for column in self._classes.keys() & row.keys():
             if row[column] == -1:  # what the library writes where the class is not known
@@ -179,34 +175,51 @@ class HuggingFaceConfig(DatasetConfig):
         return data_field(self.fields, name)
 
     def build(self, split: Literal["train", "test"]) -> HuggingFaceDataset:
+        splits = self._splits(_library())
+        self._split(splits, split)  # whether it is there
+        other: Literal["train", "test"] = "test" if split == "train" else "train"
+        return all_told(
+            lambda: self._read(splits, split),
+            lambda: self._read(splits, other, thorough=True),
+            lambda: self._validation(splits, thorough=True),
+        )
+
+    def _read(
+        self, splits: Mapping[str, Any], split: Literal["train", "test"], *, thorough: bool = False
+    ) -> HuggingFaceDataset:
         cells = Cells.of(self.fields, self.columns, None if self.size is None else sides(self.size), self.allow_missing)
-        library = _library()
-        splits = self._splits(library)
         name, shared = self._split(splits, split)
-        table = splits[name] if name in splits else self._loaded(library, name)
+        table = splits[name] if name in splits else self._loaded(_library(), name)
         where = f"{self.path} ({name})"
-        cells.require_columns(table.column_names, where)
+        troubles = Troubles()
+        lacking = cells.lacking(table.column_names, where)
+        troubles.add(*lacking.values())
+        cells = cells.without(lacking)
         for each, column in cells.columns.items():
             blank = table.data.column(column).null_count if table._indices is None else 0  # else, when it comes up
             if blank and each not in self.allow_missing:
-                raise UserError(
+                troubles.add(
                     f"{where}: {blank:,} of {len(table):,} rows have nothing in the column {column!r}. If samples may "
                     f"lack it, add {each!r} to allow_missing"
                 )
+                cells = attrs.evolve(cells, optional=[*cells.optional, each])  # it is told
         rows = choice(len(table), self.test_fraction, self.seed, split) if shared else np.arange(len(table))
         if not len(rows):
+            troubles.tell()
             more = f": change test_fraction (now {self.test_fraction:g})" if shared else ""
             raise EmptySplit(f"the {split} split of {where} is empty{more}")
         data = HuggingFaceDataset(table, rows, cells, where)
-        cells.require_agreement(len(data), data.row)
+        cells.require_sound(data, split, troubles, thorough=thorough)
         return data
 
     def validation(self) -> HuggingFaceDataset | None:
-        splits = self._splits(_library())
+        return self._validation(self._splits(_library()))
+
+    def _validation(self, splits: Mapping[str, Any], *, thorough: bool = False) -> HuggingFaceDataset | None:
         test = self._held_out(splits)
         others = (name for name in HELD_OUT[1:] if name in splits and name not in (self.train, test))
         other = next(others, None) if test is not None else None
-        return None if other is None else attrs.evolve(self, test=other).build("test")
+        return None if other is None else attrs.evolve(self, test=other)._read(splits, "test", thorough=thorough)
 
     def _held_out(self, splits: Mapping[str, Any]) -> str | None:
         return self.test or next((name for name in HELD_OUT if name in splits and name != self.train), None)

@@ -29,13 +29,14 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from mtdiffusion.interfaces import Dataset
-from mtdiffusion_plugins.datasets._cells import SOME, Cells, by_kind, data_field, names, of_fields, only
+from mtdiffusion_plugins.datasets._cells import PATIENCE, SOME, Cells, Rows, by_kind, data_field, names, of_fields, only
 from mtdiffusion_plugins.files import from_levels
 from mtdiffusion_plugins.sizes import Size, positive_size, sides
 from mtdiffusion_registry.cache import cached
 from mtdiffusion_registry.configs import DataField, DatasetConfig, FieldConfig
-from mtdiffusion_registry.errors import EmptySplit, UserError
+from mtdiffusion_registry.errors import EmptySplit, Troubles, UserError, all_told, counted
 from mtdiffusion_registry.hookspecs import hookimpl
+from mtdiffusion_registry.looking import look_through
 
 MTDIFFUSION_API = 1
 
@@ -189,7 +190,7 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-class LitDataDataset(Dataset):
+class LitDataDataset(Rows):
     """Samples by index.
 
     Args:
@@ -208,17 +209,22 @@ class LitDataDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
         content = self._shards[index]
         if self._cells is not None:
-            row = _row(content)
-            self._cells.require_columns(row, self._shards.where)
-            return self._cells.sample(row)
+            return self._cells.sample(self._as_row(content))
         try:
             return decode(load(bytes(content)), self._taken)
         except (SafetensorError, TypeError, ValueError) as error:
             raise UserError(f"{self._shards.shard(index)} of {self._shards.where}: is damaged ({error})") from error
 
     def row(self, index: int) -> dict[str, Any]:
+        return self._as_row(self._shards[index])
+
+    def _as_row(self, content: Any) -> dict[str, Any]:
         """A sample's leaves by column, of shards that were made elsewhere."""
-        return _row(self._shards[index])
+        row = _row(content)
+        if self._cells is not None:
+            for name, said in self._cells.lacking(row, self._shards.where).items():
+                row[self._cells.columns[name]] = UserError(said)
+        return row
 
     def stored(self, dtypes: Mapping[str, Collection[torch.dtype]]) -> LitDataDataset:
         other = copy(self)
@@ -236,6 +242,26 @@ def _row(content: Any) -> dict[str, Any]:
         return {str(name): value for name, value in content.items()}
     leaves = content if isinstance(content, list | tuple) else [content]
     return {str(place): value for place, value in enumerate(leaves)}
+
+
+@frozen(eq=False)
+class _Located:
+    """A split's shards.
+
+    Attributes:
+        name: its folder's.
+        folder: here, or its copy in the cache.
+        url: where its shards are fetched from; None: they are in the folder.
+        index: litdata's, and its text.
+        packed: the fingerprint that :meth:`LitDataConfig.pack` wrote; None: it wrote none of this.
+    """
+
+    name: str
+    folder: Path
+    url: str | None
+    index: dict[str, Any]
+    text: str
+    packed: str | None
 
 
 # --- the configuration ------------------------------------------------------------------------------------------------
@@ -293,28 +319,44 @@ class LitDataConfig(DatasetConfig):
 
     def build(self, split: Literal["train", "test"]) -> LitDataDataset:
         _library()
-        cells = None
+        if self.size is not None and not self.fields:
+            raise UserError("data.size: pictures are as they were packed; pack them in another size")
+        located = self._located(split)
+        other: Literal["train", "test"] = "test" if split == "train" else "train"
+        # Of an object store nothing more is fetched for what else may be wrong.
+        others = [lambda: self._read(self._located(other), other, thorough=True)] if located.url is None else []
+        return all_told(lambda: self._read(located, split), *others)
+
+    def _located(self, split: Literal["train", "test"]) -> _Located:
         if self.fields:
-            size = None if self.size is None else sides(self.size)
-            cells = Cells.of(self.fields, self.columns, size, self.allow_missing)
             name, folder, index, text = self._foreign(split)
-            _require_readable(index, f"{self.root} ({name})", leaves=None)
-            fingerprint = _fingerprint(text, cells.key(), folder, index, local=isinstance(self.root, Path))
+            packed = None
         else:
-            if self.size is not None:
-                raise UserError("data.size: pictures are as they were packed; pack them in another size")
             name, contents = split, self._contents()
             if split not in contents["splits"]:
                 raise EmptySplit(f"the {split} split of {self.root} is empty: there was none when it was packed")
-            folder, index, _ = self._index(split)
-            _require_readable(index, f"{self.root} ({name})", leaves=["bytes"])
-            fingerprint = str(contents["splits"][split]["fingerprint"])
-        if isinstance(self.root, Path):
-            _require_shards(folder, index)
-        url = None if isinstance(self.root, Path) else _join(self.root, name)
-        data = LitDataDataset(_Shards(f"{self.root} ({name})", folder, url, index), cells, fingerprint)
+            folder, index, text = self._index(split)
+            packed = str(contents["splits"][split]["fingerprint"])
+        return _Located(
+            name, folder, None if isinstance(self.root, Path) else _join(self.root, name), index, text, packed
+        )
+
+    def _read(self, found: _Located, split: str, *, thorough: bool = False) -> LitDataDataset:
+        where = f"{self.root} ({found.name})"
+        cells = None
+        fingerprint: str | None = found.packed
+        if self.fields:
+            size = None if self.size is None else sides(self.size)
+            cells = Cells.of(self.fields, self.columns, size, self.allow_missing)
+            fingerprint = _fingerprint(found.text, cells.key(), found.folder, found.index, local=found.url is None)
+        _require_readable(found.index, where, leaves=["bytes"] if cells is None else None)
+        if found.url is None:
+            _require_shards(found.folder, found.index)
+        data = LitDataDataset(_Shards(where, found.folder, found.url, found.index), cells, fingerprint)
         if cells is not None:  # of an object store, the first shard is fetched for it
-            cells.require_agreement(len(data) if url is None else min(len(data), SOME), data.row)
+            cells.require_sound(data, split, Troubles(), thorough=thorough, most=None if found.url is None else SOME)
+        elif thorough:
+            look_through(data, f"{split} split", patience=PATIENCE)
         return data
 
     def _contents(self) -> dict[str, Any]:
@@ -482,13 +524,16 @@ def _index_problem(index: Mapping[str, Any]) -> str:
 
 
 def _require_shards(folder: Path, index: Mapping[str, Any]) -> None:
-    """Raise ``UserError`` if a shard is missing or cut short: litdata would wait for it."""
+    """Raise ``UserError`` if shards are missing or cut short: litdata would wait for them."""
+    wrong = []
     for chunk in index["chunks"]:
         path = folder / chunk["filename"]
         size = path.stat().st_size if path.is_file() else None
         if size is None or size < chunk["chunk_bytes"]:
             found = "is missing" if size is None else f"has {size:,} bytes, expected {chunk['chunk_bytes']:,}"
-            raise UserError(f"{path}: {found}; copy the shards anew, or pack them again")
+            wrong.append(f"{path}: {found}; copy the shards anew, or pack them again")
+    if wrong:
+        raise UserError(counted(wrong, f"{len(wrong):,} of {len(index['chunks']):,} shards cannot be read:"))
 
 
 def _fingerprint(text: str, key: str, folder: Path, index: Mapping[str, Any], *, local: bool) -> str | None:

@@ -25,12 +25,11 @@ from attrs import field, frozen
 from attrs.validators import and_, deep_mapping, ge, instance_of, le, min_len
 from torch import Tensor
 
-from mtdiffusion.interfaces import Dataset
-from mtdiffusion_plugins.datasets._cells import Cells, by_kind, data_field, names, of_fields, only
+from mtdiffusion_plugins.datasets._cells import Cells, Rows, by_kind, data_field, names, of_fields, only
 from mtdiffusion_plugins.sizes import Size, positive_size, sides
 from mtdiffusion_registry.cache import cached, load_kept, save_kept
 from mtdiffusion_registry.configs import DataField, DatasetConfig, FieldConfig
-from mtdiffusion_registry.errors import EmptySplit, UserError
+from mtdiffusion_registry.errors import EmptySplit, Troubles, UserError, all_told, counted
 from mtdiffusion_registry.hookspecs import hookimpl
 from mtdiffusion_registry.pace import Pace
 from mtdiffusion_registry.pictures import Encoded
@@ -178,7 +177,7 @@ class _Places:
         return f"{self.stem(index)}.{self.suffixes[self.suffix[index, place]]}"
 
 
-class WebDatasetDataset(Dataset):
+class WebDatasetDataset(Rows):
     """Samples by their places in archives.
 
     Args:
@@ -204,7 +203,6 @@ class WebDatasetDataset(Dataset):
         return self._cells.sample(self.row(index))
 
     def row(self, index: int) -> dict[str, Any]:
-        """What the members of a sample hold, by column."""
         places = self._places
         row: dict[str, Any] = {}
         path = places.paths[places.shard[index]]
@@ -222,8 +220,12 @@ class WebDatasetDataset(Dataset):
                 content = os.pread(archive, size, start)
                 member = f"{path.name}: {places.member(index, place)}"
                 if len(content) < size:
-                    raise UserError(f"{member}: is cut short; the archive was changed while it is read")
-                row[column] = self._content(name, Encoded(content, member))
+                    row[column] = UserError(f"{member}: is cut short; the archive was changed while it is read")
+                    continue
+                try:
+                    row[column] = self._content(name, Encoded(content, member))
+                except UserError as error:
+                    row[column] = error
         finally:
             os.close(archive)
         return row
@@ -246,9 +248,7 @@ class WebDatasetDataset(Dataset):
 
     def without(self, fields: Collection[str]) -> WebDatasetDataset:
         other = copy(self)
-        kept = {name: each for name, each in self._cells.fields.items() if name not in fields}
-        columns = {name: column for name, column in self._cells.columns.items() if name in kept}
-        other._cells = attrs.evolve(self._cells, fields=kept, columns=columns)
+        other._cells = self._cells.without(fields)
         return other
 
     def stored(self, dtypes: Mapping[str, Collection[torch.dtype]]) -> WebDatasetDataset:
@@ -328,18 +328,32 @@ class WebDatasetConfig(DatasetConfig):
 
     def build(self, split: Literal["train", "test"]) -> WebDatasetDataset:
         root, there = self._folders()
+        other: Literal["train", "test"] = "test" if split == "train" else "train"
         if not there:
-            return self._read(root, split, by_hash=True)
+            return all_told(
+                lambda: self._read(root, split, by_hash=True),
+                lambda: self._read(root, other, by_hash=True, thorough=True),
+            )
         if len(there) == 1 or "train" not in there:
             raise UserError(
                 f"{root}: has the folder{'s' * (len(there) > 1)} {', '.join(there)} only: it needs both 'train' and "
                 "'test', or neither"
             )
-        return self._read(root / ("train" if split == "train" else there[1]), split, by_hash=False)
+        folders = {"train": root / "train", "test": root / there[1]}
+        return all_told(
+            lambda: self._read(folders[split], split, by_hash=False),
+            lambda: self._read(folders[other], other, by_hash=False, thorough=True),
+            lambda: self._validation(thorough=True),
+        )
 
     def validation(self) -> WebDatasetDataset | None:
+        return self._validation()
+
+    def _validation(self, *, thorough: bool = False) -> WebDatasetDataset | None:
         root, there = self._folders()
-        return self._read(root / there[2], "test", by_hash=False) if "train" in there and len(there) > 2 else None
+        if "train" not in there or len(there) <= 2:
+            return None
+        return self._read(root / there[2], "test", by_hash=False, thorough=thorough)
 
     def _folders(self) -> tuple[Path, list[str]]:
         """The root, and which of its folders hold splits: that to train on, then the held-out ones."""
@@ -348,46 +362,71 @@ class WebDatasetConfig(DatasetConfig):
             raise UserError(f"data.root: there is no folder or archive {root}")
         return root, [name for name in ("train", *HELD_OUT) if (root / name).is_dir()]
 
-    def _read(self, base: Path, split: str, by_hash: bool) -> WebDatasetDataset:
+    def _read(self, base: Path, split: str, by_hash: bool, *, thorough: bool = False) -> WebDatasetDataset:
         cells = Cells.of(self.fields, {}, None if self.size is None else sides(self.size), self.allow_missing)
         paths = _archives(base)
         pace = Pace(f"reading the headers of {base}", len(paths))
         there: set[str] = set()  # suffixes
         digest = hashlib.sha256(split.encode())
+        wrong: dict[Path, str] = {}
         for count, path in enumerate(paths, 1):
-            there |= {match[2].lower() for name in _members(path).names if (match := _MEMBER.fullmatch(name))}
+            try:
+                members = _members(path)
+            except UserError as error:
+                wrong[path] = str(error)
+                continue
+            there |= {match[2].lower() for name in members.names if (match := _MEMBER.fullmatch(name))}
             found = path.stat()
             digest.update(f"\0{path.name}\0{found.st_size}\0{found.st_mtime_ns}".encode(errors="surrogateescape"))
             pace.tell(count)
-        optional = self.allow_missing if split == "test" else ()
-        columns, keys = self._columns(base, cells.fields, there, optional)
+        troubles = Troubles()
+        if wrong:
+            count, paths = len(paths), [path for path in paths if path not in wrong]
+            troubles.add(counted([*wrong.values()], f"{len(wrong):,} of {count:,} archives cannot be read:"))
+        if not paths:
+            troubles.tell()
+        # A field that samples may lack may be missing from all that are held out; from training, it would be a slip.
+        # What archives hold that cannot be read is not known.
+        optional = [*self.fields] if wrong else self.allow_missing if split == "test" else ()
+        columns, keys = self._columns(base, cells.fields, there, optional, troubles)
         share = self.test_fraction if by_hash else None
-        places = _placed(paths, list(columns.values()), share, split)
+        places = _placed(paths, list(columns.values()), share, split, troubles)
         if not len(places.ends):
+            troubles.tell()
             more = f": change test_fraction (now {self.test_fraction:g})" if by_hash else ""
             raise EmptySplit(f"the {split} split of {base} is empty{more}")
+        told = []
         for place, name in enumerate(columns):
             lacking = np.flatnonzero(places.start[:, place] < 0)
-            if len(lacking) and name not in self.allow_missing:
-                some = ", ".join(f"{places.stem(i)} ({paths[places.shard[i]].name})" for i in lacking[:_SHOWN].tolist())
-                raise UserError(
-                    f"{base}: {len(lacking):,} of {len(places.ends):,} samples have no member for {name!r}: {some}. If "
-                    f"samples may lack it, add {name!r} to allow_missing"
-                )
+            if not len(lacking) or name in self.allow_missing:
+                continue
+            told.append(name)
+            if not columns[name]:  # and no archive that can be read has any
+                continue
+            some = ", ".join(f"{places.stem(i)} ({paths[places.shard[i]].name})" for i in lacking[:_SHOWN].tolist())
+            more = f" and {len(lacking) - _SHOWN:,} more" * (len(lacking) > _SHOWN)
+            troubles.add(
+                f"{base}: {len(lacking):,} of {len(places.ends):,} samples have no member for {name!r}: {some}{more}. "
+                f"If samples may lack it, add {name!r} to allow_missing"
+            )
         named = {name: "/".join([";".join(each), *keys.get(name, ())]) for name, each in columns.items()}
-        cells = attrs.evolve(cells, columns=named, what="member")
+        cells = attrs.evolve(cells.without(cells.fields.keys() - columns.keys()), columns=named, what="member")
         digest.update(f"\0{cells.key()}\0{share}".encode())
+        cells = attrs.evolve(cells, optional=[*cells.optional, *told])
         data = WebDatasetDataset(places, list(columns), keys, cells, digest.hexdigest()[:32])
-        cells.require_agreement(len(data), data.row)
+        cells.require_sound(data, split, troubles, thorough=thorough)
         return data
 
     def _columns(
-        self, base: Path, fields: Mapping[str, FieldConfig], there: Collection[str], optional: Collection[str]
+        self,
+        base: Path,
+        fields: Mapping[str, FieldConfig],
+        there: Collection[str],
+        optional: Collection[str],
+        troubles: Troubles,
     ) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-        """The suffixes of each field's members, and the key of those that read a part of a JSON member.
-
-        Raises:
-            UserError: if a field has none, or two that do not say theirs have one in common.
+        """The suffixes of each field's members, and the key of those that read a part of a JSON member. There is
+        trouble with a field that has none, and with two that do not say theirs and have one in common; it is left out.
         """
         columns: dict[str, list[str]] = {}
         keys: dict[str, list[str]] = {}
@@ -403,19 +442,26 @@ class WebDatasetConfig(DatasetConfig):
                 mine = [f"{name.lower()}.{kind}" for kind in (*kinds, *["json"] * (each.cells or each.arrays))]
                 found = [suffix for suffix in mine if suffix in there] or [kind for kind in kinds if kind in there]
                 expected = mine + kinds
-                for other, suffixes in columns.items():
-                    if other not in self.columns and (both := set(suffixes) & set(found)):
-                        raise UserError(
-                            f"{base}: members .{min(both)} may be {other!r} or {name!r}. Say which they are: "
-                            f'columns = {{ {other} = "{min(both)}", {name} = "..." }}'
-                        )
+                shared = {
+                    other: min(common)
+                    for other, suffixes in columns.items()
+                    if other not in self.columns and (common := set(suffixes) & set(found))
+                }
+                for other, both in shared.items():
+                    troubles.add(
+                        f"{base}: members .{both} may be {other!r} or {name!r}. Say which they are: "
+                        f'columns = {{ {other} = "{both}", {name} = "..." }}'
+                    )
+                if shared:
+                    continue
             if not found and name not in optional:
                 some = sorted(there)
                 more = f" and {len(some) - 2 * _SHOWN} more" * (len(some) > 2 * _SHOWN)
-                raise UserError(
+                troubles.add(
                     f"{base}: has no member for the field {name!r} (.{', .'.join(expected)}); its members end in "
                     f'.{", .".join(some[: 2 * _SHOWN])}{more}. Say which it is: columns = {{ {name} = "..." }}'
                 )
+                continue
             columns[name] = found
         return columns, keys
 
@@ -440,13 +486,18 @@ def _archives(base: Path) -> list[Path]:
     return paths
 
 
-def _placed(paths: Sequence[Path], columns: Sequence[Collection[str]], share: float | None, split: str) -> _Places:
+def _placed(
+    paths: Sequence[Path], columns: Sequence[Collection[str]], share: float | None, split: str, troubles: Troubles
+) -> _Places:
     """The samples of a split: members side by side of one stem, of which a field reads some.
 
     Args:
         columns: the suffixes of each field's members.
         share: of stems in the test split; None: all are in the split.
+        troubles: are told of members that are huge, and of two for one field; the first stays.
     """
+    huge: list[str] = []
+    doubled: list[str] = []
     readers: dict[str, list[int]] = {}
     for place, each in enumerate(columns):
         for suffix in each:
@@ -475,15 +526,21 @@ def _placed(paths: Sequence[Path], columns: Sequence[Collection[str]], share: fl
             if not wanted:
                 continue
             if size > _MOST:
-                raise UserError(f"{path}: its member {name!r} has {size:,} bytes, more than {_MOST:,}")
+                huge.append(f"{path}: its member {name!r} has {size:,} bytes, more than {_MOST:,}")
+                size = 0  # so that it is not read
             for place in fields:
                 at = len(starts) - len(columns) + place
                 if starts[at] >= 0:
-                    raise UserError(
+                    doubled.append(
                         f"{path}: the sample {before!r} has two members for one field, {name!r} and one that ends in "
                         f".{suffixes[kinds[at]]}; say which it is in columns, or make the archive anew"
                     )
+                    continue
                 starts[at], sizes[at], kinds[at] = start, size, suffixes.index(match[2].lower())
+    if huge:
+        troubles.add(counted(huge, f"{len(huge):,} members are too large:"))
+    if doubled:
+        troubles.add(counted(doubled, f"{len(doubled):,} samples have two members for one field:"))
     shape = (len(ends), len(columns))
     return _Places(
         paths,

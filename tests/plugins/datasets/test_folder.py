@@ -1037,3 +1037,19 @@ def test_files_that_a_metadata_table_names_and_are_not_there_are_told_once(tmp_p
         build(tmp_path, {"image": "image", "label": "label"})
     table = tmp_path / "metadata.csv"
     assert str(caught.value) == f"{table}: names 2 files that are not in {tmp_path}: b.png, c.png"
+
+
+def test_of_palettes_that_contradict_the_others_it_is_told_how_many_and_which(tmp_path):
+    """The odd ones are named, wherever they are: the first file is no more right than others."""
+    (tmp_path / "mask").mkdir()
+    for number in range(20):
+        image = Image.fromarray(np.array([[0, 1]], np.uint8))
+        image.putpalette([0, 0, 0, *((0, 255, 0) if number in (0, 3, 8, 9, 11, 12, 15) else (255, 0, 0))])
+        image.save(tmp_path / "mask" / f"{number:02d}.png")
+    with pytest.raises(UserError) as caught:
+        build(tmp_path, {"mask": "mask"})
+    told = str(caught.value)
+    assert "field 'mask': 7 of 20 masks with a palette contradict the others:\n" in told
+    named = [f"{number:02d}.png: index 1 of its palette is #00ff00, and #ff0000 in " in told for number in range(20)]
+    assert [number for number, yes in enumerate(named) if yes] == [0, 3, 8, 9, 11]
+    assert "in " + str(tmp_path / "mask" / "01.png") in told and "\nand 2 more\nSo they seem to mean" in told

@@ -294,3 +294,30 @@ def test_palettes_of_a_column_must_agree(library: Any, tmp_path: Path) -> None:
     expected = r"field 'mask': sample 1, column 'mask': index 0 of its palette is #ff0000, and #000000 in sample 0"
     with pytest.raises(UserError, match=expected):
         config.build("train")
+
+
+def test_all_kinds_of_trouble_are_told_in_one_round(library: Any, tmp_path: Path) -> None:
+    texts = [None if i in (1, 4) else f"number {i}" for i in range(10)]
+    images = [{"bytes": b"" if i in (1, 2) else encoded(picture((i, 0, 0))), "path": None} for i in range(10)]
+    more = {"text": (library.Value("string"), texts), "img": (library.Image(), images)}
+    data = tmp_path / "data"
+    features = library.Features(**{name: feature for name, (feature, _) in more.items()})
+    for name, kept in (("train", slice(None)), ("test", slice(2, 4)), ("validation", slice(1, 2))):
+        columns = {name: values[kept] for name, (_, values) in more.items()}
+        data.mkdir(exist_ok=True)
+        library.Dataset.from_dict(columns, features=features).to_parquet(str(data / f"{name}.parquet"))
+    fields = {"image": "image", "label": "label", "caption": "caption"}
+    config = HuggingFaceConfig(path=data, fields=fields, columns={"image": "img", "caption": "text"})
+    for split in ("train", "test"):
+        with pytest.raises(UserError) as caught:
+            config.build(split)  # type: ignore[arg-type]
+        told = str(caught.value)
+        assert f"{data} (train): has no column 'label' for the field 'label'" in told
+        assert f"{data} (train): 2 of 10 rows have nothing in the column 'text'. If" in told
+        assert (
+            f"train split: 2 of 10 samples have a field 'image' that cannot be read:\n  row 1 of {data} (train): "
+            in told
+        )
+        assert f"test split: row 0 of {data} (test): column 'img'" in told
+        assert f"{data} (validation): has no column 'label'" in told
+        assert f"{data} (validation): 1 of 1 rows have nothing" in told

@@ -25,6 +25,7 @@ from mtdiffusion_plugins.datasets import litdata as plugin
 from mtdiffusion_plugins.datasets.digits import DigitsConfig
 from mtdiffusion_plugins.datasets.litdata import LitDataConfig, decode, encode
 from mtdiffusion_registry import EmptySplit, UserError
+from mtdiffusion_registry.looking import look_through
 
 
 class Listed(Dataset):
@@ -182,7 +183,7 @@ def test_digits_are_packed_by_the_command_and_read_back_the_same(
 
 class Broken(Listed):
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
-        if index == 2:
+        if index >= 2:
             raise ValueError("is damaged")
         return self.samples[index]
 
@@ -194,7 +195,11 @@ def test_a_failed_packing_leaves_nothing(
     monkeypatch.setattr(DigitsConfig, "build", lambda self, split: Broken(many(4, 4)))
     command = ["data", "pack", str(tmp_path / "tiny.toml"), "--out", str(tmp_path / "packed")]
     assert main(command) == 2
-    assert "error: data (train): sample 2: is damaged" in capsys.readouterr().err
+    told = capsys.readouterr().err  # of what is left of this split, and of the other
+    assert (
+        "error: 2 kinds of trouble with the data:\n- data (train): 2 of 4 samples cannot be read:\n  sample 2: " in told
+    )
+    assert "- data (test): 2 of 4 samples cannot be read:\n  sample 2: is damaged\n  sample 3: is damaged\n" in told
     assert main([*command, "--as", "shapes"]) == 2
     assert "data sets of kind 'shapes' cannot be packed" in capsys.readouterr().err
     assert main([*command, "--as", "litdat"]) == 2
@@ -324,3 +329,31 @@ def test_keys_that_name_no_field_are_refused() -> None:
     with pytest.raises(ValueError, match="allow_missing names mask"):
         LitDataConfig(root="s3://bucket/data", fields={"image": "image"}, allow_missing=("mask",))
     assert LitDataConfig(root="s3://bucket/data").root == "s3://bucket/data"
+
+
+def test_all_kinds_of_trouble_of_shards_are_told_in_one_round(litdata: Any, tmp_path: Path) -> None:
+    def sample(index: int) -> dict[str, Any]:
+        return {"label": -1 if index % 3 == 1 else 2, "image": b"" if index == 2 else jpeg(20), "caption": "x"}
+
+    for split, count in (("train", 9), ("test", 3)):
+        foreign(tmp_path / "made" / split, [sample(i) for i in range(count)])
+    fields = {"label": "label", "image": "image", "text": "caption"}
+    data = LitDataConfig(root=tmp_path / "made", fields=fields).build("train")  # read when they come up
+    with pytest.raises(UserError, match=r"found -1\); .*has no column 'text' for the field 'text'"):
+        data[1]
+    with pytest.raises(UserError) as caught:
+        look_through(data, "data")
+    told = str(caught.value)
+    assert "3 of 9 samples have a field 'label' that cannot be read:\n  sample 1 of" in told
+    assert "9 of 9 samples have a field 'text' that cannot be read:\n" in told and "and 4 more" in told
+    assert "data: sample 2 of" in told and "3 kinds of trouble" in told
+
+    config = packed(tmp_path / "packed", train=many(60, 64), test=many(60, 64))
+    gone = sorted((tmp_path / "packed" / "train").glob("*.bin"))
+    whole = sorted((tmp_path / "packed" / "test").glob("*.bin"))
+    gone[0].unlink()
+    whole[0].write_bytes(whole[0].read_bytes()[:-9])
+    with pytest.raises(UserError) as caught:
+        config.build("train")
+    told = str(caught.value)
+    assert f"{gone[0]}: is missing" in told and f"{whole[0]}: has" in told and "2 kinds of trouble" in told

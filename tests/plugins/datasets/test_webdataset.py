@@ -406,3 +406,87 @@ def test_palettes_of_members_must_agree(tmp_path: Path) -> None:
     colours = MaskField(colours=("black", "red"))
     data = build(tmp_path, {"mask": colours})
     assert [data[i]["mask"].tolist() for i in (0, 1)] == [[[0, 1]], [[1, 0]]]  # type: ignore[union-attr]
+
+
+def test_all_kinds_of_trouble_are_told_in_one_round(tmp_path: Path) -> None:
+    """Of the archives, the members and what these hold, in both splits."""
+    members = dict(ours(0, 20))
+    for stem in ("0001", "0002", "0003"):
+        members[f"{stem}.image.png"] = bytes(members[f"{stem}.image.png"][:-20])  # type: ignore[arg-type]
+    members["0003.label.json"] = "{"  # of a sample whose picture is damaged, too
+    members["0004.label.json"] = "-1"
+    for stem in range(7, 14):
+        del members[f"{stem:04d}.caption.txt"]
+    members["0005.mask.png"] = png(1, (9, 9))
+    archive(tmp_path / "train" / "a.tar", list(members.items()))
+    for name in ("b.tar", "c.tar"):
+        archive(tmp_path / "train" / name, ours(20, 2)).write_bytes(b"no tar file")
+    held_out = dict(ours(30, 3))
+    held_out["0031.clip.npy"] = b"no array"
+    archive(tmp_path / "test" / "a.tar", list(held_out.items()))
+    with pytest.raises(UserError) as caught:
+        build(tmp_path)
+    told = str(caught.value)
+    assert told.startswith("6 kinds of trouble with the data:\n- ")
+    assert "2 of 3 archives cannot be read:\n" in told and "b.tar: is damaged" in told and "c.tar: is dam" in told
+    assert "7 of 20 samples have no member for 'caption': 0007 (a.tar), 0008 (a.tar), 0009 (a.tar)" in told
+    assert "0011 (a.tar) and 2 more. If samples may lack it" in told
+    assert "train split: 3 of 20 samples have a field 'image' that cannot be read:\n  0001 (" in told
+    assert "train split: 2 of 20 samples have a field 'label' that cannot be read:\n  0003 (" in told
+    assert "0003.label.json: cannot be read as JSON" in told and "found -1" in told
+    assert "train split: 0005 (" in told and "its pictures do not lie on one another: image is 6×4, mask" in told
+    assert "test split: 0031 (" in told
+    assert "blank" not in told  # captions that are not there were told
+
+    (tmp_path / "train" / "b.tar").unlink()
+    (tmp_path / "train" / "c.tar").unlink()
+    with pytest.raises(UserError, match="kinds of trouble") as caught:
+        build(tmp_path, {"image": "image", "sound": "image", "depth": "mask"}, columns={"sound": "wav"})
+    told = str(caught.value)
+    assert "has no member for the field 'sound' (.wav)" in told
+    assert "3 of 20 samples have a field 'image' that cannot be read:" in told
+
+
+def test_a_check_of_a_configuration_tells_the_rows_of_both_splits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    members = dict(ours(0, 12))
+    for stem in range(7):
+        members[f"{stem:04d}.label.json"] = "x"
+    members["0008.label.json"] = "77"
+    members["0009.image.png"] = b""
+    archive(tmp_path / "train" / "a.tar", list(members.items()))
+    archive(tmp_path / "test" / "a.tar", [*ours(20, 2), *[(f"002{i}.label.json", "77") for i in (3, 4)]])
+    config = tmp_path / "rows.toml"
+    config.write_text(
+        f"""[data]
+kind = "webdataset"
+root = "{tmp_path}"
+fields = {{ image = "image", label = "label" }}
+allow_missing = ["image"]
+[modalities]
+image = {{ kind = "image", size = [4, 6] }}
+label = {{ kind = "label", classes = 3 }}
+[backbone]
+kind = "unet"
+channels = 8
+multipliers = [1]
+heads = 0
+[latent]
+height = 4
+width = 6
+"""
+    )
+    for command in (["config", "check", str(config)], ["train", str(config), "--out", str(tmp_path / "run")]):
+        assert main(command) == 2
+        told = capsys.readouterr().err
+        assert (
+            "error: 4 kinds of trouble with the data:\n- data (train): 7 of 12 samples have a field 'label' that"
+            in told
+        )
+        shown = [f"000{i}.label.json: cannot be read as JSON" in told for i in range(7)]
+        assert shown == [True] * 5 + [False] * 2 and "  and 2 more\n" in told
+        assert "- data (train): 0009 (" in told and "0009.image.png" in told
+        assert "- data (train): 0008.label.json (" in told and "modality 'label': label of 3 classes" in told
+        assert "- data (test): 2 of 4 samples have a value that modality 'label' refuses:\n  0023.label" in told
+        assert not (tmp_path / "run").exists()
