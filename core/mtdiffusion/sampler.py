@@ -57,7 +57,7 @@ class SamplerSettings:
         solver: "dpmpp_2m" (DPM-Solver++(2M)): of second order; conditionals are good from 16 steps, joint samples from
             32. "ddim": of first order. "ancestral": the same with η = 1.
         eta: noise of a step: 0 none; 1 ancestral sampling's, by which modalities go on correcting one another; above,
-            they do so further, up to starting each step afresh. None: 2 of "dpmpp_2m", 1 of "ancestral" (which knows
+            they do so further, up to starting each step afresh. None: 1.4 of "dpmpp_2m", 1 of "ancestral" (which knows
             no other), 0 of "ddim".
         path: how far ahead of the slowest each modality is denoised, by name, in shares of the path (0 for those not
             named; {}: all together). None: as the model's law of clocks says.
@@ -96,7 +96,7 @@ class SamplerSettings:
         """η of a step: ``eta``, or the solver's own where that is None."""
         if self.eta is not None:
             return self.eta
-        return {"dpmpp_2m": 2.0, "ancestral": 1.0, "ddim": 0.0}[self.solver]
+        return {"dpmpp_2m": 1.4, "ancestral": 1.0, "ddim": 0.0}[self.solver]
 
 
 def ddim(

@@ -232,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument(
         "--eta",
         type=_number,
-        help="noise of a step of ddim (default: 0) or dpmpp_2m (2): 0 none, 1 as ancestral sampling, or more",
+        help="noise of a step of ddim (default: 0) or dpmpp_2m (1.4): 0 none, 1 as ancestral sampling, or more",
     )
     sample.add_argument(
         "--draw",

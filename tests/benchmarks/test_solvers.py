@@ -149,14 +149,14 @@ def test_guidance_is_compared(tiny_run: Path, tmp_path: Path, capsys: pytest.Cap
     assert main([*command, "--device", "cpu", "--out", str(out)]) == 0
     lines = capsys.readouterr().out
     assert "| ancestral, guidance 2 | 16 |" in lines
-    assert "| dpmpp_2m, eta 2, guidance 2 | 8 |" in lines
-    assert "| dpmpp_2m, eta 2, guidance 2 from 0.25 to 0.75 | 6 |" in lines
+    assert "| dpmpp_2m, eta 1.4, guidance 2 | 8 |" in lines
+    assert "| dpmpp_2m, eta 1.4, guidance 2 from 0.25 to 0.75 | 6 |" in lines
     found = [row["metrics"] for row in read_json(out)["rows"]]
     assert len({tuple(metrics.values()) for metrics in found}) == 3
 
 
 def test_a_way_is_read() -> None:
-    assert solvers.way("dpmpp_2m", 8) == Way("dpmpp_2m", 2.0, 8)
+    assert solvers.way("dpmpp_2m", 8) == Way("dpmpp_2m", 1.4, 8)
     assert solvers.way("ddim", 8, solvers.guidance("2@0.2-0.8")) == Way("ddim", 0.0, 8, 2.0, 0.2, 0.8)
     assert solvers.way("dpmpp_2m=1", 8) == Way("dpmpp_2m", 1.0, 8)
     assert solvers.way("ancestral", 8) == Way("ancestral", 1.0, 8)

@@ -253,7 +253,7 @@ def test_config_check_explains_the_configuration(tmp_path: Path, capsys: pytest.
     assert found["conditioning"][0] == "70 % of the training samples show the network something, the others nothing"
     assert found["measuring"][0] == "8 of 360 held-out samples; conditionals in 2 solver steps"
     assert found["measuring"][-1] == "no evaluators: nothing judges whole samples"
-    assert found["sampling"] == ["3 steps of DPM-Solver++(2M) (dpmpp_2m), each with noise η = 2", "no guidance"]
+    assert found["sampling"] == ["3 steps of DPM-Solver++(2M) (dpmpp_2m), each with noise η = 1.4", "no guidance"]
     assert main(["config", "check", str(path), "--set", "training.precision=float32"]) == 0
     said = capsys.readouterr().out
     assert all(f" {sentence}\n" in said for sentences in found.values() for sentence in sentences)
