@@ -157,9 +157,14 @@ sys.meta_path.insert(0, Interrupt())
 
 
 @pytest.mark.parametrize(
-    "module", ["mtdiffusion_engine.cli", "argparse", pytest.param("torch", marks=pytest.mark.long)]
+    ("module", "start"),
+    [
+        ("mtdiffusion_engine.cli", ["-m", "mtdiffusion"]),
+        ("mtdiffusion_engine.cli", ["-c", "SCRIPT"]),
+        ("argparse", ["-c", "SCRIPT"]),
+        pytest.param("torch", ["-c", "SCRIPT"], marks=pytest.mark.long),
+    ],
 )
-@pytest.mark.parametrize("start", [["-m", "mtdiffusion"], ["-c", "SCRIPT"]])
 def test_ctrl_c_while_the_command_is_imported_leaves_no_traceback(
     tmp_path: Path, tiny_config: Path, module: str, start: list[str]
 ) -> None:

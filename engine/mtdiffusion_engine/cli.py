@@ -563,7 +563,7 @@ def _list_plugins(args: argparse.Namespace) -> list[dict[str, str]] | None:
     rows = [["GROUP", "KIND", "DISTRIBUTION", "VERSION", "STATUS", *(["SECONDS", "MODULE"] if args.verbose else [])]]
     notes = []
     if args.verbose:
-        import mtdiffusion.sampler  # noqa: F401  # its import and torch's are no plugin's fault
+        import mtdiffusion  # noqa: F401  # its import and torch's are no plugin's fault
     for info in registry.plugins():
         status, problem, more = info.status, info.reason, []
         if args.verbose:

@@ -85,7 +85,7 @@ import importlib, json, sys, time
 from mtdiffusion_registry import Registry
 Registry.discover().plugins()
 listed = [name for name in sys.modules if name in (sys.argv[1], "torch")]
-import mtdiffusion.clocks, mtdiffusion.loss, mtdiffusion.sampler, mtdiffusion.schedules, mtdiffusion_registry.config
+import mtdiffusion, mtdiffusion_registry.config
 known, start = {name.partition(".")[0] for name in sys.modules}, time.process_time()
 importlib.import_module(sys.argv[1])
 seconds = time.process_time() - start
