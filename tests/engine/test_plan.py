@@ -301,13 +301,16 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--flops", "1e15", "--memory", "1e11"], "--bandwidth is missing"),
         (["--device", "h100", "--memory", "-1"], "--memory -1: expected a number above 0"),
         (["--device", "h100", "--attained", "1.5"], "--attained 1.5: expected"),
-        (["--device", "h100", "--overlap", "nan"], "--overlap nan: expected"),
     ]:
         assert main([*start, *arguments]) == 2
         assert said in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["plan", str(path), "--gpus", "1,0", "--device", "h100"])
-    assert "argument --gpus: expected a whole number, 1 or more, found '0'" in capsys.readouterr().err
+    for arguments, said in [
+        (["--gpus", "1,0"], "argument --gpus: expected a whole number, 1 or more, found '0'"),
+        (["--gpus", "4", "--overlap", "nan"], "argument --overlap: expected a finite number, found 'nan'"),
+    ]:
+        with pytest.raises(SystemExit):
+            main(["plan", str(path), "--device", "h100", *arguments])
+        assert said in capsys.readouterr().err
 
 
 def test_the_command_knows_the_same_names() -> None:

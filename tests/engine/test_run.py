@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 import subprocess
 import sys
@@ -265,7 +266,9 @@ def test_the_newest_checkpoint_may_be_removed_by_a_training_that_goes_on(
     def meanwhile(experiment: Any) -> Any:
         step = (checkpoint.step_of(newest) or 0) + 10
         if newest.is_dir():
-            newest.rename(newest.with_name(checkpoint.name_of(step)))
+            newer = newest.rename(newest.with_name(checkpoint.name_of(step)))
+            state = json.loads((newer / "state.json").read_text())
+            (newer / "state.json").write_text(json.dumps(state | {"step": step}))
         return build(experiment)
 
     monkeypatch.setattr(run_module, "build_model", meanwhile)
