@@ -23,13 +23,12 @@ from mtdiffusion_engine.experiment import Experiment
 from mtdiffusion_registry import DatasetConfig, EmptySplit, UserError
 from mtdiffusion_registry.cache import cached, config_key, load_kept, save_kept
 from mtdiffusion_registry.errors import Fault, SampleError, SampleTroubles, SeveralErrors
+from mtdiffusion_registry.looking import PATIENCE
 from mtdiffusion_registry.pace import Pace
 
 T = TypeVar("T")
 
 _LOOKED_AT = 256  # samples, for the first that have a field
-PATIENCE = 30.0
-"""Seconds that looking through a data set takes at most at every start, where what was seen cannot be remembered."""
 
 
 _AUGMENTATION, _VARIED = 1, 5  # tell their seeds from those of the order, of which each epoch has one, and others

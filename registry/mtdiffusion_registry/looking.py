@@ -8,6 +8,10 @@ from mtdiffusion.interfaces import Dataset
 from mtdiffusion_registry.errors import SampleError, SampleTroubles
 from mtdiffusion_registry.pace import Pace
 
+PATIENCE = 30.0
+"""Seconds for which data are looked through where that is not to be waited for to the end: for further trouble beside
+what is known, and before a training where nothing is kept of it."""
+
 
 def look_through(dataset: Dataset, what: str, start: int = 0, patience: float = math.inf) -> None:
     """Read each sample.

@@ -22,14 +22,12 @@ from mtdiffusion_plugins.fields import FIELDS
 from mtdiffusion_registry.cache import config_key
 from mtdiffusion_registry.configs import DataField, FieldConfig
 from mtdiffusion_registry.errors import Fault, SampleError, Troubles, UserError, did_you_mean
-from mtdiffusion_registry.looking import look_through
+from mtdiffusion_registry.looking import PATIENCE, look_through
 from mtdiffusion_registry.pictures import Encoded, Source
 from mtdiffusion_registry.registry import Registry
 
 SOME = 32
 """Rows that are looked at for what contradicts one another."""
-PATIENCE = 30.0
-"""Seconds in which rows are looked at for further trouble, where there is some."""
 
 
 class Rows(Dataset):

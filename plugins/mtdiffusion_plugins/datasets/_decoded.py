@@ -27,6 +27,7 @@ from mtdiffusion_plugins.datasets._readers import ReadingProcess, count_for, rea
 from mtdiffusion_registry.cache import cached, code_key, config_key
 from mtdiffusion_registry.configs import FieldConfig
 from mtdiffusion_registry.errors import SHOWN, Troubles, UserError, counted
+from mtdiffusion_registry.looking import PATIENCE
 from mtdiffusion_registry.pace import Pace
 from mtdiffusion_registry.partial import partial_of, remove_abandoned
 from mtdiffusion_registry.pictures import Encoded
@@ -34,8 +35,6 @@ from mtdiffusion_registry.pictures import Encoded
 CACHE_LIMIT = 50 * 2**30
 """Bytes that one field may take on disk; beyond it, files are decoded at every access."""
 _FORMAT = 1
-PATIENCE = 30.0
-"""Seconds for which files are looked through for further trouble where it is known that they cannot be used yet."""
 _PART, _AHEAD = 32, 32  # files, and how many times as many are under way
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from mtdiffusion_registry.errors import UserError
 from mtdiffusion_registry.pace import LOGGER
 
+HELD_OUT = ("test", "val", "validation")
+"""Names of the folder with the test split, in order of preference."""
 _NO_DATA = ("thumbs.db", "desktop.ini", "__macosx")  # what systems leave in folders, beside names that begin with a dot
 
 

@@ -26,7 +26,7 @@ from mtdiffusion.interfaces import Dataset
 from mtdiffusion_plugins import tables
 from mtdiffusion_plugins.datasets._cells import by_kind, data_field, require_fields, resolved
 from mtdiffusion_plugins.datasets._decoded import Decoded, decode, stamp, stamped
-from mtdiffusion_plugins.datasets._walking import is_data, require_no_loop, say_once
+from mtdiffusion_plugins.datasets._walking import HELD_OUT, is_data, require_no_loop, say_once
 from mtdiffusion_plugins.sizes import Size, positive_size, sides
 from mtdiffusion_registry.configs import DataField, DatasetConfig, FieldConfig
 from mtdiffusion_registry.errors import EmptySplit, Troubles, UserError, all_told, counted
@@ -39,8 +39,6 @@ MTDIFFUSION_API = 1
 Value = Tensor | str
 
 ARRAYS = (".safetensors", ".npz")
-HELD_OUT = ("test", "val", "validation")
-"""Names of the folder with the test split, in order of preference."""
 BESIDE = 32
 """Files of the training split with which those of another must agree, where all files of a field must."""
 METADATA = "metadata"

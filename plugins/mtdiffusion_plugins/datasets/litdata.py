@@ -29,14 +29,15 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from mtdiffusion.interfaces import Dataset
-from mtdiffusion_plugins.datasets._cells import PATIENCE, SOME, Cells, Rows, by_kind, data_field, names, of_fields, only
+from mtdiffusion_plugins.datasets._cells import SOME, Cells, Rows, by_kind, data_field, names, of_fields, only
+from mtdiffusion_plugins.datasets._walking import HELD_OUT
 from mtdiffusion_plugins.files import from_levels
 from mtdiffusion_plugins.sizes import Size, positive_size, sides
 from mtdiffusion_registry.cache import cached
 from mtdiffusion_registry.configs import DataField, DatasetConfig, FieldConfig
 from mtdiffusion_registry.errors import EmptySplit, Troubles, UserError, all_told, counted
 from mtdiffusion_registry.hookspecs import hookimpl
-from mtdiffusion_registry.looking import look_through
+from mtdiffusion_registry.looking import PATIENCE, look_through
 
 MTDIFFUSION_API = 1
 
@@ -44,7 +45,6 @@ SHARD = 8 * 2**20
 """Bytes of a shard, about: an object store is asked for a whole one at a time."""
 INDEX = "index.json"
 """Of a split, litdata's: its shards. Of the folder above, ours: what the splits hold."""
-HELD_OUT = ("test", "val", "validation")
 _FORMAT = "mtdiffusion shards"
 _VERSION = 1
 _NARROW = (torch.uint8, torch.int16, torch.int32)

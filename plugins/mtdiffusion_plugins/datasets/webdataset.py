@@ -26,6 +26,7 @@ from attrs.validators import and_, deep_mapping, ge, instance_of, le, min_len
 from torch import Tensor
 
 from mtdiffusion_plugins.datasets._cells import Cells, Rows, by_kind, data_field, names, of_fields, only
+from mtdiffusion_plugins.datasets._walking import HELD_OUT
 from mtdiffusion_plugins.sizes import Size, positive_size, sides
 from mtdiffusion_registry.cache import cached, load_kept, save_kept
 from mtdiffusion_registry.configs import DataField, DatasetConfig, FieldConfig
@@ -36,8 +37,6 @@ from mtdiffusion_registry.pictures import Encoded
 
 MTDIFFUSION_API = 1
 
-HELD_OUT = ("test", "val", "validation")
-"""Names of the folder with the test split, in order of preference."""
 _MEMBER = re.compile(
     r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL
 )  # a sample's stem ends at the first dot of the file's name
